@@ -1,0 +1,518 @@
+"""Score embeddings on MTEB tasks, on tasks that need no network, or on your own labelled data.
+
+    python evaluate.py                                         # newest run beside its untuned base, clustering
+    python evaluate.py --model tiny runs/tiny --baselines tfidf        # side by side
+    python evaluate.py --model tiny --prompt none cluster --pooling mean last --scope all text    # a grid for a base
+    python evaluate.py --data mine.csv                         # columns text,label (or text1,text2,score; or a folder)
+    python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
+
+Every score is computed by mteb's own task classes. Where the data of MTEB(eng, v2) can be had, --task runs its track;
+without network, clustering falls back to two tasks that lie in tasks/: first sentences of docstrings by package and by
+module, none of them in the docstring pairs. Vectors are normalised before they are clustered.
+
+--data takes csv, tsv, jsonl (also .gz) or parquet with `text,label` (clustering, or --task classification) or
+`text1,text2,score` (STS), or a folder with corpus.jsonl, queries.jsonl (`_id`, `text`) and qrels.tsv (retrieval).
+
+--out FILE.json: {"results": [{"task", "type", "metric", "score" in 0..1, "splits": {split: score}, "ami" (clustering),
+"bootstrap_scores": [...] or null, "model", "fingerprint", "contract", "seconds"}], "versions": {...}}
+"""
+
+import argparse
+import copy
+import hashlib
+import itertools
+import json
+import logging
+import os
+import platform
+import random
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import fields
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+
+from encoder import CONTRACT_FILE, POOLINGS, PRESETS, SCOPES, Contract, Encoder, View, default_scope, hub_answers, is_run, write_atomic
+from prompts import PROMPTS, TASK_PROMPTS, InputError, get_prompt
+
+HERE = Path(__file__).resolve().parent
+TASKS, RUNS = HERE / "tasks", HERE / "runs"
+BENCHMARK = "MTEB(eng, v2)"
+TYPES = {
+    "clustering": "Clustering",
+    "classification": "Classification",
+    "sts": "STS",
+    "retrieval": "Retrieval",
+    "reranking": "Reranking",
+    "pair-classification": "PairClassification",
+    "summarization": "Summarization",
+}
+METRICS = {"Clustering": "v_measure", "Classification": "accuracy", "STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}
+CATEGORIES = {"Clustering": "t2c", "Classification": "t2c", "STS": "t2t", "Retrieval": "t2t"}
+
+
+# ------------------------------------------------------------------------------------------------- data of one's own
+
+
+def read_table(path: Path) -> list[dict]:
+    """Rows of a csv, tsv, jsonl (also .gz) or parquet file, through `datasets`. Raises InputError for what cannot be read."""
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    suffix = "".join(s for s in path.suffixes[-2:] if s != ".gz").lower().rpartition(".")[2]
+    kinds = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+    if suffix not in kinds:
+        raise InputError(f"{path}: unknown kind of file, take one of .{', .'.join(kinds)} (csv and jsonl may be gzipped)")
+    options = {"sep": "\t"} if suffix == "tsv" else {}
+    try:
+        rows = list(load_dataset(kinds[suffix], data_files=str(path), split="train", streaming=True, **options))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it first, for example with iconv -t utf-8") from None
+    except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration) as error:
+        raise InputError(f"cannot read {path}: {' '.join(str(error).split())[:200] or 'it is empty'}") from None
+    if not rows:
+        raise InputError(f"{path} is empty")
+    return rows
+
+
+def column(rows: list[dict], name: str, path: Path, kind: type) -> list:
+    """One column as str or float; an empty cell is an empty text. Raises InputError naming the row."""
+    values = []
+    for i, row in enumerate(rows, 1):
+        value = row.get(name)
+        try:
+            values.append("" if value is None and name == "text" else kind(value) if value is not None else kind("nothing"))
+        except ValueError:
+            raise InputError(f"{path}, row {i}: {name} is {value!r}, which is no number") from None
+        if value is None and name != "text":
+            raise InputError(f"{path}, row {i}: {name} is empty")
+    return values
+
+
+def local_task(path: Path, task_type: str | None):
+    """A file or folder of the user's -> an mteb task. `task_type`: what --task asked for, to tell a text,label file's use."""
+    if not path.exists():
+        raise InputError(f"no file or folder {path}")
+    name = path.name.removesuffix(".gz").rsplit(".", 1)[0] if path.is_file() else path.resolve().name
+    if path.is_dir():
+        return make_task(name, "Retrieval", retrieval_data(path))
+    rows = read_table(path)
+    columns = set(rows[0])
+    if {"text1", "text2", "score"} <= columns:
+        data = {"sentence1": column(rows, "text1", path, str), "sentence2": column(rows, "text2", path, str)}
+        scores = column(rows, "score", path, float)
+        if len(set(scores)) < 2:
+            raise InputError(f"{path}: all scores are {scores[0]}, there is nothing to correlate with")
+        return make_task(name, "STS", data | {"score": scores})
+    if not {"text", "label"} <= columns:
+        raise InputError(f"{path}: needs columns text,label or text1,text2,score; it has {', '.join(sorted(columns))}")
+    texts, labels = column(rows, "text", path, str), column(rows, "label", path, str)
+    if len(set(labels)) < 2:
+        raise InputError(f"{path}: one class only ({labels[0]!r}), there is nothing to tell apart")
+    if task_type == "Classification":
+        return make_task(name, "Classification", {"text": texts, "label": labels})
+    return make_task(name, "Clustering", {"sentences": texts, "labels": labels})
+
+
+def retrieval_data(folder: Path) -> dict:
+    """corpus.jsonl, queries.jsonl (`_id`, `text`, maybe `title`), qrels.tsv (query-id, corpus-id, score), each maybe .gz."""
+    found = {}
+    for stem in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"):
+        path = next((p for p in (folder / stem, folder / (stem + ".gz")) if p.is_file()), None)
+        if path is None:
+            raise InputError(f"{folder} has no {stem}: a retrieval task needs corpus.jsonl, queries.jsonl and qrels.tsv")
+        found[stem] = (path, read_table(path))
+    out = {}
+    for stem in ("corpus.jsonl", "queries.jsonl"):
+        path, rows = found[stem]
+        if not {"_id", "text"} <= set(rows[0]):
+            raise InputError(f"{path}: needs _id and text, has {', '.join(rows[0])}")
+        out[stem] = [{"id": str(r["_id"]), "text": r["text"] or ""} | ({"title": r["title"] or ""} if "title" in r else {}) for r in rows]
+    path, rows = found["qrels.tsv"]
+    if not {"query-id", "corpus-id", "score"} <= set(rows[0]):
+        raise InputError(f"{path}: needs a first line with query-id, corpus-id and score, has {', '.join(map(str, rows[0]))}")
+    known = {stem: {r["id"] for r in out[stem]} for stem in out}
+    relevant = defaultdict(dict)
+    for i, row in enumerate(rows, 1):
+        query, document = str(row["query-id"]), str(row["corpus-id"])
+        if query not in known["queries.jsonl"] or document not in known["corpus.jsonl"]:
+            raise InputError(f"{path}, row {i}: query {query!r} or document {document!r} is not in the other files")
+        relevant[query][document] = int(row["score"])
+    return {"corpus": out["corpus.jsonl"], "queries": [q for q in out["queries.jsonl"] if q["id"] in relevant], "relevant": dict(relevant)}
+
+
+def make_task(name: str, task_type: str, data: dict):
+    """An mteb task of the right class whose data is here already. Scores are mteb's; only `load_data` is ours."""
+    import datasets
+    from mteb import TaskMetadata
+    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
+
+    digest = hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
+    about = TaskMetadata(
+        name=name,
+        description=f"{name}, local data",
+        type=task_type,
+        category=CATEGORIES[task_type],
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score=METRICS[task_type],
+        dataset={"path": f"local/{name}", "revision": digest},
+        **dict.fromkeys(("reference", "date", "domains", "task_subtypes", "license", "annotations_creators", "dialect", "sample_creation")),
+        bibtex_citation=None,
+    )
+
+    class Local:
+        metadata = about
+
+        def load_data(self, **_) -> None:
+            self.data_loaded = True
+
+    if task_type == "Clustering":
+
+        class LocalClustering(Local, AbsTaskClustering):
+            max_fraction_of_documents_to_embed = None  # the default scores 4 % of the rows, and flatters
+            max_documents_per_cluster = min(2048, len(data["labels"]))  # drawn with replacement: more would only repeat rows
+
+        task = LocalClustering()
+        task.dataset = datasets.DatasetDict(test=datasets.Dataset.from_dict(data))
+    elif task_type == "Classification":
+        task = type("LocalClassification", (Local, AbsTaskClassification), {})()
+        task.dataset = split_by_class(data)
+    elif task_type == "STS":
+        bounds = {"min_score": min(data["score"]), "max_score": max(data["score"])}
+        task = type("LocalSTS", (Local, AbsTaskSTS), bounds)()
+        task.dataset = datasets.DatasetDict(test=datasets.Dataset.from_dict(data))
+    else:
+        task = type("LocalRetrieval", (Local, AbsTaskRetrieval), {})()
+        corpus, queries = datasets.Dataset.from_list(data["corpus"]), datasets.Dataset.from_list(data["queries"])
+        task.dataset = {"default": {"test": {"corpus": corpus, "queries": queries, "relevant_docs": data["relevant"], "top_ranked": None}}}
+    return task
+
+
+def split_by_class(data: dict):
+    """Half of each class for training, half for testing, drawn with a fixed seed; a class of one row only trains."""
+    import datasets
+
+    rows, rng = defaultdict(list), random.Random(0)
+    for i, label in enumerate(data["label"]):
+        rows[label].append(i)
+    parts = {"train": [], "test": []}
+    for indices in rows.values():
+        rng.shuffle(indices)
+        half = (len(indices) + 1) // 2
+        parts["train"] += indices[:half]
+        parts["test"] += indices[half:]
+    if not parts["test"]:
+        raise InputError("every class has one row only: classification needs two a class")
+    return datasets.DatasetDict(
+        {k: datasets.Dataset.from_dict({c: [data[c][i] for i in sorted(v)] for c in data}) for k, v in parts.items()}
+    )
+
+
+# ------------------------------------------------------------------------------------------------------ which tasks
+
+
+def in_cache(task) -> bool:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return (Path(HF_HUB_CACHE) / f"datasets--{task.metadata.dataset['path'].replace('/', '--')}").is_dir()
+
+
+def choose_tasks(args: argparse.Namespace) -> list:
+    """What --task, --benchmark and --data ask for, as mteb tasks that have not been run yet."""
+    wanted = args.task or ["clustering"]
+    types = [TYPES[t.lower()] for t in wanted if t.lower() in TYPES]
+    names = [t for t in wanted if t.lower() not in TYPES]
+    if args.data:
+        if names:
+            raise InputError(f"--data is scored by its columns, --task {names[0]!r} names another task: leave one out")
+        return [local_task(path, types[0] if args.task and types else None) for path in args.data]
+    embedded = {p.name.removesuffix(".jsonl.gz"): p for p in sorted(TASKS.glob("*.jsonl.gz"))}
+    local = [local_task(embedded[n], "Clustering") for n in names if n in embedded]
+    names = [n for n in names if n not in embedded]
+    types = [] if names or local else types
+    if args.embedded and types == ["Clustering"]:
+        return [local_task(p, "Clustering") for p in embedded.values()]
+    if not types and not names:
+        return local
+
+    import mteb
+
+    try:
+        found = mteb.get_tasks(tasks=names, languages=["eng"]) if names else mteb.get_benchmark(args.benchmark or BENCHMARK).tasks
+        tasks = list(found)
+    except (KeyError, ValueError) as error:
+        hint = f"types are {', '.join(TYPES)}; embedded tasks {', '.join(embedded)}"
+        raise InputError(f"{' '.join(str(error).split())[:200]} ({hint}; or a task name of mteb)") from None
+    if not (args.benchmark and not args.task):
+        tasks = [t for t in tasks if names or t.metadata.type in types]
+    online = hub_answers()
+    available = tasks if online else [t for t in tasks if in_cache(t)]
+    if available:
+        if not online:
+            os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+            print(f"no network: running the {len(available)} of {len(tasks)} tasks whose data is in the cache", file=sys.stderr)
+        return local + available
+    what = args.benchmark or (", ".join(names) if names else f"{'/'.join(types)} of {BENCHMARK}")
+    if types == ["Clustering"] and not args.benchmark:
+        print(f"the data of {what} cannot be had (no network, nothing in the cache): scoring the embedded clustering tasks instead")
+        return [local_task(p, "Clustering") for p in embedded.values()]
+    raise InputError(f"the data of {what} cannot be had (no network, nothing in the cache): score your own with --data")
+
+
+# --------------------------------------------------------------------------------------------------------- models
+
+
+class Scored:
+    """One row of the table: a name, an identity, and a way to encode. What mteb sees of a model."""
+
+    def __init__(self, label: str, fingerprint: str, contract: dict | None, encode):
+        from mteb.models.model_meta import ModelMeta
+        from mteb.similarity_functions import cos_sim, pairwise_cos_sim
+
+        self.label, self.fingerprint, self.contract, self._encode = label, fingerprint, contract, encode
+        self.similarity, self.similarity_pairwise = cos_sim, pairwise_cos_sim
+        self.mteb_model_meta = ModelMeta.create_empty({"name": f"local/{fingerprint}", "revision": fingerprint})
+
+    def encode(self, inputs, *, prompt_type=None, **_) -> np.ndarray:
+        texts = [text for batch in inputs for text in batch["text"]]
+        vectors = self._encode(texts, "query" if prompt_type is not None and prompt_type.value == "query" else "document")
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        return vectors / np.where(norms > 0, norms, 1)
+
+
+class SharedPasses:
+    """Several readings of one model over the same texts cost one pass: the last texts of each role are remembered."""
+
+    def __init__(self, encoder: Encoder):
+        self.encoder, self.views, self.memory = encoder, [], {}
+
+    def reader(self, view: View):
+        self.views.append(view)
+
+        def encode(texts: list[str], role: str) -> np.ndarray:
+            seen = hashlib.sha256(json.dumps(texts).encode()).digest()
+            if self.memory.get(role, (None,))[0] != seen:
+                arrays = self.encoder.encode(texts, role, views=self.views, progress=sys.stderr.isatty())
+                self.memory[role] = (seen, dict(zip(self.views, arrays, strict=True)))
+                for line in self.encoder.warnings(clear=True):
+                    print(f"warning: {line}", file=sys.stderr)
+            return self.memory[role][1][view]
+
+        return encode
+
+
+def row(passes: SharedPasses, encoder: Encoder, label: str) -> Scored:
+    c = encoder.contract
+    return Scored(label, encoder.fingerprint, json.loads(c.to_json()), passes.reader(View(c.pooling, c.scope, c.layers)))
+
+
+def tfidf(texts: list[str], role: str) -> np.ndarray:
+    """TF-IDF reduced to 100 dimensions by SVD, fitted on the texts it is given (scikit-learn's defaults otherwise)."""
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    counts = TfidfVectorizer().fit_transform(texts)
+    return TruncatedSVD(min(100, *(n - 1 for n in counts.shape)), random_state=0).fit_transform(counts).astype(np.float32)
+
+
+def baseline(name: str) -> Scored:
+    """`tfidf`, or a sentence-transformers model by its folder or hub id, at that model's own settings."""
+    if name == "tfidf":
+        return Scored("TF-IDF, SVD 100", "tfidf-svd-100", None, tfidf)
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        model = SentenceTransformer(name)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"--baselines: {name!r} is neither tfidf nor a sentence-transformers model that loads ({str(error)[:150]})"
+        ) from None
+    return Scored(
+        Path(name).name, f"sentence-transformers:{Path(name).name}", None, lambda texts, role: model.encode(texts, show_progress_bar=False)
+    )
+
+
+def newest_run() -> Path | None:
+    runs = [p.parent for p in RUNS.glob(f"*/{CONTRACT_FILE}")]
+    return max(runs, key=lambda p: (p / CONTRACT_FILE).stat().st_mtime) if runs else None
+
+
+def rows_of(args: argparse.Namespace, task_type: str) -> Iterator[list[Scored]]:
+    """The table's rows for a type of task, in groups that share one model in memory, each group loaded when it is asked for."""
+    if args.baselines:
+        if task_type in ("Retrieval", "Reranking") and "tfidf" in args.baselines:
+            raise InputError("--baselines tfidf is fitted on the texts of one side: it cannot score retrieval")
+        yield from ([baseline(name)] for name in args.baselines)
+    machine = {"dtype": args.dtype, "device": args.device, "trust_remote_code": args.trust_remote_code}
+    flags = {"max_tokens": args.max_tokens, "keep_bos": args.keep_bos or None, "dims": args.dims, "layers": args.layers}
+    run = None if args.model else newest_run()
+    for spec in args.model or ([str(run)] if run else ["tiny"]):
+        if not is_run(spec):
+            for prompt in args.prompt or [TASK_PROMPTS.get(task_type, "none")]:
+                yield base_rows(spec, prompt, args, machine | flags)
+            continue
+        encoder = Encoder.load(spec, override_contract=args.override_contract, **machine, **flags, **flags_for_run(spec, args))
+        yield [row(SharedPasses(encoder), encoder, os.path.relpath(spec))]
+        if run:  # the base under the run's own contract: the difference is what training brought
+            own = ("base", "revision", "data", "version")
+            same = {f.name: getattr(encoder.contract, f.name) for f in fields(Contract) if f.name not in own}
+            base = Encoder.load(encoder.source, **machine, **same)
+            yield [row(SharedPasses(base), base, f"{base.contract.base}, untuned, same contract")]
+
+
+def flags_for_run(spec: str, args: argparse.Namespace) -> dict:
+    """A run keeps its own prompt, pooling and scope where they are among those given; another single value is passed on."""
+    contract = Contract.from_json((Path(spec) / CONTRACT_FILE).read_text(encoding="utf-8"), str(Path(spec) / CONTRACT_FILE))
+    chosen = {}
+    for name in ("prompt", "pooling", "scope"):
+        given = getattr(args, name) or []
+        own = contract.prompts if name == "prompt" else getattr(contract, name)
+        if given and own not in ([get_prompt(v).roles() for v in given] if name == "prompt" else given):
+            if len(given) > 1:
+                raise InputError(
+                    f"{name} is {own!r} in {spec}, {given} were asked for: add the run's own, or give one with --override-contract"
+                )
+            chosen[name] = given[0]
+    return chosen
+
+
+def base_rows(spec: str, prompt: str, args: argparse.Namespace, settings: dict) -> list[Scored]:
+    """An untuned base under one prompt and every --pooling x --scope."""
+    encoder = Encoder.load(spec, prompt=prompt, **settings)
+    passes, rows = SharedPasses(encoder), {}
+    for pooling, scope in itertools.product(args.pooling or [encoder.contract.pooling], args.scope or [None]):
+        scope = scope or default_scope(pooling)
+        if encoder.contract.bare() and not args.keep_bos:
+            scope = "text"  # nothing stands around the text: both scopes are the same tokens
+        reading = encoder.reread(pooling=pooling, scope=scope)
+        label = f"{encoder.contract.base}, {prompt}, {pooling}" + ("" if reading.contract.bare() else f", {scope}")
+        rows.setdefault(reading.fingerprint, (reading, label))
+    return [row(passes, reading, label) for reading, label in rows.values()]
+
+
+# ----------------------------------------------------------------------------------------------------------- main
+
+
+def score(task, scored: Scored) -> dict:
+    """One cell: run a fresh copy of the task, so that every row sees the same bootstrap samples."""
+    import mteb
+
+    began = time.perf_counter()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = mteb.evaluate(scored, copy.deepcopy(task), cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+    about = task.metadata
+    parts = [part for split in found.scores.values() for part in split]
+    cell = {
+        "task": about.name,
+        "type": about.type,
+        "metric": about.main_score,
+        "score": float(found.get_score()),
+        "splits": {name: float(np.mean([part["main_score"] for part in split])) for name, split in found.scores.items()},
+        "bootstrap_scores": None,
+        "model": scored.label,
+        "fingerprint": scored.fingerprint,
+        "contract": scored.contract,
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    if all("v_measures" in part for part in parts):
+        cell["bootstrap_scores"] = [v for part in parts for level in part["v_measures"].values() for v in level]
+        cell["ami"] = float(np.mean([part["ami"] for part in parts]))
+    elif all("scores_per_experiment" in part for part in parts):
+        cell["bootstrap_scores"] = [e[about.main_score] for part in parts for e in part["scores_per_experiment"] if about.main_score in e]
+    return cell
+
+
+def table(cells: list[dict]) -> str:
+    """Rows are models, columns tasks, the last column their mean; scores times 100, AMI in brackets for clustering."""
+    tasks = list(dict.fromkeys(c["task"] for c in cells))
+    models = list(dict.fromkeys((c["model"], c["fingerprint"]) for c in cells))
+    by_cell = {(c["model"], c["fingerprint"], c["task"]): c for c in cells}
+    metrics = {c["task"]: c["metric"].replace("_", "-") + (" (AMI)" if "ami" in c else "") for c in cells}
+
+    def show(c):
+        return f"{100 * c['score']:.1f}" + (f" ({100 * c['ami']:.1f})" if "ami" in c else "") if c else "-"
+
+    lines = [["model", *tasks, "mean", "fingerprint"], ["", *(metrics[t] for t in tasks), "", ""]]
+    for model, fingerprint in models:
+        found = [by_cell.get((model, fingerprint, t)) for t in tasks]
+        mean = f"{100 * np.mean([c['score'] for c in found]):.1f}" if all(found) else "-"
+        lines.append([model, *map(show, found), mean, fingerprint])
+    widths = [max(map(len, col)) for col in zip(*lines, strict=True)]
+    left = (0, len(widths) - 1)
+    text = [
+        "  ".join(x.ljust(w) if i in left else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in lines
+    ]
+    return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:]])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    # what is scored, on what
+    add("--model", nargs="+", help=f"runs, folders, hub ids or {', '.join(PRESETS)} (default: newest run and its base, else tiny)")
+    add("--baselines", nargs="+", metavar="NAME", help="reference rows: tfidf, or a sentence-transformers model (default: none)")
+    add("--task", nargs="+", help=f"{', '.join(TYPES)}, or task names of mteb or of tasks/ (default clustering)")
+    add("--benchmark", nargs="?", const=BENCHMARK, help=f"an mteb benchmark; alone: all its tasks (default {BENCHMARK})")
+    add("--embedded", action="store_true", help="the embedded clustering tasks, without asking for the network first")
+    add("--data", nargs="+", type=Path, metavar="PATH", help="your own labelled files or folders, see above")
+    # how untuned bases are read; runs have a contract
+    add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} (default: by type of task)")
+    add("--pooling", nargs="+", choices=POOLINGS, help="default: last for a prompt that ends behind the text, else mean")
+    add("--scope", nargs="+", choices=SCOPES, help="tokens that are pooled (default: all for last, else text)")
+    add("--layers", nargs="+", type=int, help="layers that are averaged: -1 after the final norm, k after block k (default -1)")
+    add("--keep-bos", action="store_true", help="let BOS take part in pooling with --scope all")
+    add("--max-tokens", type=int, help="a text is cut to this many tokens (default 512, or what the model holds)")
+    add("--dims", type=int, help="keep the first so many numbers of a vector (default: all)")
+    add("--override-contract", action="store_true", help="let flags contradict a run's contract")
+    # the machine
+    add("--dtype", help="auto, float32, bfloat16 (default float32 on a CPU, bfloat16 elsewhere)")
+    add("--device", help="default cuda where there is one, else cpu")
+    add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (off)")
+    add("--out", type=Path, help="write every score as JSON")
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.out and args.out.exists():
+        raise InputError(f"{args.out} exists already: choose another --out, or delete it first")
+    for name in ("mteb", "datasets", "sentence_transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    tasks = defaultdict(list)
+    for task in choose_tasks(args):
+        tasks[task.metadata.type].append(task)
+    cells = []
+    for task_type, group in tasks.items():
+        for rows in rows_of(args, task_type):
+            for task in group:
+                for scored in rows:
+                    cell = score(task, scored)
+                    cells.append(cell)
+                    print(
+                        f"{cell['task']}, {cell['model']}: {cell['metric']} {100 * cell['score']:.1f} ({cell['seconds']:.0f} s)",
+                        file=sys.stderr,
+                    )
+    print(table(cells))
+    if args.out:
+        packages = ("mteb", "torch", "transformers", "peft", "scikit-learn", "numpy")
+        versions = {p: version(p) for p in packages} | {"python": platform.python_version()}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"results": cells, "versions": versions}, indent=1) + "\n"
+        write_atomic(args.out, lambda path: path.write_text(text, encoding="utf-8"))
+        print(f"{args.out}: {len(cells)} scores")
+
+
+if __name__ == "__main__":
+    try:
+        main(build_parser().parse_args())
+    except (InputError, OSError) as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        sys.exit(2)

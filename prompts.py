@@ -1,0 +1,106 @@
+"""Prompts: what stands before and after a text, so that the last token holds the answer.
+
+A prompt is a prefix and a suffix around the text, for each of the two roles a text can play (a search query, or a
+document, which is everything else). This module knows strings only: how they become token ids is `encoder.py`'s business.
+
+    from prompts import get_prompt
+    get_prompt("cluster")                       # a preset
+    get_prompt('The topic of "{text}" is:')     # any string with {text} in it
+"""
+
+from dataclasses import dataclass
+
+ROLES = ("query", "document")
+
+
+class InputError(ValueError):
+    """Something the user gave that the user can mend. Scripts print it in one line and exit with status 2."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """`template` holds `{text}` once. `query`, where it differs, is the template of the role "query"."""
+
+    name: str
+    template: str
+    source: str
+    query: str | None = None
+
+    def roles(self) -> dict[str, dict[str, str]]:
+        """{"query": {"prefix", "suffix"}, "document": {...}}, as the embedding contract stores them."""
+        return {"query": split_template(self.query or self.template), "document": split_template(self.template)}
+
+
+def split_template(template: str) -> dict[str, str]:
+    """'a {text} b' -> {"prefix": "a ", "suffix": " b"}. Other braces are ordinary characters.
+
+    Raises InputError unless `{text}` occurs exactly once.
+    """
+    parts = template.split("{text}")
+    if len(parts) != 2:
+        raise InputError(f"a prompt needs {{text}} exactly once, this one has it {len(parts) - 1} times: {template!r}")
+    return {"prefix": parts[0], "suffix": parts[1]}
+
+
+ROTH = "Roth et al. 2025, arXiv 2507.22729"
+
+PROMPTS = {
+    p.name: p
+    for p in (
+        Prompt("none", "{text}", "no prompt"),
+        Prompt("prompt-eol", 'This sentence: "{text}" means in one word:', "PromptEOL, Jiang et al. 2023, arXiv 2307.16645"),
+        Prompt(
+            "pretended-cot",
+            'After thinking step by step, this sentence: "{text}" means in one word:',
+            "Pretended CoT, Zhang et al. 2024, arXiv 2404.03921",
+        ),
+        Prompt(
+            "knowledge",
+            "The essence of a sentence is often captured by its main subjects and actions, while descriptive terms provide "
+            'additional but less central details. With this in mind, this sentence: "{text}" means in one word:',
+            "Knowledge Enhancement, Zhang et al. 2024, arXiv 2404.03921",
+        ),
+        Prompt("summarise", 'This sentence: "{text}" can be summarized as', "PromptSUM, Zhang et al. 2024, arXiv 2404.03921"),
+        Prompt("cluster", 'This sentence: "{text}" belongs to the following cluster:', ROTH),
+        Prompt("classify", 'This sentence: "{text}" can be classified as:', ROTH),
+        Prompt(
+            "retrieve",
+            'This passage: "{text}" answers a question about, in one word:',
+            "this project, after PromptEOL: one wording for each side of the search",
+            query='This question: "{text}" is answered by a passage about, in one word:',
+        ),
+        Prompt(
+            "emotion",
+            'Classify the emotion expressed in the given Twitter message "{text}" into one of the six emotions: '
+            "anger, fear, joy, love, sadness, and surprise:",
+            ROTH + "; 'message' and the last colon are this project's",
+        ),
+    )
+}
+
+# Which prompt an untuned base gets for an MTEB task type when none is asked for. A trained run has its own.
+TASK_PROMPTS = {
+    "Clustering": "cluster",
+    "Classification": "classify",
+    "MultilabelClassification": "classify",
+    "PairClassification": "prompt-eol",
+    "STS": "prompt-eol",
+    "BitextMining": "prompt-eol",
+    "Summarization": "summarise",
+    "Retrieval": "retrieve",
+    "Reranking": "retrieve",
+    "InstructionRetrieval": "retrieve",
+    "InstructionReranking": "retrieve",
+}
+
+
+def get_prompt(prompt: str | Prompt) -> Prompt:
+    """A preset by its exact name, or a template of the user's own. Raises InputError and lists the choices."""
+    if isinstance(prompt, Prompt):
+        return prompt
+    if prompt in PROMPTS:
+        return PROMPTS[prompt]
+    if "{text}" in prompt:
+        split_template(prompt)
+        return Prompt("custom", prompt, "given on the command line")
+    raise InputError(f"unknown prompt {prompt!r}: take one of {', '.join(PROMPTS)}, or write a string with {{text}} in it")

@@ -1,0 +1,33 @@
+import pytest
+
+from prompts import PROMPTS, TASK_PROMPTS, InputError, get_prompt
+
+
+def test_presets_hold_the_text_once_and_name_their_source():
+    assert {"none", "prompt-eol", "pretended-cot", "knowledge", "summarise", "cluster", "classify", "retrieve", "emotion"} <= set(PROMPTS)
+    for name, prompt in PROMPTS.items():
+        assert prompt.name == name and prompt.source
+        assert set(prompt.roles()) == {"query", "document"}
+    cluster = get_prompt("cluster").roles()["document"]
+    assert cluster["prefix"] + "{text}" + cluster["suffix"] == 'This sentence: "{text}" belongs to the following cluster:'
+
+
+def test_query_and_document_differ_for_retrieval_alone():
+    differing = [name for name, p in PROMPTS.items() if p.roles()["query"] != p.roles()["document"]]
+    assert differing == ["retrieve"]
+
+
+def test_every_task_type_has_a_prompt_that_exists():
+    assert set(TASK_PROMPTS.values()) <= set(PROMPTS)
+    assert TASK_PROMPTS["Clustering"] == "cluster"
+
+
+def test_a_template_of_the_users_own():
+    assert get_prompt("{x} {text} } in a word:").roles()["query"] == {"prefix": "{x} ", "suffix": " } in a word:"}
+
+
+def test_what_is_no_prompt_is_refused():
+    with pytest.raises(InputError, match=r"unknown prompt 'Cluster'.*prompt-eol"):
+        get_prompt("Cluster")
+    with pytest.raises(InputError, match="has it 2 times"):
+        get_prompt("{text} and {text}")
