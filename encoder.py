@@ -36,6 +36,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoTokenizer
@@ -48,6 +49,7 @@ from prompts import ROLES, InputError, get_prompt
 
 HERE = Path(__file__).resolve().parent
 CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.safetensors", "adapter_config.json"
+MODEL_FILES = ("model*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
 POOLINGS = ("mean", "last", "position-mean", "attention")
 SCOPES = ("all", "text")
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
@@ -175,8 +177,7 @@ def _file_hash(path: Path) -> str:
 
 def _folder_hash(folder: Path) -> str:
     """Hash of what turns ids into states and text into ids: weights, config, tokenizer."""
-    patterns = ("*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
-    files = sorted({f for p in patterns for f in folder.glob(p)} - {folder / ADAPTER_FILE})
+    files = sorted({f for pattern in MODEL_FILES for f in folder.glob(pattern)})
     return hashlib.sha256("".join(f"{f.name} {_file_hash(f)}\n" for f in files).encode()).hexdigest()
 
 
@@ -318,25 +319,37 @@ def _find_base(spec: str) -> tuple[str, str, str | None]:
     return name, name, revision or None
 
 
-def _load_pretrained(source: str, revision: str | None, trust_remote_code: bool, dtype: torch.dtype, attention: str):
-    kwargs = {"revision": revision, "trust_remote_code": trust_remote_code}
-    if not Path(source).is_dir():  # without this, each of a dozen files is asked for with retries, half a minute long
-        kwargs["local_files_only"] = not hub_answers()
+def _fetch(source: str, revision: str | None, trust_remote_code: bool) -> Path:
+    """The folder of a hub model in the local cache, downloaded where it can be. Its name is the commit."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    wanted = [*MODEL_FILES, "*.json"] + ["*.py"] * trust_remote_code
+    online = hub_answers()  # without this, every file is asked for with retries, half a minute long
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, local_files_only=not online))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        where = "the hub has none that may be read" if online else "it is not on this machine, and the hub does not answer"
+        raise InputError(f"cannot load {source!r}: {where} ({' '.join(str(error).split()).split('. ')[0][:200]})") from None
+
+
+def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, attention: str):
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # unused weights of the language-model head are expected
     try:
-        config = AutoConfig.from_pretrained(source, **kwargs)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if attention == "bidirectional":
             config.is_causal = False
-        model = AutoModel.from_pretrained(source, config=config, dtype=dtype, use_safetensors=True, **kwargs)
-        tokenizer = AutoTokenizer.from_pretrained(source, **kwargs)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        where = "on this machine, and the hub does not answer" if kwargs.get("local_files_only") else "on this machine or on the hub"
-        raise InputError(f"cannot load {source!r} {where}: {' '.join(str(error).split()).split('. ')[0][:300]}") from None
+        model = AutoModel.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+        raise InputError(f"{folder} does not hold a whole model: {' '.join(str(error).split())[:300]}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     if not tokenizer.is_fast:
-        raise InputError(f"{source!r} has no tokenizer.json: this project needs a fast tokenizer")
+        raise InputError(f"{folder} has no tokenizer.json: this project needs a fast tokenizer")
+    if not hasattr(model, "layers"):
+        raise InputError(f"{folder}: {type(model).__name__} is no decoder-only text model (no `layers`)")
     return model, tokenizer
 
 
@@ -417,10 +430,11 @@ class Encoder:
         if contract and not Path(source).is_dir():
             revision = contract.revision
         attention = contract.attention if contract else overrides.get("attention", "causal")
-        model, tokenizer = _load_pretrained(source, revision, trust_remote_code, dtype, attention)
-        folder = Path(source) if Path(source).is_dir() else _cached_folder(source, model.config._commit_hash)
+        local = Path(source).is_dir()
+        folder = Path(source) if local else _fetch(source, revision, trust_remote_code)
+        model, tokenizer = _load_pretrained(folder, trust_remote_code, dtype, attention)
         base_hash = _folder_hash(folder)
-        revision = getattr(model.config, "_commit_hash", None) or f"sha256:{base_hash[:16]}"
+        revision = f"sha256:{base_hash[:16]}" if local else folder.name
         if contract and contract.revision != revision:
             raise InputError(
                 f"{run}: trained on {contract.base} {contract.revision}, but {source} now holds {revision}: bring the old weights back"
@@ -449,7 +463,6 @@ class Encoder:
 
         targets = sorted({n.split(".")[-1] for n, m in self.blocks.named_modules() if isinstance(m, nn.Linear)})
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none")
-        config.base_model_name_or_path = self.source
         self.peft = _wrap(self.decoder, config)
         return sum(p.numel() for p in self.trainable().values())
 
@@ -465,6 +478,7 @@ class Encoder:
         write_atomic(folder / ADAPTER_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             config = self.peft.peft_config["default"]
+            config.base_model_name_or_path = self.source if not Path(self.source).is_dir() else str(Path(self.source).resolve())
             config.save_pretrained(scratch)
             os.replace(Path(scratch) / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
         write_atomic(folder / CONTRACT_FILE, lambda path: Path(path).write_text(self.contract.to_json(), encoding="utf-8"))
@@ -643,6 +657,7 @@ def _wrap(model, config):
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by a name that it is about to drop
+        warnings.simplefilter("ignore", UserWarning)  # a hub model is loaded from its snapshot; `save` writes its id
         return get_peft_model(model, config)
 
 
@@ -670,12 +685,6 @@ def _base_of_run(run: Path, contract: Contract) -> str:
             f"{run}: its base {contract.base} was at {recorded} and is not there any more: bring it back or mend {ADAPTER_CONFIG}"
         )
     return recorded
-
-
-def _cached_folder(source: str, commit: str) -> Path:
-    from huggingface_hub import try_to_load_from_cache
-
-    return Path(try_to_load_from_cache(source, "config.json", revision=commit)).parent
 
 
 def default_scope(pooling: str) -> str:

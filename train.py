@@ -288,6 +288,10 @@ def main(args: argparse.Namespace) -> None:
     n_trained = encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout)
     if args.gradient_checkpointing:
         encoder.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    if encoder.dtype == torch.bfloat16:  # peft casts each adapter's input up to its weights' float32, autocast casts it down again
+        for module in encoder.decoder.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
     parameters = list(encoder.trainable().values())
     optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
 

@@ -1,5 +1,9 @@
+import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -297,3 +301,35 @@ def test_stored_vectors_of_the_bundled_model_are_still_what_they_were():
     for item in stored["readings"]:
         vectors = Encoder.load("tiny", **item["settings"]).encode(stored["texts"])
         np.testing.assert_allclose(vectors[:, :5], item["vectors"], atol=1e-5, err_msg=str(item["settings"]))
+
+
+HUB_SCRIPT = """
+import sys
+from encoder import Encoder
+encoder = Encoder.load("org/llama", prompt="cluster")
+print(encoder.contract.base, encoder.contract.revision, encoder.fingerprint)
+encoder.add_adapter(2)
+encoder.save(__import__("pathlib").Path(sys.argv[1]))
+again = Encoder.load(sys.argv[1])
+print(again.contract.base, again.contract.revision, again.fingerprint == encoder.fingerprint)
+"""
+
+
+def test_a_model_in_the_hub_cache_loads_without_network(llama, tmp_path):
+    """The cache's own layout: files named by hash under blobs/, links to them in the snapshot of a commit."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = tmp_path / "hub" / "models--org--llama"
+    snapshot = home / "snapshots" / commit
+    for folder in (snapshot, home / "blobs", home / "refs"):
+        folder.mkdir(parents=True)
+    (home / "refs" / "main").write_text(commit)
+    for file in Path(llama).iterdir():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        shutil.copy(file, home / "blobs" / digest)
+        (snapshot / file.name).symlink_to(home / "blobs" / digest)
+    environment = os.environ | {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    command = [sys.executable, "-c", HUB_SCRIPT, str(tmp_path / "run")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.strip().splitlines()
+    assert first.startswith(f"org/llama {commit} ") and second == f"org/llama {commit} True"
