@@ -49,7 +49,7 @@ from prompts import ROLES, InputError, get_prompt
 
 HERE = Path(__file__).resolve().parent
 CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.safetensors", "adapter_config.json"
-MODEL_FILES = ("model*.safetensors", "config.json", "tokenizer.json", "tokenizer.model")
+MODEL_FILES = ("model*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 POOLINGS = ("mean", "last", "position-mean", "attention")
 SCOPES = ("all", "text")
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
@@ -340,12 +340,15 @@ def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         if attention == "bidirectional":
             config.is_causal = False
-        model = AutoModel.from_pretrained(folder, config=config, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code)
+        settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+        model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **settings)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         raise InputError(f"{folder} does not hold a whole model: {' '.join(str(error).split())[:300]}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
+    if report["missing_keys"]:  # transformers fills them with random numbers
+        raise InputError(f"{folder} does not hold a whole model: no weights for {sorted(report['missing_keys'])[:3]}")
     if not tokenizer.is_fast:
         raise InputError(f"{folder} has no tokenizer.json: this project needs a fast tokenizer")
     if not hasattr(model, "layers"):
@@ -379,6 +382,8 @@ class Encoder:
         c = self.contract
         for index in c.layers:
             _check_layer(index, len(self.blocks))
+        if c.dims is not None and c.dims > self.decoder.config.hidden_size:
+            raise InputError(f"dims {c.dims} is more than the {self.decoder.config.hidden_size} numbers of this model's vectors")
         self._prompt_ids = {role: tuple(self._plain_ids([p["prefix"], p["suffix"]])) for role, p in c.prompts.items()}
         around = max(len(a) + len(b) for a, b in self._prompt_ids.values()) + c.bos + c.eos
         positions = getattr(self.decoder.config, "max_position_embeddings", None)
@@ -512,6 +517,8 @@ class Encoder:
         """Prefix, text and suffix are tokenised separately; the text is cut to `max_tokens`, the prompt never is."""
         if role not in ROLES:
             raise InputError(f"unknown role {role!r}: take one of {', '.join(ROLES)}")
+        if isinstance(texts, str):
+            raise InputError("texts must be a list of strings: put a single text in brackets")
         texts = list(texts)
         for i, text in enumerate(texts):
             if not isinstance(text, str):
@@ -629,7 +636,7 @@ class Encoder:
         layers = tuple(dict.fromkeys(i for view in wanted for i in view.layers))
         tokens = self.tokenise(texts, role)
         rows_with_tokens = [i for i, ids in enumerate(tokens.ids) if ids]
-        width = min(self.contract.dims or self.decoder.config.hidden_size, self.decoder.config.hidden_size)
+        width = self.contract.dims or self.decoder.config.hidden_size
         out = [np.zeros((len(tokens.ids), width), dtype=np.float32) for _ in wanted]
         self.decoder.eval()
         with tqdm(total=len(rows_with_tokens), desc="encoding", unit="text", disable=not progress, leave=False, file=sys.stderr) as bar:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ARCHITECTURES, TEXTS, make_model, make_tokenizer
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from encoder import POOLINGS, PRESETS, SCOPES, Contract, Encoder, View
@@ -145,6 +146,8 @@ def test_empty_texts(models_dir):
 def test_what_is_no_text_is_refused_by_its_number(llama):
     with pytest.raises(InputError, match="text 1 is NoneType"):
         Encoder.load(llama).encode(["a", None])
+    with pytest.raises(InputError, match="put a single text in brackets"):
+        Encoder.load(llama).encode("a text")
 
 
 def test_bos_takes_part_only_when_asked(llama):
@@ -162,6 +165,8 @@ def test_layers_dims_and_normalisation(llama):
     np.testing.assert_allclose(cut, raw[:, :8] / np.linalg.norm(raw[:, :8], axis=1, keepdims=True), atol=1e-6)
     with pytest.raises(InputError, match="layer 4 does not exist"):
         Encoder.load(llama, layers=(4,))
+    with pytest.raises(InputError, match="dims 33 is more than the 32"):
+        Encoder.load(llama, dims=33)
 
 
 def test_a_prompt_or_limit_that_does_not_fit_is_refused(llama):
@@ -285,6 +290,19 @@ def test_a_model_that_is_neither_here_nor_reachable(spec, monkeypatch):
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(InputError, match=r"neither embedding\.json"):
         Encoder.load(str(tmp_path))
+
+
+def test_a_model_with_missing_weights_is_not_filled_with_random_ones(llama, tmp_path):
+    folder = shutil.copytree(llama, tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    lost = weights.pop("model.layers.1.self_attn.k_proj.weight")
+    assert lost.dim() == 2
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"no weights for \['layers\.1\.self_attn\.k_proj\.weight'\]"):
+        Encoder.load(str(folder))
+    (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="does not hold a whole model"):
+        Encoder.load(str(folder))
 
 
 def test_presets_name_supported_classes():
