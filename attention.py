@@ -115,7 +115,7 @@ def read_texts(args: argparse.Namespace) -> list[str]:
     texts = list(args.text or [])
     if args.input:
         try:
-            texts += [line for line in args.input.read_text(encoding="utf-8").splitlines() if line.strip()]
+            texts += [line for line in args.input.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
         except UnicodeDecodeError as error:
             raise InputError(f"{args.input} is not UTF-8 (byte {error.start}): convert it first, for example with iconv -t utf-8") from None
     if not texts:
@@ -166,3 +166,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"attention.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

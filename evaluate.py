@@ -69,6 +69,8 @@ def read_table(path: Path) -> list[dict]:
     if suffix not in kinds:
         raise InputError(f"{path}: unknown kind of file, take one of .{', .'.join(kinds)} (csv and jsonl may be gzipped)")
     options = {"sep": "\t"} if suffix == "tsv" else {}
+    if kinds[suffix] == "csv":
+        options["keep_default_na"] = False  # "NA" and "None" are texts and labels like others
     try:
         rows = list(load_dataset(kinds[suffix], data_files=str(path), split="train", streaming=True, **options))
     except UnicodeDecodeError as error:
@@ -81,16 +83,16 @@ def read_table(path: Path) -> list[dict]:
 
 
 def column(rows: list[dict], name: str, path: Path, kind: type) -> list:
-    """One column as str or float; an empty cell is an empty text. Raises InputError naming the row."""
+    """One column as str or float. Only a text may be empty. Raises InputError naming the row."""
     values = []
     for i, row in enumerate(rows, 1):
-        value = row.get(name)
-        try:
-            values.append("" if value is None and name == "text" else kind(value) if value is not None else kind("nothing"))
-        except ValueError:
-            raise InputError(f"{path}, row {i}: {name} is {value!r}, which is no number") from None
-        if value is None and name != "text":
+        value = "" if row.get(name) is None else row[name]
+        if value == "" and not name.startswith("text"):
             raise InputError(f"{path}, row {i}: {name} is empty")
+        try:
+            values.append(kind(value))
+        except (ValueError, TypeError):
+            raise InputError(f"{path}, row {i}: {name} is {value!r}, which is no number") from None
     return values
 
 
@@ -99,24 +101,33 @@ def local_task(path: Path, task_type: str | None):
     if not path.exists():
         raise InputError(f"no file or folder {path}")
     name = path.name.removesuffix(".gz").rsplit(".", 1)[0] if path.is_file() else path.resolve().name
+    rows = [] if path.is_dir() else read_table(path)
+    columns = set(rows[0]) if rows else set()
     if path.is_dir():
-        return make_task(name, "Retrieval", retrieval_data(path))
-    rows = read_table(path)
-    columns = set(rows[0])
-    if {"text1", "text2", "score"} <= columns:
-        data = {"sentence1": column(rows, "text1", path, str), "sentence2": column(rows, "text2", path, str)}
+        fits, shape = ("Retrieval",), "a folder"
+    elif {"text1", "text2", "score"} <= columns:
+        fits, shape = ("STS",), "columns text1,text2,score"
+    elif {"text", "label"} <= columns:
+        fits, shape = ("Clustering", "Classification"), "columns text,label"
+    else:
+        raise InputError(f"{path}: needs columns text,label or text1,text2,score; it has {', '.join(sorted(columns))}")
+    kind = task_type or fits[0]
+    if kind not in fits:
+        raise InputError(f"{path}: {shape} make a task of type {' or '.join(fits)}, --task asks for {kind}")
+    if kind == "Retrieval":
+        return make_task(name, kind, retrieval_data(path))
+    if kind == "STS":
         scores = column(rows, "score", path, float)
         if len(set(scores)) < 2:
             raise InputError(f"{path}: all scores are {scores[0]}, there is nothing to correlate with")
-        return make_task(name, "STS", data | {"score": scores})
-    if not {"text", "label"} <= columns:
-        raise InputError(f"{path}: needs columns text,label or text1,text2,score; it has {', '.join(sorted(columns))}")
+        return make_task(
+            name, kind, {"sentence1": column(rows, "text1", path, str), "sentence2": column(rows, "text2", path, str), "score": scores}
+        )
     texts, labels = column(rows, "text", path, str), column(rows, "label", path, str)
     if len(set(labels)) < 2:
         raise InputError(f"{path}: one class only ({labels[0]!r}), there is nothing to tell apart")
-    if task_type == "Classification":
-        return make_task(name, "Classification", {"text": texts, "label": labels})
-    return make_task(name, "Clustering", {"sentences": texts, "labels": labels})
+    names = ("sentences", "labels") if kind == "Clustering" else ("text", "label")
+    return make_task(name, kind, dict(zip(names, (texts, labels), strict=True)))
 
 
 def retrieval_data(folder: Path) -> dict:
@@ -232,7 +243,7 @@ def choose_tasks(args: argparse.Namespace) -> list:
     if args.data:
         if names:
             raise InputError(f"--data is scored by its columns, --task {names[0]!r} names another task: leave one out")
-        return [local_task(path, types[0] if args.task and types else None) for path in args.data]
+        return [local_task(path, kind) for path in args.data for kind in (types if args.task else [None])]
     embedded = {p.name.removesuffix(".jsonl.gz"): p for p in sorted(TASKS.glob("*.jsonl.gz"))}
     local = [local_task(embedded[n], "Clustering") for n in names if n in embedded]
     names = [n for n in names if n not in embedded]
@@ -516,3 +527,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"evaluate.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -211,6 +211,8 @@ def read_texts(path: Path, column: str | None) -> list[tuple[str, str]]:
     if suffix not in kinds:
         raise InputError(f"{path}: unknown kind of file, take one of .{', .'.join(kinds)} (txt, csv and jsonl may be gzipped)")
     options = {"sep": "\t"} if suffix == "tsv" else {}
+    if kinds[suffix] == "csv":
+        options["keep_default_na"] = False  # "NA" and "None" are texts like others
     try:
         rows = list(load_dataset(kinds[suffix], data_files=str(path), split="train", streaming=True, **options))
     except UnicodeDecodeError as error:
@@ -434,3 +436,5 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"make_pairs.py: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

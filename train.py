@@ -56,7 +56,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     opener = gzip.open if path.suffix == ".gz" else open
     pairs = []
     try:
-        with opener(path, "rt", encoding="utf-8") as f:
+        with opener(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
                 if not line.strip():
                     continue
@@ -381,3 +381,5 @@ if __name__ == "__main__":
         sys.exit(2)
     except subprocess.CalledProcessError as error:  # make_pairs.py has said why
         sys.exit(error.returncode)
+    except KeyboardInterrupt:  # before the first step; later the loop ends in its own way
+        sys.exit(130)

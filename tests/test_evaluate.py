@@ -135,6 +135,20 @@ def test_bad_data_is_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_columns_and_task_must_agree(tmp_path):
+    path = labelled(tmp_path / "mine.csv")
+    with pytest.raises(InputError, match="columns text,label make a task of type Clustering or Classification, --task asks for STS"):
+        run("--data", path, "--task", "sts", "--model", "tiny")
+    both = choose("--data", path, "--task", "clustering", "classification")
+    assert [t.metadata.type for t in both] == ["Clustering", "Classification"]
+
+
+def test_words_that_mean_nothing_elsewhere_are_texts_and_labels(tmp_path):
+    path = write_csv(tmp_path / "mine.csv", "text,label", [("NA", "None"), ("null", "None"), ("nan", "1"), ("1", "1")])
+    data = evaluate.local_task(path, None).dataset["test"]
+    assert data["sentences"][:] == ["NA", "null", "nan", "1"] and data["labels"][:] == ["None", "None", "1", "1"]
+
+
 def test_an_empty_text_is_scored_and_told(tmp_path, capsys):
     path = labelled(tmp_path / "mine.csv")
     path.write_text(path.read_text() + ",animal\n")
