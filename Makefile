@@ -23,7 +23,7 @@ $(VENV)/ready: requirements.txt constraints.txt
 
 demo: setup clean-demo ## pairs, training, the table before and after, a picture of attention: offline, under 10 minutes
 	$(OFFLINE) $(PY) make_pairs.py docstrings --out demo/pairs.jsonl
-	$(OFFLINE) $(MALLOC) $(PY) train.py --pairs demo/pairs.jsonl --out runs/demo --steps 150
+	$(OFFLINE) $(MALLOC) $(PY) train.py --pairs demo/pairs.jsonl --out runs/demo --steps 150 --pooling position-mean --scope all
 	$(OFFLINE) $(PY) evaluate.py --embedded --baselines tfidf --model tiny runs/demo --prompt none cluster \
 	  --pooling mean last position-mean --scope all text --out demo/results.json
 	$(OFFLINE) $(PY) attention.py --model runs/demo --text "$(TEXT)" --out demo/attention

@@ -13,16 +13,14 @@ Weights are the softmax over all tokens of the sequence, averaged over the heads
 """
 
 import argparse
-import contextlib
 import json
 import sys
-import tempfile
 import warnings
 from pathlib import Path
 
 import torch
 
-from encoder import CONTRACT_FILE, PRESETS, Encoder, is_run
+from encoder import CONTRACT_FILE, PRESETS, Encoder, is_run, write_atomic
 from prompts import PROMPTS, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -54,9 +52,9 @@ def measure(encoder: Encoder, text: str) -> dict:
     pieces, parts = parts_of(encoder, text)
     if not pieces:
         raise InputError("an empty text without a prompt has no tokens to look at")
-    sides = {"adapter": last_token_attention(encoder, text)} if encoder.peft else {}
-    with encoder.untuned() if encoder.peft else contextlib.nullcontext():
-        sides = {"base": last_token_attention(encoder, text)} | sides
+    sides = {"base": last_token_attention(encoder.untuned(), text)}
+    if encoder.peft:
+        sides["adapter"] = last_token_attention(encoder, text)
     tokens = [
         {"piece": piece, "part": part} | {s: w[i] for s, w in sides.items()}
         for i, (piece, part) in enumerate(zip(pieces, parts, strict=True))
@@ -91,7 +89,7 @@ def draw(found: dict, model: str, path: Path) -> None:
         axes[-1, 0].set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
         axes[0, 0].legend(handles=[Patch(color=COLOURS[p], label=p) for p in found["shares"]], fontsize=8)
         figure.suptitle(f"{model}: attention of the last token in the last layer\n({NORMALISATION})", fontsize=10)
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, format="png", dpi=120)
         plt.close(figure)
 
 
@@ -128,6 +126,8 @@ def main(args: argparse.Namespace) -> None:
     runs = sorted((p.parent for p in (HERE / "runs").glob(f"*/{CONTRACT_FILE}")), key=lambda p: (p / CONTRACT_FILE).stat().st_mtime)
     model = args.model or (str(runs[-1]) if runs else "tiny")
     out = args.out or HERE / "attention" / Path(model).name
+    if args.pictures < 0:
+        raise InputError(f"--pictures must be 0 or more, not {args.pictures}")
     if out.exists():
         raise InputError(f"{out} exists already: choose another --out, or delete it first")
     prompt = args.prompt or (None if is_run(model) else "cluster")
@@ -145,13 +145,12 @@ def main(args: argparse.Namespace) -> None:
     name = Path(model).name
     report = {"model": name, "fingerprint": encoder.fingerprint, "normalisation": NORMALISATION, "texts": found}
     out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".attention-") as scratch:
-        folder = Path(scratch) / "all"
-        folder.mkdir()
-        (folder / "attention.json").write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        for i, item in enumerate(found[: args.pictures], 1):
-            draw(item, name, folder / f"text-{i:03d}.png")
-        folder.rename(out)
+    out.mkdir()
+    write_atomic(
+        out / "attention.json", lambda path: path.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    )
+    for i, item in enumerate(found[: args.pictures], 1):
+        write_atomic(out / f"text-{i:03d}.png", lambda path, item=item: draw(item, name, path))
     print(f"model {name}, fingerprint {encoder.fingerprint}; {NORMALISATION}")
     parts = [p for p in COLOURS if any(p in item["shares"] for item in found)]
     for side in [s for s in ("base", "adapter") if s in found[0]["tokens"][0]]:

@@ -17,6 +17,7 @@ dtype, device, batch size and padding side are facts of the machine and no part 
 Legend: N texts, B rows of a batch, L padded length, H heads, D hidden size.
 """
 
+import contextlib
 import copy
 import functools
 import hashlib
@@ -28,14 +29,16 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -49,7 +52,18 @@ from prompts import ROLES, InputError, get_prompt
 
 HERE = Path(__file__).resolve().parent
 CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.safetensors", "adapter_config.json"
-MODEL_FILES = ("model*.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+# what turns text into ids and ids into states
+MODEL_FILES = (
+    "model*.safetensors",
+    "config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.py",
+)
+MODEL_TYPES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox")  # tested: see tests/conftest.py
 POOLINGS = ("mean", "last", "position-mean", "attention")
 SCOPES = ("all", "text")
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
@@ -68,7 +82,7 @@ class Preset:
 
 
 PRESETS = {
-    "tiny": Preset(str(HERE / "models" / "tiny"), 96, 1e-3),
+    "tiny": Preset(str(HERE / "models" / "tiny"), 96, 2e-3),
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", 120, 2e-4),
     "pythia-160m": Preset("EleutherAI/pythia-160m", 120, 2e-4),
     "qwen3-0.6b": Preset("Qwen/Qwen3-0.6B", 120, 1e-4),
@@ -116,25 +130,41 @@ class Contract:
     version: int = 1
 
     def __post_init__(self):
-        object.__setattr__(self, "layers", tuple(self.layers))
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+
+        def number(x, least=1):
+            return isinstance(x, int) and not isinstance(x, bool) and x >= least
+
+        def texts(x, names):
+            return isinstance(x, dict) and set(x) == set(names) and all(isinstance(v, str) for v in x.values())
+
+        prompts = self.prompts
         rules = (
             ("version", self.version == 1, "1 (written by a newer version of this project?)"),
+            ("base", isinstance(self.base, str), "a name"),
+            ("revision", isinstance(self.revision, str), "a commit or hash"),
             ("pooling", self.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
             ("scope", self.scope in SCOPES, f"one of {', '.join(SCOPES)}"),
             ("attention", self.attention in ("causal", "bidirectional"), "causal or bidirectional"),
-            ("max_tokens", isinstance(self.max_tokens, int) and self.max_tokens > 0, "a number of tokens above 0"),
-            ("dims", self.dims is None or self.dims > 0, "a number above 0, or None"),
-            ("layers", len(self.layers) > 0 and all(isinstance(i, int) for i in self.layers), "one or more layer numbers"),
-            ("keep_bos", not self.keep_bos or (self.bos and self.scope == "all"), "used with a BOS token and scope all only"),
+            ("max_tokens", number(self.max_tokens), "a number of tokens above 0"),
+            ("dims", self.dims is None or number(self.dims), "a number above 0, or nothing"),
+            ("layers", isinstance(self.layers, tuple) and self.layers and all(number(i, -(10**6)) for i in self.layers), "layer numbers"),
+            *((name, isinstance(getattr(self, name), bool), "true or false") for name in ("bos", "eos", "keep_bos", "normalize")),
+            ("keep_bos", not self.keep_bos or (self.bos and self.scope == "all"), "left out unless BOS is added and the scope is all"),
+            ("data", self.data is None or texts(self.data, ("name", "sha256")), "name and sha256 of the training pairs, or nothing"),
             (
                 "prompts",
-                set(self.prompts) == set(ROLES) and all(set(p) == {"prefix", "suffix"} for p in self.prompts.values()),
+                isinstance(prompts, dict) and set(prompts) == set(ROLES) and all(texts(p, ("prefix", "suffix")) for p in prompts.values()),
                 "a prefix and a suffix for query and for document",
             ),
         )
         for name, holds, wanted in rules:
             if not holds:
                 raise InputError(f"{name} must be {wanted}: got {getattr(self, name)!r}")
+
+    def view(self) -> "View":
+        return View(self.pooling, self.scope, self.layers, self.keep_bos)
 
     def bare(self) -> bool:
         """Whether nothing but the text itself, and perhaps BOS, is given to the model."""
@@ -156,9 +186,18 @@ class Contract:
             raise InputError(f"{where}: unknown fields {sorted(names - known)}, missing fields {sorted(known - names)}")
         return cls(**found)
 
+    @classmethod
+    def read(cls, run: str | Path) -> "Contract":
+        """The contract of a run's folder."""
+        path = Path(run) / CONTRACT_FILE
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is damaged (not UTF-8): restore it from the run that wrote it") from None
+
     def override(self, changes: dict, *, force: bool = False) -> "Contract":
         """The contract under flags that were given. A contradiction raises InputError with both values, unless `force`."""
-        changes = {k: tuple(v) if k == "layers" else v for k, v in changes.items()}
+        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
         differing = {k: v for k, v in changes.items() if getattr(self, k) != v}
         if differing and not force:
             told = "; ".join(f"{k} is {getattr(self, k)!r} in the run, {v!r} was asked for" for k, v in differing.items())
@@ -173,6 +212,14 @@ def _file_hash(path: Path) -> str:
         return blob
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _adapter_hash(run: Path) -> str:
+    """Hash of the adapter's weights and of what its config says about how they are applied."""
+    config = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern")
+    applied = {k: sorted(v) if isinstance(v := config.get(k), list) else v for k in names}
+    return hashlib.sha256((_file_hash(run / ADAPTER_FILE) + json.dumps(applied, sort_keys=True)).encode()).hexdigest()
 
 
 def _folder_hash(folder: Path) -> str:
@@ -223,6 +270,7 @@ class View(NamedTuple):
     pooling: str
     scope: str = "all"
     layers: tuple[int, ...] = (-1,)
+    keep_bos: bool = False
 
 
 class _Recorder:
@@ -238,7 +286,8 @@ def _attention(module, query, key, value, attention_mask, recorder=None, **kwarg
         row = torch.arange(len(query), device=query.device)
         q = query[row, :, recorder.last].float()  # (B, H, d)
         k = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()  # (B, H, L, d)
-        scores = torch.einsum("bhd,bhld->blh", q, k) * kwargs["scaling"]
+        with torch.autocast(query.device.type, enabled=False):
+            scores = torch.einsum("bhd,bhld->blh", q, k) * kwargs["scaling"]
         if attention_mask is not None:  # (B or 1, 1, L, L) bool
             seen = attention_mask.expand(len(query), *attention_mask.shape[1:])[row, 0, recorder.last]
             scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
@@ -256,7 +305,10 @@ def pick_device(device: str | None = None) -> torch.device:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device: leave it out or take cpu")
-    return torch.device(device)
+    try:
+        return torch.device(device)
+    except RuntimeError:
+        raise InputError(f"unknown device {device!r}: take cpu, cuda or cuda:N") from None
 
 
 def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
@@ -282,13 +334,13 @@ def hub_answers(seconds: float = 3.0) -> bool:
     """Whether the model and data hub can be reached: decided once, within `seconds` whatever the network does."""
     if any(os.environ.get(name, "").upper() in ("1", "TRUE", "YES", "ON") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")):
         return False
-    host = os.environ.get("HF_ENDPOINT", "https://huggingface.co").split("//")[-1].split("/")[0]
-    name, _, port = host.partition(":")
+    hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    address = urlsplit(getproxies().get(urlsplit(hub).scheme) or hub)
     answers = []
 
     def knock():
         try:
-            socket.create_connection((name, int(port or 443)), timeout=seconds).close()
+            socket.create_connection((address.hostname, address.port or 443), timeout=seconds).close()
             answers.append(True)
         except OSError:
             pass
@@ -300,10 +352,11 @@ def hub_answers(seconds: float = 3.0) -> bool:
 
 
 def is_run(spec: str) -> bool:
-    return (Path(spec) / CONTRACT_FILE).is_file()
+    """A preset's name is that preset, whatever folder of the same name is around."""
+    return spec not in PRESETS and (Path(spec) / CONTRACT_FILE).is_file()
 
 
-def _find_base(spec: str) -> tuple[str, str, str | None]:
+def find_base(spec: str) -> tuple[str, str, str | None]:
     """A preset, folder or hub id (`org/name` or `org/name@revision`) -> name in the contract, source, revision."""
     if spec in PRESETS and not Path(PRESETS[spec].base).is_absolute():
         return PRESETS[spec].base, PRESETS[spec].base, None
@@ -322,13 +375,13 @@ def _find_base(spec: str) -> tuple[str, str, str | None]:
 def _fetch(source: str, revision: str | None, trust_remote_code: bool) -> Path:
     """The folder of a hub model in the local cache, downloaded where it can be. Its name is the commit."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.errors import HTTPError  # of the client that the hub package uses
 
-    wanted = [*MODEL_FILES, "*.json"] + ["*.py"] * trust_remote_code
+    wanted = [f for f in MODEL_FILES if trust_remote_code or f != "*.py"]
     online = hub_answers()  # without this, every file is asked for with retries, half a minute long
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=wanted, local_files_only=not online))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError) as error:
         where = "the hub has none that may be read" if online else "it is not on this machine, and the hub does not answer"
         raise InputError(f"cannot load {source!r}: {where} ({' '.join(str(error).split()).split('. ')[0][:200]})") from None
 
@@ -338,28 +391,30 @@ def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, 
     transformers_logging.set_verbosity_error()  # unused weights of the language-model head are expected
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if config.model_type not in MODEL_TYPES:
+            raise InputError(f"{folder} is a model of type {config.model_type!r}: supported are {', '.join(MODEL_TYPES)}")
         if attention == "bidirectional":
             config.is_causal = False
         settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **settings)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except InputError:
+        raise
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{folder} does not hold a whole model: {' '.join(str(error).split())[:300]}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     if report["missing_keys"]:  # transformers fills them with random numbers
         raise InputError(f"{folder} does not hold a whole model: no weights for {sorted(report['missing_keys'])[:3]}")
     if not tokenizer.is_fast:
-        raise InputError(f"{folder} has no tokenizer.json: this project needs a fast tokenizer")
-    if not hasattr(model, "layers"):
-        raise InputError(f"{folder}: {type(model).__name__} is no decoder-only text model (no `layers`)")
+        raise InputError(f"{folder}: its tokenizer has no fast version, which this project needs")
     return model, tokenizer
 
 
 def _check_layer(index: int, n_layers: int) -> int:
     """Layer number of a contract -> 0..n_layers for raw residual states, -1 for the state after the final norm."""
     resolved = index if index >= -1 else n_layers + 1 + index
-    if not -1 <= resolved <= n_layers:
+    if (index < -1 and resolved < 0) or resolved > n_layers:
         raise InputError(f"layer {index} does not exist: this model has blocks 1 to {n_layers}, 0 (embeddings) and -1 (final norm)")
     return resolved
 
@@ -371,7 +426,7 @@ class Encoder:
         self.decoder, self.tokenizer, self.contract = model, tokenizer, contract
         self.source, self.base_hash, self.adapter_hash = source, base_hash, None
         self.device, self.dtype, self.padding_side = device, dtype, padding_side or "right"
-        self.peft = None  # the adapter's handle; its layers sit inside `decoder`
+        self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
         self.blocks = model.layers
         self.n_empty = self.n_cut = 0  # texts since the last `warnings(clear=True)` that were empty, or too long
         model.set_attn_implementation("sdpa_recorded")
@@ -418,9 +473,11 @@ class Encoder:
                     its contract raises InputError unless `override_contract`.
         """
         overrides = {k: v for k, v in overrides.items() if v is not None}
-        unknown = set(overrides) - ({f.name for f in fields(Contract)} | {"prompt"}) | set(overrides) & {"base", "revision", "version"}
-        if unknown:
-            raise InputError(f"unknown settings {sorted(unknown)}: the contract's fields are {[f.name for f in fields(Contract)]}")
+        settable = {f.name for f in fields(Contract)} - {"base", "revision", "version"} | {"prompt"}
+        if set(overrides) - settable:
+            raise InputError(f"unknown settings {sorted(set(overrides) - settable)}: there are {', '.join(sorted(settable))}")
+        if padding_side not in (None, "left", "right"):
+            raise InputError(f"padding_side is left or right, not {padding_side!r}")
         if "prompt" in overrides:
             overrides["prompts"] = get_prompt(overrides.pop("prompt")).roles()
         device = pick_device(device)
@@ -428,10 +485,9 @@ class Encoder:
         run, contract = None, None
         if is_run(spec):
             run = Path(spec)
-            contract = Contract.from_json((run / CONTRACT_FILE).read_text(encoding="utf-8"), str(run / CONTRACT_FILE))
-            contract = contract.override(overrides, force=override_contract)
+            contract = Contract.read(run).override(overrides, force=override_contract)
             spec = _base_of_run(run, contract)
-        name, source, revision = _find_base(spec)
+        name, source, revision = find_base(spec)
         if contract and not Path(source).is_dir():
             revision = contract.revision
         attention = contract.attention if contract else overrides.get("attention", "causal")
@@ -457,7 +513,8 @@ class Encoder:
     @property
     def fingerprint(self) -> str:
         """16 hex digits over the contract and the base's and the adapter's files: equal vectors or a different name."""
-        parts = (self.contract.to_json(), self.base_hash, self.adapter_hash or "")
+        settings = {k: v for k, v in asdict(self.contract).items() if k != "base"}  # a folder's name changes no vector
+        parts = (json.dumps(settings, sort_keys=True), self.base_hash, self.adapter_hash or "")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
     # ------------------------------------------------------------------------------------------------- adapter
@@ -487,26 +544,29 @@ class Encoder:
             config.save_pretrained(scratch)
             os.replace(Path(scratch) / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
         write_atomic(folder / CONTRACT_FILE, lambda path: Path(path).write_text(self.contract.to_json(), encoding="utf-8"))
-        self.adapter_hash = _file_hash(folder / ADAPTER_FILE)
+        self.adapter_hash = _adapter_hash(folder)
 
     def _load_adapter(self, run: Path) -> None:
         from peft import LoraConfig, set_peft_model_state_dict
 
         if not (run / ADAPTER_FILE).is_file():
             raise InputError(f"{run} has a contract but no {ADAPTER_FILE}: its training was stopped before the first checkpoint")
-        self.peft = _wrap(self.decoder, LoraConfig.from_pretrained(run))
-        found = set_peft_model_state_dict(self.peft, load_file(run / ADAPTER_FILE))
+        try:
+            self.peft = _wrap(self.decoder, LoraConfig.from_pretrained(run))
+            found = set_peft_model_state_dict(self.peft, load_file(run / ADAPTER_FILE))
+        except (SafetensorError, json.JSONDecodeError, RuntimeError, ValueError, TypeError) as error:
+            raise InputError(f"the adapter in {run} is damaged or does not fit its base: {' '.join(str(error).split())[:200]}") from None
         lost = [k for k in found.missing_keys if "lora_" in k]
         if found.unexpected_keys or lost:
             raise InputError(f"{run / ADAPTER_FILE} does not fit its base: missing {lost[:3]}, unexpected {found.unexpected_keys[:3]}")
         self.peft.requires_grad_(False).eval()
-        self.adapter_hash = _file_hash(run / ADAPTER_FILE)
+        self.adapter_hash = _adapter_hash(run)
 
-    @contextmanager
-    def untuned(self):
-        """Inside, the base model alone computes, under the same contract."""
-        with self.peft.disable_adapter():
-            yield self
+    def untuned(self) -> "Encoder":
+        """The base model alone under the same contract, from the same weights in memory."""
+        other = self.reread(data=None)
+        other.adapter_on, other.adapter_hash = False, None
+        return other
 
     # ---------------------------------------------------------------------------------- tokenise, run, pool, finish
 
@@ -528,7 +588,12 @@ class Encoder:
         head = ([self.tokenizer.bos_token_id] if c.bos else []) + prefix
         tail = suffix + ([self.tokenizer.eos_token_id] if c.eos else [])
         ids, spans, n_empty, n_cut = [], [], 0, 0
-        for own in self._plain_ids(texts):
+        try:
+            all_ids = self._plain_ids(texts)
+        except TypeError:  # half of a surrogate pair, as JSON may carry it, is no character
+            broken = next(i for i, text in enumerate(texts) if text.encode("utf-8", "replace").decode() != text)
+            raise InputError(f"text {broken} holds half a surrogate pair and cannot be written as UTF-8: {texts[broken][:60]!a}") from None
+        for own in all_ids:
             n_empty += not own
             n_cut += len(own) > c.max_tokens
             own = own[: c.max_tokens]
@@ -585,7 +650,8 @@ class Encoder:
             for number in set(numbers.values()) - {-1}:
                 block = self.blocks[max(number - 1, 0)]
                 hooks.append(block.register_forward_pre_hook(keep(0)) if number == 0 else block.register_forward_hook(keep(number)))
-            final = self.decoder(input_ids=batch.input_ids, use_cache=False, **kwargs).last_hidden_state
+            with self.peft.disable_adapter() if self.peft and not self.adapter_on else contextlib.nullcontext():
+                final = self.decoder(input_ids=batch.input_ids, use_cache=False, **kwargs).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
@@ -597,11 +663,11 @@ class Encoder:
     def pool(self, states: States, batch: Batch, view: View | None = None) -> Tensor:
         """States -> (B, D) float32, as `view` says (default: the contract), then finished: cut to dims, normalised."""
         c = self.contract
-        view = view or View(c.pooling, c.scope, c.layers)
+        view = view or c.view()
         values = states.layers[view.layers[0]]
         if len(view.layers) > 1:
             values = torch.stack([states.layers[i].float() for i in view.layers]).mean(0)
-        mask = batch.scope(view.scope, c.keep_bos)
+        mask = batch.scope(view.scope, view.keep_bos)
         if view.pooling == "mean":
             vectors = mean_pool(values, mask=mask)
         elif view.pooling == "position-mean":  # weight i for the scope's i-th token: SGPT, Muennighoff 2022, arXiv 2202.08904
@@ -632,7 +698,7 @@ class Encoder:
         """
         from tqdm import tqdm
 
-        wanted = views or [View(self.contract.pooling, self.contract.scope, self.contract.layers)]
+        wanted = views or [self.contract.view()]
         layers = tuple(dict.fromkeys(i for view in wanted for i in view.layers))
         tokens = self.tokenise(texts, role)
         rows_with_tokens = [i for i, ids in enumerate(tokens.ids) if ids]
@@ -679,19 +745,18 @@ def write_atomic(path: Path, write) -> None:
 
 
 def _base_of_run(run: Path, contract: Contract) -> str:
-    if contract.base in PRESETS:
-        return contract.base
+    """Where a run's base is: the folder its adapter names, the bundled model, or the hub."""
     try:
         recorded = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, json.JSONDecodeError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError):
         raise InputError(f"{run / ADAPTER_CONFIG} is missing or damaged: the run cannot be loaded without it") from None
-    if "/" in contract.base and not Path(recorded).is_dir():
+    if Path(recorded).is_dir():
+        return recorded
+    if not contract.revision.startswith("sha256:"):
         return contract.base
-    if not Path(recorded).is_dir():
-        raise InputError(
-            f"{run}: its base {contract.base} was at {recorded} and is not there any more: bring it back or mend {ADAPTER_CONFIG}"
-        )
-    return recorded
+    if contract.base in PRESETS and Path(PRESETS[contract.base].base).is_dir():
+        return contract.base
+    raise InputError(f"{run}: its base {contract.base} was at {recorded} and is not there any more: bring it back or mend {ADAPTER_CONFIG}")
 
 
 def default_scope(pooling: str) -> str:

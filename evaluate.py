@@ -19,25 +19,41 @@ module, none of them in the docstring pairs. Vectors are normalised before they 
 
 import argparse
 import copy
+import csv
+import gzip
 import hashlib
 import itertools
 import json
 import logging
+import math
 import os
 import platform
 import random
 import sys
 import time
 import warnings
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from dataclasses import fields
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
-from encoder import CONTRACT_FILE, POOLINGS, PRESETS, SCOPES, Contract, Encoder, View, default_scope, hub_answers, is_run, write_atomic
+from encoder import (
+    CONTRACT_FILE,
+    POOLINGS,
+    PRESETS,
+    SCOPES,
+    Contract,
+    Encoder,
+    View,
+    default_scope,
+    find_base,
+    hub_answers,
+    is_run,
+    write_atomic,
+)
 from prompts import PROMPTS, TASK_PROMPTS, InputError, get_prompt
 
 HERE = Path(__file__).resolve().parent
@@ -60,22 +76,33 @@ CATEGORIES = {"Clustering": "t2c", "Classification": "t2c", "STS": "t2t", "Retri
 
 
 def read_table(path: Path) -> list[dict]:
-    """Rows of a csv, tsv, jsonl (also .gz) or parquet file, through `datasets`. Raises InputError for what cannot be read."""
-    from datasets import load_dataset
+    """Rows of a csv, tsv, jsonl (also .gz) or parquet file, through `datasets`; cells of csv and tsv are strings as they stand.
+
+    Raises InputError for what cannot be read.
+    """
+    from datasets import Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     suffix = "".join(s for s in path.suffixes[-2:] if s != ".gz").lower().rpartition(".")[2]
     kinds = {"csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
     if suffix not in kinds:
         raise InputError(f"{path}: unknown kind of file, take one of .{', .'.join(kinds)} (csv and jsonl may be gzipped)")
-    options = {"sep": "\t"} if suffix == "tsv" else {}
-    if kinds[suffix] == "csv":
-        options["keep_default_na"] = False  # "NA" and "None" are texts and labels like others
+    options = {}
     try:
+        if kinds[suffix] == "csv":  # "NA" is a text and "007" a label: nothing is guessed
+            sep = "\t" if suffix == "tsv" else ","
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
+                header = next(csv.reader(f, delimiter=sep), [])
+            options = {
+                "sep": sep,
+                "keep_default_na": False,
+                "encoding": "utf-8-sig",
+                "features": Features({c: Value("string") for c in header}),
+            }
         rows = list(load_dataset(kinds[suffix], data_files=str(path), split="train", streaming=True, **options))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it first, for example with iconv -t utf-8") from None
-    except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration) as error:
+    except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration, zlib.error) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())[:200] or 'it is empty'}") from None
     if not rows:
         raise InputError(f"{path} is empty")
@@ -85,14 +112,16 @@ def read_table(path: Path) -> list[dict]:
 def column(rows: list[dict], name: str, path: Path, kind: type) -> list:
     """One column as str or float. Only a text may be empty. Raises InputError naming the row."""
     values = []
-    for i, row in enumerate(rows, 1):
-        value = "" if row.get(name) is None else row[name]
-        if value == "" and not name.startswith("text"):
+    for i, cells in enumerate(rows, 1):
+        value = "" if cells.get(name) is None else cells[name]
+        if value == "" and not name.startswith(("text", "title")):
             raise InputError(f"{path}, row {i}: {name} is empty")
         try:
             values.append(kind(value))
         except (ValueError, TypeError):
             raise InputError(f"{path}, row {i}: {name} is {value!r}, which is no number") from None
+        if kind is float and not math.isfinite(values[-1]):
+            raise InputError(f"{path}, row {i}: {name} is {value!r}, which is no number to compare")
     return values
 
 
@@ -143,18 +172,31 @@ def retrieval_data(folder: Path) -> dict:
         path, rows = found[stem]
         if not {"_id", "text"} <= set(rows[0]):
             raise InputError(f"{path}: needs _id and text, has {', '.join(rows[0])}")
-        out[stem] = [{"id": str(r["_id"]), "text": r["text"] or ""} | ({"title": r["title"] or ""} if "title" in r else {}) for r in rows]
+        out[stem] = {"id": column(rows, "_id", path, str), "text": column(rows, "text", path, str)}
+        if "title" in rows[0]:
+            out[stem]["title"] = column(rows, "title", path, str)
+        twice = [i for i, n in Counter(out[stem]["id"]).items() if n > 1]
+        if twice:
+            raise InputError(f"{path}: _id {twice[0]!r} stands there more than once")
     path, rows = found["qrels.tsv"]
     if not {"query-id", "corpus-id", "score"} <= set(rows[0]):
         raise InputError(f"{path}: needs a first line with query-id, corpus-id and score, has {', '.join(map(str, rows[0]))}")
-    known = {stem: {r["id"] for r in out[stem]} for stem in out}
+    queries, documents = set(out["queries.jsonl"]["id"]), set(out["corpus.jsonl"]["id"])
     relevant = defaultdict(dict)
-    for i, row in enumerate(rows, 1):
-        query, document = str(row["query-id"]), str(row["corpus-id"])
-        if query not in known["queries.jsonl"] or document not in known["corpus.jsonl"]:
+    scores = column(rows, "score", path, float)
+    for i, (query, document, score) in enumerate(
+        zip(column(rows, "query-id", path, str), column(rows, "corpus-id", path, str), scores, strict=True), 1
+    ):
+        if query not in queries or document not in documents:
             raise InputError(f"{path}, row {i}: query {query!r} or document {document!r} is not in the other files")
-        relevant[query][document] = int(row["score"])
-    return {"corpus": out["corpus.jsonl"], "queries": [q for q in out["queries.jsonl"] if q["id"] in relevant], "relevant": dict(relevant)}
+        if score != int(score):
+            raise InputError(f"{path}, row {i}: score is {score}, mteb grades relevance in whole numbers")
+        relevant[query][document] = int(score)
+    if not any(score > 0 for grades in relevant.values() for score in grades.values()):
+        raise InputError(f"{path}: no document is relevant to any query")
+    kept = [i for i, query in enumerate(out["queries.jsonl"]["id"]) if query in relevant]
+    asked = {name: [values[i] for i in kept] for name, values in out["queries.jsonl"].items()}
+    return {"corpus": out["corpus.jsonl"], "queries": asked, "relevant": dict(relevant)}
 
 
 def make_task(name: str, task_type: str, data: dict):
@@ -201,7 +243,7 @@ def make_task(name: str, task_type: str, data: dict):
         task.dataset = datasets.DatasetDict(test=datasets.Dataset.from_dict(data))
     else:
         task = type("LocalRetrieval", (Local, AbsTaskRetrieval), {})()
-        corpus, queries = datasets.Dataset.from_list(data["corpus"]), datasets.Dataset.from_list(data["queries"])
+        corpus, queries = datasets.Dataset.from_dict(data["corpus"]), datasets.Dataset.from_dict(data["queries"])
         task.dataset = {"default": {"test": {"corpus": corpus, "queries": queries, "relevant_docs": data["relevant"], "top_ranked": None}}}
     return task
 
@@ -237,32 +279,35 @@ def in_cache(task) -> bool:
 
 def choose_tasks(args: argparse.Namespace) -> list:
     """What --task, --benchmark and --data ask for, as mteb tasks that have not been run yet."""
-    wanted = args.task or ["clustering"]
-    types = [TYPES[t.lower()] for t in wanted if t.lower() in TYPES]
-    names = [t for t in wanted if t.lower() not in TYPES]
-    if args.data:
-        if names:
-            raise InputError(f"--data is scored by its columns, --task {names[0]!r} names another task: leave one out")
-        return [local_task(path, kind) for path in args.data for kind in (types if args.task else [None])]
+    named = args.task or ([] if args.benchmark else ["clustering"])
+    types = [TYPES[t.lower()] for t in named if t.lower() in TYPES]
     embedded = {p.name.removesuffix(".jsonl.gz"): p for p in sorted(TASKS.glob("*.jsonl.gz"))}
-    local = [local_task(embedded[n], "Clustering") for n in names if n in embedded]
-    names = [n for n in names if n not in embedded]
-    types = [] if names or local else types
-    if args.embedded and types == ["Clustering"]:
-        return [local_task(p, "Clustering") for p in embedded.values()]
-    if not types and not names:
+    local = [local_task(embedded[t], "Clustering") for t in named if t in embedded]
+    names = [t for t in named if t.lower() not in TYPES and t not in embedded]
+    if args.data:
+        if names or local:
+            raise InputError(f"--data is scored by its columns, --task {(names or named)[0]!r} names another task: leave one out")
+        tasks = [local_task(path, kind) for path in args.data for kind in (types if args.task else [None])]
+        for (name, kind), n in Counter((t.metadata.name, t.metadata.type) for t in tasks).items():
+            if n > 1:
+                raise InputError(f"two --data files make a {kind} task called {name!r}: rename one, the table could not tell them apart")
+        return tasks
+    if args.embedded:
+        if names or types != ["Clustering"]:
+            raise InputError("--embedded are clustering tasks: leave --task out beside it")
+        return [local_task(path, "Clustering") for path in embedded.values()]
+    if local and not types and not names:
         return local
 
     import mteb
 
     try:
-        found = mteb.get_tasks(tasks=names, languages=["eng"]) if names else mteb.get_benchmark(args.benchmark or BENCHMARK).tasks
-        tasks = list(found)
+        tasks = list(mteb.get_tasks(tasks=names, languages=["eng"])) if names else []
+        track = mteb.get_benchmark(args.benchmark or BENCHMARK).tasks if types or not named else []
+        tasks += [t for t in track if not named or t.metadata.type in types]
     except (KeyError, ValueError) as error:
         hint = f"types are {', '.join(TYPES)}; embedded tasks {', '.join(embedded)}"
         raise InputError(f"{' '.join(str(error).split())[:200]} ({hint}; or a task name of mteb)") from None
-    if not (args.benchmark and not args.task):
-        tasks = [t for t in tasks if names or t.metadata.type in types]
     online = hub_answers()
     available = tasks if online else [t for t in tasks if in_cache(t)]
     if available:
@@ -270,10 +315,10 @@ def choose_tasks(args: argparse.Namespace) -> list:
             os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
             print(f"no network: running the {len(available)} of {len(tasks)} tasks whose data is in the cache", file=sys.stderr)
         return local + available
-    what = args.benchmark or (", ".join(names) if names else f"{'/'.join(types)} of {BENCHMARK}")
-    if types == ["Clustering"] and not args.benchmark:
+    what = ", ".join([*names, *types] or ["all tasks"]) + (f" of {args.benchmark or BENCHMARK}" if types or not named else "")
+    if types == ["Clustering"] and not names and not args.benchmark:
         print(f"the data of {what} cannot be had (no network, nothing in the cache): scoring the embedded clustering tasks instead")
-        return [local_task(p, "Clustering") for p in embedded.values()]
+        return [local_task(path, "Clustering") for path in embedded.values()]
     raise InputError(f"the data of {what} cannot be had (no network, nothing in the cache): score your own with --data")
 
 
@@ -319,9 +364,9 @@ class SharedPasses:
         return encode
 
 
-def row(passes: SharedPasses, encoder: Encoder, label: str) -> Scored:
+def scored_row(passes: SharedPasses, encoder: Encoder, label: str) -> Scored:
     c = encoder.contract
-    return Scored(label, encoder.fingerprint, json.loads(c.to_json()), passes.reader(View(c.pooling, c.scope, c.layers)))
+    return Scored(label, encoder.fingerprint, json.loads(c.to_json()), passes.reader(c.view()))
 
 
 def tfidf(texts: list[str], role: str) -> np.ndarray:
@@ -329,7 +374,10 @@ def tfidf(texts: list[str], role: str) -> np.ndarray:
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    counts = TfidfVectorizer().fit_transform(texts)
+    try:
+        counts = TfidfVectorizer().fit_transform(texts)
+    except ValueError:
+        raise InputError("--baselines tfidf finds no words of two letters or more in these texts: leave it out") from None
     return TruncatedSVD(min(100, *(n - 1 for n in counts.shape)), random_state=0).fit_transform(counts).astype(np.float32)
 
 
@@ -358,30 +406,29 @@ def newest_run() -> Path | None:
 def rows_of(args: argparse.Namespace, task_type: str) -> Iterator[list[Scored]]:
     """The table's rows for a type of task, in groups that share one model in memory, each group loaded when it is asked for."""
     if args.baselines:
-        if task_type in ("Retrieval", "Reranking") and "tfidf" in args.baselines:
-            raise InputError("--baselines tfidf is fitted on the texts of one side: it cannot score retrieval")
+        if task_type != "Clustering" and "tfidf" in args.baselines:
+            raise InputError(f"--baselines tfidf is fitted on the texts that it is given at once: it can score clustering, not {task_type}")
         yield from ([baseline(name)] for name in args.baselines)
     machine = {"dtype": args.dtype, "device": args.device, "trust_remote_code": args.trust_remote_code}
-    flags = {"max_tokens": args.max_tokens, "keep_bos": args.keep_bos or None, "dims": args.dims, "layers": args.layers}
+    flags = {"max_tokens": args.max_tokens, "dims": args.dims, "layers": args.layers}
     run = None if args.model else newest_run()
     for spec in args.model or ([str(run)] if run else ["tiny"]):
         if not is_run(spec):
             for prompt in args.prompt or [TASK_PROMPTS.get(task_type, "none")]:
                 yield base_rows(spec, prompt, args, machine | flags)
             continue
-        encoder = Encoder.load(spec, override_contract=args.override_contract, **machine, **flags, **flags_for_run(spec, args))
-        yield [row(SharedPasses(encoder), encoder, os.path.relpath(spec))]
+        chosen = flags_for_run(spec, args)
+        encoder = Encoder.load(spec, override_contract=args.override_contract, **machine, **flags, **chosen)
+        yield [scored_row(SharedPasses(encoder), encoder, os.path.relpath(spec))]
         if run:  # the base under the run's own contract: the difference is what training brought
-            own = ("base", "revision", "data", "version")
-            same = {f.name: getattr(encoder.contract, f.name) for f in fields(Contract) if f.name not in own}
-            base = Encoder.load(encoder.source, **machine, **same)
-            yield [row(SharedPasses(base), base, f"{base.contract.base}, untuned, same contract")]
+            base = encoder.untuned()
+            yield [scored_row(SharedPasses(base), base, f"{base.contract.base}, untuned, same contract")]
 
 
 def flags_for_run(spec: str, args: argparse.Namespace) -> dict:
     """A run keeps its own prompt, pooling and scope where they are among those given; another single value is passed on."""
-    contract = Contract.from_json((Path(spec) / CONTRACT_FILE).read_text(encoding="utf-8"), str(Path(spec) / CONTRACT_FILE))
-    chosen = {}
+    contract = Contract.read(spec)
+    chosen = {"keep_bos": True} if args.keep_bos else {}
     for name in ("prompt", "pooling", "scope"):
         given = getattr(args, name) or []
         own = contract.prompts if name == "prompt" else getattr(contract, name)
@@ -391,7 +438,24 @@ def flags_for_run(spec: str, args: argparse.Namespace) -> dict:
                     f"{name} is {own!r} in {spec}, {given} were asked for: add the run's own, or give one with --override-contract"
                 )
             chosen[name] = given[0]
+    flags = {k: getattr(args, k) for k in ("max_tokens", "dims", "layers") if getattr(args, k) is not None}
+    if "prompt" in chosen:
+        flags["prompts"] = get_prompt(chosen["prompt"]).roles()
+    contract.override(flags | {k: v for k, v in chosen.items() if k != "prompt"}, force=args.override_contract)
     return chosen
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Find what is wrong with the models that were asked for before the first one is scored."""
+    for prompt in args.prompt or []:
+        get_prompt(prompt)
+    for spec in args.model or []:
+        if is_run(spec):
+            flags_for_run(spec, args)
+        else:
+            find_base(spec)
+    if args.keep_bos and "all" not in (args.scope or []):
+        raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
 
 
 def base_rows(spec: str, prompt: str, args: argparse.Namespace, settings: dict) -> list[Scored]:
@@ -400,12 +464,13 @@ def base_rows(spec: str, prompt: str, args: argparse.Namespace, settings: dict) 
     passes, rows = SharedPasses(encoder), {}
     for pooling, scope in itertools.product(args.pooling or [encoder.contract.pooling], args.scope or [None]):
         scope = scope or default_scope(pooling)
-        if encoder.contract.bare() and not args.keep_bos:
+        keep_bos = bool(args.keep_bos and scope == "all")
+        if encoder.contract.bare() and not keep_bos:
             scope = "text"  # nothing stands around the text: both scopes are the same tokens
-        reading = encoder.reread(pooling=pooling, scope=scope)
-        label = f"{encoder.contract.base}, {prompt}, {pooling}" + ("" if reading.contract.bare() else f", {scope}")
-        rows.setdefault(reading.fingerprint, (reading, label))
-    return [row(passes, reading, label) for reading, label in rows.values()]
+        reading = encoder.reread(pooling=pooling, scope=scope, keep_bos=keep_bos)
+        label = f"{encoder.contract.base}, {prompt}, {pooling}" + ("" if scope == "text" and reading.contract.bare() else f", {scope}")
+        rows.setdefault(reading.fingerprint, (reading, label + (" with BOS" if keep_bos else "")))
+    return [scored_row(passes, reading, label) for reading, label in rows.values()]
 
 
 # ----------------------------------------------------------------------------------------------------------- main
@@ -500,25 +565,35 @@ def main(args: argparse.Namespace) -> None:
     tasks = defaultdict(list)
     for task in choose_tasks(args):
         tasks[task.metadata.type].append(task)
+    check_models(args)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     cells = []
-    for task_type, group in tasks.items():
-        for rows in rows_of(args, task_type):
-            for task in group:
-                for scored in rows:
+    try:
+        for task_type, group in tasks.items():
+            for rows in rows_of(args, task_type):
+                for task, scored in itertools.product(group, rows):
                     cell = score(task, scored)
                     cells.append(cell)
-                    print(
-                        f"{cell['task']}, {cell['model']}: {cell['metric']} {100 * cell['score']:.1f} ({cell['seconds']:.0f} s)",
-                        file=sys.stderr,
-                    )
+                    told = f"{cell['metric']} {100 * cell['score']:.1f} ({cell['seconds']:.0f} s)"
+                    print(f"{cell['task']}, {cell['model']}: {told}", file=sys.stderr)
+    except BaseException:  # an interruption, or the 40th task's data: what is scored is kept, and the error goes on its way
+        if cells:
+            print(table(cells) + "\n(incomplete)")
+            if args.out:
+                write_results(cells, args.out.with_name(args.out.name + ".partial"))
+        raise
     print(table(cells))
     if args.out:
-        packages = ("mteb", "torch", "transformers", "peft", "scikit-learn", "numpy")
-        versions = {p: version(p) for p in packages} | {"python": platform.python_version()}
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"results": cells, "versions": versions}, indent=1) + "\n"
-        write_atomic(args.out, lambda path: path.write_text(text, encoding="utf-8"))
-        print(f"{args.out}: {len(cells)} scores")
+        write_results(cells, args.out)
+
+
+def write_results(cells: list[dict], path: Path) -> None:
+    packages = ("mteb", "torch", "transformers", "peft", "scikit-learn", "numpy")
+    versions = {p: version(p) for p in packages} | {"python": platform.python_version()}
+    text = json.dumps({"results": cells, "versions": versions}, indent=1) + "\n"
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    print(f"{path}: {len(cells)} scores")
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ or parquet. Nothing is imported or executed to read docstrings. The modules behi
 
 import argparse
 import ast
+import csv
 import gzip
 import hashlib
 import itertools
@@ -29,6 +30,7 @@ import re
 import sys
 import sysconfig
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -190,7 +192,7 @@ def draw_tasks(args) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     for name, rows in tasks.items():
         text = "".join(json.dumps(dict(zip(("text", "label", "module"), row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
-        write_new(args.out / f"{name}.jsonl.gz", gzip.compress(text.encode(), mtime=0))
+        write_new(args.out / f"{name}.jsonl.gz", text.encode())
         print(f"{args.out / name}.jsonl.gz: {len(rows)} sentences, {len({label for _, label, _ in rows})} clusters")
 
 
@@ -199,7 +201,7 @@ def draw_tasks(args) -> None:
 
 def read_texts(path: Path, column: str | None) -> list[tuple[str, str]]:
     """(source, text) of every row, through `datasets`. Raises InputError for what cannot be read."""
-    from datasets import load_dataset
+    from datasets import Features, Value, load_dataset
     from datasets.exceptions import DatasetGenerationError
     from datasets.utils.logging import set_verbosity_error
 
@@ -210,14 +212,22 @@ def read_texts(path: Path, column: str | None) -> list[tuple[str, str]]:
     kinds = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
     if suffix not in kinds:
         raise InputError(f"{path}: unknown kind of file, take one of .{', .'.join(kinds)} (txt, csv and jsonl may be gzipped)")
-    options = {"sep": "\t"} if suffix == "tsv" else {}
-    if kinds[suffix] == "csv":
-        options["keep_default_na"] = False  # "NA" and "None" are texts like others
+    options = {"encoding": "utf-8-sig"} if kinds[suffix] == "text" else {}
     try:
+        if kinds[suffix] == "csv":  # "NA" is a text like others: nothing is guessed
+            sep = "\t" if suffix == "tsv" else ","
+            with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline="") as f:
+                header = next(csv.reader(f, delimiter=sep), [])
+            options = {
+                "sep": sep,
+                "keep_default_na": False,
+                "encoding": "utf-8-sig",
+                "features": Features({c: Value("string") for c in header}),
+            }
         rows = list(load_dataset(kinds[suffix], data_files=str(path), split="train", streaming=True, **options))
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 (byte {error.start}): convert it first, for example with iconv -t utf-8") from None
-    except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration) as error:
+    except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration, zlib.error) as error:
         raise InputError(f"cannot read {path}: {' '.join(str(error).split())[:200] or 'it is empty'}") from None
     if not rows:
         raise InputError(f"{path} is empty")
@@ -287,13 +297,14 @@ def llm_pairs(args) -> list[dict]:
     texts = read_texts(args.input, args.column)[: args.limit]
     rng = random.Random(args.seed)
     jobs = [(source, text, rng.choice(sorted(args.templates))) for source, text in texts]
-    names = ("writer", "seed", "temperature", "top_p", "repetition_penalty", "max_new_tokens", "templates", "batch_size")
+    names = ("writer", "seed", "temperature", "top_p", "repetition_penalty", "max_new_tokens", "templates")
     settings = {"settings": {n: getattr(args, n) for n in names}, "texts": hashlib.sha256(repr(texts).encode()).hexdigest()}
     partial = args.out.with_name(args.out.name + ".partial")
     done = read_partial(partial, settings)
     if done:
         print(f"{partial}: {len(done)} of {len(jobs)} texts are written already, going on from there")
     write = None if len(done) == len(jobs) else load_writer(args)
+    partial.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, "a", encoding="utf-8") as f:
         if not done and not f.tell():
             f.write(json.dumps(settings) + "\n")
@@ -362,10 +373,12 @@ def load_writer(args):
 
 
 def write_new(path: Path, data: bytes) -> None:
-    """Write a file that does not exist yet, complete or not at all."""
+    """Write a file that does not exist yet, complete or not at all; gzipped where its name says so."""
     if path.exists():
         raise InputError(f"{path} exists already: choose another --out, or delete it first")
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".gz":
+        data = gzip.compress(data, mtime=0)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -381,12 +394,18 @@ def probability(text: str) -> float:
     return value
 
 
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return int(text)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     engines = parser.add_subparsers(dest="engine", required=True, metavar="ENGINE")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--seed", type=int, default=0, help="of every random choice (default 0)")
-    common.add_argument("--limit", type=int, help="at most this many pairs (default: all)")
+    common.add_argument("--limit", type=positive, help="at most this many pairs (default: all)")
     own = argparse.ArgumentParser(add_help=False)
     own.add_argument("--input", type=Path, required=True, help="txt, csv, tsv, jsonl (also .gz) or parquet")
     own.add_argument("--column", help="the column with the text (default: guessed, and printed)")
@@ -395,15 +414,15 @@ def build_parser() -> argparse.ArgumentParser:
     docs = engines.add_parser("docstrings", parents=[common], help="a docstring's first sentence and the prose after it")
     docs.add_argument("--out", type=Path, default=HERE / "pairs" / "docstrings.jsonl", help="default pairs/docstrings.jsonl")
     crop = engines.add_parser("crop", parents=[common, own], help="two spans of one document")
-    crop.add_argument("--min-words", type=int, default=8, help="shorter documents are left out (default 8)")
+    crop.add_argument("--min-words", type=positive, default=8, help="shorter documents are left out (default 8)")
     noise = engines.add_parser("noise", parents=[common, own], help="a text and its damaged copy")
     for name, what in (("delete", "leaving a word out"), ("swap", "swapping two words"), ("chars", "swapping two letters of a word")):
         noise.add_argument(f"--{name}", type=probability, default=0.1, help=f"probability of {what} (default 0.1)")
     llm = engines.add_parser("llm", parents=[common, own], help="a local chat model rewrites each text")
     llm.add_argument("--writer", required=True, help="hub id or folder of the chat model")
     llm.add_argument("--templates", nargs="+", choices=TEMPLATES, default=list(TEMPLATES), help="default: all five")
-    llm.add_argument("--batch-size", type=int, default=8, help="texts a batch (default 8)")
-    llm.add_argument("--max-new-tokens", type=int, default=100, help="length of an answer (default 100)")
+    llm.add_argument("--batch-size", type=positive, default=8, help="texts a batch (default 8)")
+    llm.add_argument("--max-new-tokens", type=positive, default=100, help="length of an answer (default 100)")
     llm.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default 0.6)")
     llm.add_argument("--top-p", type=float, default=0.9, help="nucleus sampling (default 0.9)")
     llm.add_argument("--repetition-penalty", type=float, default=1.0, help="default 1.0")
@@ -418,7 +437,6 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.out.exists():
         raise InputError(f"{args.out} exists already: choose another --out, or delete it first")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     make = {"docstrings": docstring_pairs, "crop": crop_pairs, "noise": noise_pairs, "llm": llm_pairs}[args.engine]
     pairs = make(args)[: args.limit]
     if not pairs:

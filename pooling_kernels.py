@@ -61,7 +61,8 @@ def mean_pool(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor 
     x = x.to(_accumulator(values))
     w = mask.to(x.dtype) if w is None else w.to(x.dtype).masked_fill(~mask, 0)
     mass = w.sum(1, keepdim=True)  # (B, 1)
-    return torch.einsum("bl,bld->bd", w, x) / torch.where(mass > 0, mass, 1)
+    with torch.autocast(x.device.type, enabled=False):  # else training would pool in bfloat16
+        return torch.einsum("bl,bld->bd", w, x) / torch.where(mass > 0, mass, 1)
 
 
 def attention_pool(
@@ -77,7 +78,8 @@ def attention_pool(
     mass = e.sum(1)  # (B, H)
     safe = torch.where(mass > 0, mass, 1)
     lse = torch.where(mass > 0, safe.log() + top[:, 0], -torch.inf)
-    return torch.einsum("blh,bld->bhd", e, x) / safe[:, :, None], lse
+    with torch.autocast(x.device.type, enabled=False):
+        return torch.einsum("blh,bld->bhd", e, x) / safe[:, :, None], lse
 
 
 def last_pool(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:

@@ -98,6 +98,8 @@ def get_prompt(prompt: str | Prompt) -> Prompt:
     """A preset by its exact name, or a template of the user's own. Raises InputError and lists the choices."""
     if isinstance(prompt, Prompt):
         return prompt
+    if not isinstance(prompt, str):
+        raise InputError(f"a prompt is a preset's name or a string with {{text}} in it, not {prompt!r}")
     if prompt in PROMPTS:
         return PROMPTS[prompt]
     if "{text}" in prompt:

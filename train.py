@@ -30,6 +30,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,7 +42,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from encoder import POOLINGS, PRESETS, SCOPES, Encoder, Tokens, write_atomic
+from encoder import POOLINGS, PRESETS, SCOPES, Encoder, Tokens, is_run, write_atomic
 from prompts import PROMPTS, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -69,7 +70,7 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
         raise InputError(f"{path}, line {number}: not JSON ({error.msg}): a pair a line, see make_pairs.py") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error.reason}): convert it first, for example with iconv -t utf-8") from None
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged: {error}") from None
     if len(pairs) < 2:
         raise InputError(f"{path} holds {len(pairs)} pairs: contrast needs two at least")
@@ -153,6 +154,7 @@ def load_checkpoint(folder: Path, encoder: Encoder, optimizer: torch.optim.Optim
         parameter.data.copy_(tensors[f"weight/{name}"])
         moments = {k: tensors[f"{k}/{name}"].to(encoder.device) for k in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
+    encoder.save(folder)  # the files of this very step, should the last save have been cut off between the two
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and encoder.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng/cuda"], encoder.device)
@@ -235,6 +237,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line; with --resume, what is not given there is taken from the run."""
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    record = default_out(args) / ARGUMENTS
+    if args.resume and record.is_file():
+        parser.set_defaults(**{k: v for k, v in read_record(record)["arguments"].items() if k not in ("resume", "out", "device")})
+        args = parser.parse_args(argv)
+    return args
+
+
+def default_out(args: argparse.Namespace) -> Path:
+    return args.out or HERE / "runs" / Path(args.model).name
+
+
+def read_record(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        return {"arguments": dict(found["arguments"]), "pairs_sha256": found["pairs_sha256"]}
+    except (ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is damaged: the run cannot go on, start another --out") from None
+
+
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what the preset decides, and refuse what cannot work, before anything is loaded."""
     preset = PRESETS.get(args.model)
@@ -242,24 +267,52 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name) if preset else value)
-    args.out = args.out or HERE / "runs" / Path(args.model).name
-    for name in ("batch_size", "lora_rank", "lr", "temperature", "epochs", "clip", "checkpoint_every"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name.replace('_', '-')} must be above 0, not {getattr(args, name)}")
+    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    args.out = default_out(args)
+    ranges = dict.fromkeys(("lr", "temperature", "epochs", "clip", "checkpoint_every", "lora_rank", "lora_alpha"), (0, math.inf))
+    ranges |= {"weight_decay": (-1e-9, math.inf), "warmup": (-1e-9, 1), "lora_dropout": (-1e-9, 1), "seed": (-1, 2**32)}
+    for name, (low, high) in ranges.items():
+        if not low < getattr(args, name) < high:
+            above = f"above {max(low, 0):g}" if low >= 0 else "0 or more"
+            raise InputError(
+                f"--{name.replace('_', '-')} must be {above}{f' and below {high:g}' if high < math.inf else ''}: {getattr(args, name)}"
+            )
     if args.steps is not None and args.steps < 1:
         raise InputError(f"--steps must be 1 or more, not {args.steps}")
     if args.batch_size < 2:
         raise InputError("--batch-size must be 2 or more: a pair's negatives are the others of its batch")
     if args.dtype == "float16":
         raise InputError("--dtype float16 cannot train (its gradients underflow): take bfloat16 or float32")
-    if not args.resume and args.out.exists() and any(args.out.iterdir()):
-        raise InputError(f"{args.out} already holds a run: choose another --out, or go on with --resume")
+    if is_run(args.model):
+        raise InputError(f"{args.model} is a run: training starts from a base, give the one it was trained on")
+    check_out(args.out, args.resume)
     if args.pairs is None:
         args.pairs = DEFAULT_PAIRS
         if not args.pairs.exists():
             print(f"{args.pairs} is not there yet: making it from the docstrings of the installed packages")
             subprocess.run([sys.executable, str(HERE / "make_pairs.py"), "docstrings", "--out", str(args.pairs)], check=True)
     return args
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """A run is begun in a folder of its own, or gone on with where there is a checkpoint; nothing is overwritten."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file: choose another --out")
+    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    if found and not resume:
+        what = "a run" if ARGUMENTS in found else "files"
+        raise InputError(f"{out} already holds {what}: choose another --out" + (", or go on with --resume" if what == "a run" else ""))
+    if found - {ARGUMENTS, METRICS} and CHECKPOINT not in found:  # those two may stand there before the first checkpoint
+        raise InputError(f"{out} holds {', '.join(sorted(found)[:3])} but no {CHECKPOINT}: it cannot go on, choose another --out")
+
+
+def kept_metrics(path: Path, done: int) -> list[dict]:
+    """The lines up to the checkpoint; one cut short by a kill is no line."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [r for r in rows if r["step"] <= done]
 
 
 def main(args: argparse.Namespace) -> None:
@@ -271,7 +324,7 @@ def main(args: argparse.Namespace) -> None:
     steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
     resuming = args.resume and (args.out / CHECKPOINT).is_file()
     if resuming:
-        check_arguments(json.loads((args.out / ARGUMENTS).read_text(encoding="utf-8")), args, pairs_hash, args.out)
+        check_arguments(read_record(args.out / ARGUMENTS), args, pairs_hash, args.out)
         if (args.out / SUMMARY).is_file():
             print(f"{args.out} is finished: nothing to do")
             return
@@ -304,7 +357,7 @@ def main(args: argparse.Namespace) -> None:
     done, rows = 0, []
     if resuming:
         done = load_checkpoint(args.out, encoder, optimizer)
-        rows = [r for r in map(json.loads, (args.out / METRICS).read_text().splitlines()) if r["step"] <= done]
+        rows = kept_metrics(args.out / METRICS, done)
     versions = {p: version(p) for p in ("torch", "transformers", "peft", "numpy")} | {"python": platform.python_version()}
     record = {"arguments": comparable(args), "pairs_sha256": pairs_hash, "versions": versions, "commit": commit(), "command": sys.argv}
     write_atomic(args.out / ARGUMENTS, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
@@ -321,11 +374,10 @@ def main(args: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one ends the step in hand, a second one kills
         signal.signal(number, lambda received, _: (stop.append(received), signal.signal(received, signal.SIG_DFL)))
 
+    write_atomic(args.out / METRICS, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     encoder.decoder.train()
     began = time.perf_counter()
-    with open(args.out / METRICS, "w", encoding="utf-8") as log, tqdm(total=steps, initial=done, unit="step", file=sys.stderr) as bar:
-        for row in rows:
-            log.write(json.dumps(row) + "\n")
+    with open(args.out / METRICS, "a", encoding="utf-8") as log, tqdm(total=steps, initial=done, unit="step", file=sys.stderr) as bar:
         for step in range(done, steps):
             tick = time.perf_counter()
             chosen = batch_rows(len(pairs), args.batch_size, step, args.seed)
@@ -338,6 +390,8 @@ def main(args: argparse.Namespace) -> None:
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+            if not (loss.isfinite() and norm.isfinite()):
+                raise InputError(f"step {step + 1}: the loss is {loss.item()}, the gradient's norm {norm.item()}: lower --lr")
             optimizer.step()
 
             negatives = (~same).float().sum(1).mean().item() - 1
@@ -351,11 +405,11 @@ def main(args: argparse.Namespace) -> None:
             bar.update()
             if stop or step + 1 == steps or (step + 1) % args.checkpoint_every == 0:
                 save_checkpoint(args.out, encoder, optimizer, step + 1)
-            if stop:
+            if stop and step + 1 < steps:
                 break
     draw_curve(rows, args.out / "loss.png")
-    if stop:
-        print(f"stopped after step {len(rows)} of {steps}: {args.out} holds a usable adapter; go on with --resume", file=sys.stderr)
+    if stop and step + 1 < steps:
+        print(f"stopped after step {step + 1} of {steps}: {args.out} holds a usable adapter; go on with --resume", file=sys.stderr)
         sys.exit(128 + stop[0])
     tail = rows[-max(1, len(rows) // 10) :]
     summary = {
@@ -375,7 +429,7 @@ def main(args: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     try:
-        main(build_parser().parse_args())
+        main(parse())
     except (InputError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         sys.exit(2)

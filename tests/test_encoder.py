@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, TEXTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertConfig
 
 from encoder import POOLINGS, PRESETS, SCOPES, Contract, Encoder, View
 from prompts import InputError
@@ -88,7 +88,18 @@ def test_bidirectional_attention_changes_the_vectors(model):
     np.testing.assert_allclose(causal[1], both[1], atol=1e-5)  # a single token has nothing else to see
 
 
-def test_bfloat16_stays_close(llama):
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-neox"])
+def test_bidirectional_vectors_are_those_of_a_full_mask(models_dir, name):
+    encoder = Encoder.load(models_dir[name], attention="bidirectional", pooling="mean", scope="all")
+    lm = AutoModelForCausalLM.from_pretrained(models_dir[name], attn_implementation="eager").eval()
+    ids = torch.tensor(encoder.tokenise([TEXTS[0]]).ids)
+    with torch.no_grad():
+        states = lm.base_model(ids, attention_mask=torch.zeros(1, 1, ids.shape[1], ids.shape[1])).last_hidden_state[0]
+    expected = states[int(encoder.contract.bos) :].mean(0)
+    np.testing.assert_allclose(encoder.encode([TEXTS[0]])[0], (expected / expected.norm()).numpy(), atol=1e-5)
+
+
+def test_bfloat16_stays_close():
     reference = Encoder.load("tiny", prompt="cluster").encode(TEXTS)
     rounded = Encoder.load("tiny", prompt="cluster", dtype="bfloat16").encode(TEXTS)
     assert rounded.dtype == np.float32
@@ -163,8 +174,10 @@ def test_layers_dims_and_normalisation(llama):
     cut = Encoder.load(llama, dims=8).encode(TEXTS[:2])
     assert cut.shape == (2, 8)
     np.testing.assert_allclose(cut, raw[:, :8] / np.linalg.norm(raw[:, :8], axis=1, keepdims=True), atol=1e-6)
-    with pytest.raises(InputError, match="layer 4 does not exist"):
-        Encoder.load(llama, layers=(4,))
+    np.testing.assert_allclose(Encoder.load(llama, layers=(-4,)).encode(TEXTS), Encoder.load(llama, layers=(0,)).encode(TEXTS))
+    for layer in (4, -5):
+        with pytest.raises(InputError, match=f"layer {layer} does not exist"):
+            Encoder.load(llama, layers=(layer,))
     with pytest.raises(InputError, match="dims 33 is more than the 32"):
         Encoder.load(llama, dims=33)
 
@@ -190,7 +203,25 @@ def test_contract_survives_json_and_refuses_what_it_does_not_know(llama):
         Contract.from_json(json.dumps(found))
     with pytest.raises(InputError, match="not valid JSON"):
         Contract.from_json("{")
-    for field, value in (("pooling", "max"), ("scope", "prompt"), ("version", 2), ("max_tokens", 0), ("layers", ()), ("attention", "both")):
+    wrong = [
+        ("pooling", "max"),
+        ("scope", "prompt"),
+        ("version", 2),
+        ("max_tokens", 0),
+        ("max_tokens", True),
+        ("layers", ()),
+        ("layers", None),
+    ]
+    wrong += [
+        ("attention", "both"),
+        ("bos", "yes"),
+        ("normalize", 1),
+        ("dims", "8"),
+        ("data", "x"),
+        ("prompts", None),
+        ("prompts", {"query": {}}),
+    ]
+    for field, value in wrong:
         with pytest.raises(InputError, match=field):
             replace(contract, **{field: value})
 
@@ -220,8 +251,8 @@ def test_a_run_loads_as_it_was_saved(model, tmp_path):
     assert again.contract == encoder.contract and again.fingerprint == encoder.fingerprint
     np.testing.assert_allclose(again.encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
     assert np.abs(again.encode(TEXTS) - base).max() > 1e-2
-    with again.untuned():
-        np.testing.assert_allclose(again.encode(TEXTS), base, atol=1e-6)
+    np.testing.assert_allclose(again.untuned().encode(TEXTS), base, atol=1e-6)
+    assert np.abs(again.encode(TEXTS) - base).max() > 1e-2
 
 
 def test_every_linear_layer_of_every_block_is_adapted(model):
@@ -237,7 +268,7 @@ def test_every_linear_layer_of_every_block_is_adapted(model):
 
 def test_fingerprint_names_contract_base_and_adapter_and_nothing_else(llama, tmp_path):
     first = Encoder.load(llama, prompt="cluster")
-    moved = shutil.copytree(llama, tmp_path / "elsewhere" / "llama")
+    moved = shutil.copytree(llama, tmp_path / "elsewhere" / "renamed")
     same = [Encoder.load(llama, prompt="cluster", dtype="bfloat16", padding_side="left"), Encoder.load(str(moved), prompt="cluster")]
     assert {e.fingerprint for e in same} == {first.fingerprint}
     other_seed = make_model(tmp_path / "seed1" / "llama", "llama", seed=1)
@@ -250,6 +281,31 @@ def test_fingerprint_names_contract_base_and_adapter_and_nothing_else(llama, tmp
         Encoder.load(trained(llama, tmp_path / "b", seed=1, prompt="cluster")),
     ]
     assert len({first.fingerprint} | {e.fingerprint for e in others}) == 6
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    assert Encoder.load(str(tmp_path / "a")).fingerprint not in {e.fingerprint for e in others}
+    assert Encoder.load(str(tmp_path / "b")).untuned().fingerprint == first.fingerprint
+
+
+def test_a_base_folder_may_have_a_presets_name(llama, tmp_path):
+    for name in ("tiny", "qwen3-0.6b"):
+        base = shutil.copytree(llama, tmp_path / name)
+        run = trained(str(base), tmp_path / "runs" / name)
+        np.testing.assert_allclose(Encoder.load(run).untuned().encode(TEXTS), Encoder.load(llama).encode(TEXTS), atol=1e-6)
+
+
+def test_a_run_of_a_presets_name_does_not_hide_the_preset(tmp_path, monkeypatch):
+    trained("tiny", tmp_path / "tiny")
+    monkeypatch.chdir(tmp_path)
+    assert Encoder.load("tiny").peft is None and Encoder.load("./tiny").peft is not None
+
+
+def test_only_classes_that_are_tested_are_accepted(llama, tmp_path):
+    """An encoder, or a decoder whose attention cannot be read, would give vectors that depend on their neighbours."""
+    folder = shutil.copytree(llama, tmp_path / "other")
+    ModernBertConfig().save_pretrained(folder)
+    with pytest.raises(InputError, match="of type 'modernbert': supported are llama"):
+        Encoder.load(str(folder))
 
 
 def test_a_flag_that_contradicts_a_run_shows_both_values(llama, tmp_path):
@@ -274,8 +330,12 @@ def test_damaged_or_changed_runs_are_refused(llama, tmp_path):
     shutil.rmtree(base)
     with pytest.raises(InputError, match="is not there any more"):
         Encoder.load(str(run))
-    (run / "adapter_model.safetensors").unlink()
     shutil.copytree(llama, base)
+    weights = (run / "adapter_model.safetensors").read_bytes()
+    (run / "adapter_model.safetensors").write_bytes(weights[:-100])
+    with pytest.raises(InputError, match="damaged or does not fit"):
+        Encoder.load(str(run))
+    (run / "adapter_model.safetensors").unlink()
     with pytest.raises(InputError, match=r"no adapter_model\.safetensors"):
         Encoder.load(str(run))
 
@@ -301,6 +361,10 @@ def test_a_model_with_missing_weights_is_not_filled_with_random_ones(llama, tmp_
     with pytest.raises(InputError, match=r"no weights for \['layers\.1\.self_attn\.k_proj\.weight'\]"):
         Encoder.load(str(folder))
     (folder / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="does not hold a whole model"):
+        Encoder.load(str(folder))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "three"}))
     with pytest.raises(InputError, match="does not hold a whole model"):
         Encoder.load(str(folder))
 

@@ -47,7 +47,7 @@ class Oracle:
         self.texts.append((role, list(texts)))
         out = np.zeros((len(texts), 40), dtype=np.float32)
         for i, text in enumerate(texts):
-            out[i, sum(map(ord, text.split(" ")[0])) % 40] = 5.0  # not of norm 1: it is normalised before it is scored
+            out[i, sum(map(ord, text.split(" ")[0])) % 40] = 1.0 + i * i  # of very different norms: they must not matter
         return out
 
 
@@ -117,7 +117,7 @@ def test_classification_sts_and_retrieval(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "mine.csv"),
+        (b"", "mine.csv.*(is empty|No columns)"),
         (b"text,label\n", "is empty"),
         (b"text,topic\na,b\n", "needs columns text,label or text1,text2,score; it has text, topic"),
         (b"text,label\na,x\nb,x\n", "one class only"),
@@ -135,6 +135,63 @@ def test_bad_data_is_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
+def test_baselines_beside_other_tasks(tmp_path):
+    """TF-IDF fitted on each side of a pair by itself gives numbers that mean nothing."""
+    path = write_csv(tmp_path / "sts.csv", "text1,text2,score", [("cat a", "cat b", 5), ("cat a", "dog b", 0)])
+    with pytest.raises(InputError, match="can score clustering, not STS"):
+        run("--data", path, "--model", "tiny", "--baselines", "tfidf")
+    with pytest.raises(InputError, match="neither tfidf nor a sentence-transformers model"):
+        run("--data", labelled(tmp_path / "mine.csv"), "--model", "tiny", "--baselines", "no/such")
+
+
+def test_two_files_of_one_name_are_not_merged(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    with pytest.raises(InputError, match="two --data files make a Clustering task called 'mine'"):
+        choose("--data", labelled(tmp_path / "a" / "mine.csv"), labelled(tmp_path / "b" / "mine.csv"))
+
+
+def test_what_is_wrong_is_told_before_anything_is_scored(llama, tmp_path, capsys):
+    path = labelled(tmp_path / "mine.csv")
+    model = trained(llama, tmp_path / "runs" / "mine", prompt="cluster")
+    for flags, message in (
+        (("--model", "tiny", "typo"), "no model 'typo'"),
+        (("--model", "tiny", model, "--pooling", "mean"), "pooling is 'last'"),
+        (("--model", "tiny", model, "--layers", "-2"), "layers is"),
+        (("--model", "tiny", "--prompt", "clutser"), "unknown prompt"),
+        (("--model", "tiny", "--keep-bos"), "--keep-bos works with --scope all"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("--data", path, *flags)
+        assert "v_measure" not in capsys.readouterr().err
+
+
+def test_what_was_scored_is_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeypatch):
+    path, calls = labelled(tmp_path / "mine.csv"), []
+    score = evaluate.score
+
+    def failing(task, row):
+        calls.append(row)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score(task, row)
+
+    monkeypatch.setattr(evaluate, "score", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run("--data", path, "--model", llama, "--prompt", "none", "cluster", "--out", tmp_path / "r.json")
+    assert "(incomplete)" in capsys.readouterr().out and not (tmp_path / "r.json").exists()
+    assert len(json.loads((tmp_path / "r.json.partial").read_text())["results"]) == 1
+
+
+def test_bos_in_a_grid(llama):
+    args = evaluate.build_parser().parse_args(["--pooling", "mean", "--scope", "all", "text", "--keep-bos"])
+    rows = evaluate.base_rows(llama, "none", args, {})
+    assert [(r.contract["scope"], r.contract["keep_bos"]) for r in rows] == [("all", True), ("text", False)]
+    texts = ["The cat sat.", "a"]
+    expected = Encoder.load(llama, pooling="mean", scope="all", keep_bos=True).encode(texts)
+    np.testing.assert_allclose(rows[0].encode([{"text": texts}]), expected, atol=1e-6)
+
+
 def test_columns_and_task_must_agree(tmp_path):
     path = labelled(tmp_path / "mine.csv")
     with pytest.raises(InputError, match="columns text,label make a task of type Clustering or Classification, --task asks for STS"):
@@ -144,9 +201,9 @@ def test_columns_and_task_must_agree(tmp_path):
 
 
 def test_words_that_mean_nothing_elsewhere_are_texts_and_labels(tmp_path):
-    path = write_csv(tmp_path / "mine.csv", "text,label", [("NA", "None"), ("null", "None"), ("nan", "1"), ("1", "1")])
+    path = write_csv(tmp_path / "mine.csv", "text,label", [("NA", "None"), ("null", "None"), ("nan", "01"), ("007", "1")])
     data = evaluate.local_task(path, None).dataset["test"]
-    assert data["sentences"][:] == ["NA", "null", "nan", "1"] and data["labels"][:] == ["None", "None", "1", "1"]
+    assert data["sentences"][:] == ["NA", "null", "nan", "007"] and data["labels"][:] == ["None", "None", "01", "1"]
 
 
 def test_an_empty_text_is_scored_and_told(tmp_path, capsys):
@@ -236,12 +293,15 @@ def test_without_network_clustering_falls_back_to_the_embedded_tasks(capsys):
     assert [t.metadata.name for t in choose("--task", "docstrings-by-module")] == ["docstrings-by-module"]
     with pytest.raises(InputError, match="types are clustering"):
         choose("--task", "no-such-task")
+    with pytest.raises(InputError, match="leave --task out"):
+        choose("--embedded", "--task", "sts")
 
 
 def test_with_network_the_track_of_the_benchmark_is_chosen(monkeypatch):
     monkeypatch.setattr(evaluate, "hub_answers", lambda: True)
     names = [t.metadata.name for t in choose("--task", "clustering")]
     assert "TwentyNewsgroupsClustering.v2" in names and len(names) == 8
+    assert len(choose("--task", "clustering", "docstrings-by-module")) == 9
     assert {t.metadata.type for t in choose("--task", "sts", "reranking")} == {"STS", "Reranking"}
     assert len(choose("--benchmark")) == 41
     assert [t.metadata.name for t in choose("--task", "STSBenchmark")] == ["STSBenchmark"]

@@ -144,7 +144,7 @@ def test_noise_damages_and_keeps_the_words(tmp_path):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        ("t.csv", b"", "t.csv"),
+        ("t.csv", b"", r"t\.csv.*(is empty|No columns)"),
         ("t.txt", b"", "is empty"),
         ("t.txt", b"\n\n", "holds no text"),
         ("t.csv", b"a,b\nx y,z w\n", "it has a, b: name one with --column"),
@@ -163,6 +163,21 @@ def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, messa
         run("crop", "--input", path, "--out", tmp_path / "out.jsonl")
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == [name]
+
+
+def test_cells_and_lines_are_taken_as_they_stand(tmp_path):
+    texts = [
+        make_pairs.read_texts(tmp_path / name, None)
+        for name in ("t.csv", "t.txt")
+        if (tmp_path / name).write_bytes(b"\xef\xbb\xbftext\r\nNA\r\n007\r\n")
+    ]
+    assert [t for _, t in texts[0]] == ["NA", "007"] and [t for _, t in texts[1]] == ["text", "NA", "007"]
+
+
+def test_a_gz_name_makes_a_gz_file(tmp_path):
+    (tmp_path / "t.txt").write_text("one two three four five six seven eight nine ten\n")
+    run("crop", "--input", tmp_path / "t.txt", "--out", tmp_path / "new" / "out.jsonl.gz")
+    assert json.loads(gzip.decompress((tmp_path / "new" / "out.jsonl.gz").read_bytes()))["engine"] == "crop"
 
 
 def test_nothing_is_overwritten_and_columns_are_checked(tmp_path):

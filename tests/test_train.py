@@ -34,7 +34,7 @@ def pairs(tmp_path) -> Path:
 
 
 def run(*flags) -> None:
-    train.main(train.build_parser().parse_args([str(f) for f in flags]))
+    train.main(train.parse([str(f) for f in flags]))
 
 
 def small(pairs, out, *more):
@@ -156,13 +156,20 @@ def test_a_run_leaves_what_it_promises(pairs, tmp_path, capsys):
     encoder = Encoder.load(str(out))
     assert encoder.fingerprint == json.loads((out / "summary.json").read_text())["fingerprint"]
     assert encoder.fingerprint in capsys.readouterr().out
-    with encoder.untuned():
-        base = encoder.encode(["The cat."])
-    assert abs(encoder.encode(["The cat."]) - base).max() > 1e-3  # it has learned something
+    assert abs(encoder.encode(["The cat."]) - encoder.untuned().encode(["The cat."])).max() > 1e-3  # it has learned something
     with pytest.raises(InputError, match="already holds a run"):
         run(*small(pairs, out))
     run(*small(pairs, out, "--lr", "3e-3", "--resume"))
     assert "is finished" in capsys.readouterr().out
+
+
+def test_copies_in_a_batch_are_told_apart_from_negatives(tmp_path):
+    """One anchor with four positives: nobody is a negative of anybody, there is nothing to learn."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"anchor": "The cat.", "positive": f"A cat {i}."}) + "\n" for i in range(4)))
+    run(*small(path, tmp_path / "run", "--steps", 1))
+    row = json.loads((tmp_path / "run" / "metrics.jsonl").read_text())
+    assert row["negatives"] == 0 and row["loss"] == 0 and row["accuracy"] == 1
 
 
 def test_seeds_give_different_runs_and_one_seed_the_same(pairs, tmp_path):
@@ -191,12 +198,53 @@ def test_resuming_changes_nothing(pairs, tmp_path, monkeypatch):
     Encoder.load(str(tmp_path / "parts"))  # usable as it is
     monkeypatch.setattr(train, "learning_rate", step)
     with pytest.raises(InputError, match=r"seed was 0, is 5"):
-        run(*small(pairs, tmp_path / "parts", *flags, "--resume", "--seed", 5))
-    run(*small(pairs, tmp_path / "parts", *flags, "--resume"))
+        run("--out", tmp_path / "parts", "--resume", "--seed", 5)
+    with open(tmp_path / "parts" / "metrics.jsonl", "a") as f:
+        f.write('{"step": 4, "lo')  # as a kill may leave it
+    run("--out", tmp_path / "parts", "--resume")  # everything else is taken from the run
     whole, parts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "parts"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
     losses = [[json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("whole", "parts")]
     assert losses[0] == losses[1]
+    summaries = [json.loads((tmp_path / n / "summary.json").read_text()) for n in ("whole", "parts")]
+    assert summaries[0]["fingerprint"] == summaries[1]["fingerprint"] == Encoder.load(str(tmp_path / "parts")).fingerprint
+
+
+def test_a_run_cut_off_before_its_summary_is_finished_by_resuming(pairs, tmp_path):
+    run(*small(pairs, tmp_path / "run", "--steps", 2))
+    whole = (tmp_path / "run" / "summary.json").read_text()
+    (tmp_path / "run" / "summary.json").unlink()
+    run("--out", tmp_path / "run", "--resume")
+    again = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert again["fingerprint"] == json.loads(whole)["fingerprint"] == Encoder.load(str(tmp_path / "run")).fingerprint
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_resume_never_trains_over_what_is_there(pairs, tmp_path):
+    run(*small(pairs, tmp_path / "run", "--steps", 1))
+    (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    with pytest.raises(InputError, match=r"no checkpoint\.safetensors: it cannot go on"):
+        run(*small(pairs, tmp_path / "run", "--steps", 1, "--resume"))
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == before
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("mine")
+    for more in ((), ("--resume",)):
+        with pytest.raises(InputError, match=r"mine (already holds files|holds thesis\.txt)"):
+            run(*small(pairs, tmp_path / "mine", *more))
+    with pytest.raises(InputError, match="is a file"):
+        run(*small(pairs, tmp_path / "mine" / "thesis.txt", "--resume"))
+    run(*small(pairs, tmp_path / "other", "--steps", 1))
+    (tmp_path / "other" / "arguments.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        run("--out", tmp_path / "other", "--resume")
+
+
+def test_a_diverging_run_ends_with_an_error_and_saves_nothing(pairs, tmp_path):
+    with pytest.raises(InputError, match=r"step \d: the loss is .*lower --lr"):
+        run(*small(pairs, tmp_path / "run", "--lr", "1e30"))
+    assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
 def test_resume_starts_afresh_where_there_is_nothing(pairs, tmp_path):
@@ -213,6 +261,7 @@ def test_resume_starts_afresh_where_there_is_nothing(pairs, tmp_path):
         (b'{"anchor": "a", "positive": "b"}\nnot json\n', "line 2: not JSON"),
         (b'["a", "b"]\n', "line 1: needs"),
         (b'{"anchor": "\xff", "positive": "b"}\n', "not UTF-8"),
+        (b'{"anchor": "\\ud800", "positive": "b"}\n{"anchor": "c", "positive": "d"}\n' * 2, "text 0 holds half a surrogate pair"),
     ],
 )
 def test_bad_pairs(tmp_path, content, message):
@@ -230,6 +279,13 @@ def test_bad_arguments(pairs, tmp_path):
         (("--lr", 0), "--lr must be above 0"),
         (("--steps", 0), "--steps must be 1 or more"),
         (("--dtype", "float16"), "cannot train"),
+        (("--lr", "nan"), "--lr must be above 0"),
+        (("--temperature", "inf"), "--temperature must be above 0"),
+        (("--warmup", 5), "--warmup must be 0 or more and below 1"),
+        (("--lora-dropout", 1.5), "--lora-dropout must be 0 or more and below 1"),
+        (("--lora-alpha", 0), "--lora-alpha must be above 0"),
+        (("--seed", -1), "--seed must be 0 or more"),
+        (("--device", "gpu"), "unknown device 'gpu'"),
         (("--prompt", "clutser"), "unknown prompt 'clutser'"),
         (("--model", "no-such-model"), "no model 'no-such-model'"),
         (("--device", "cuda:7"), "sees no CUDA device"),
@@ -239,6 +295,9 @@ def test_bad_arguments(pairs, tmp_path):
         with pytest.raises(InputError, match=message):
             run(*small(pairs, tmp_path / "run", *flags))
     assert not (tmp_path / "run").exists()
+    run(*small(pairs, tmp_path / "base", "--steps", 1))
+    with pytest.raises(InputError, match="is a run: training starts from a base"):
+        run(*small(pairs, tmp_path / "run", "--model", tmp_path / "base"))
 
 
 def test_an_error_is_one_line_and_status_2(tmp_path):
@@ -271,3 +330,5 @@ def test_a_killed_run_leaves_a_usable_adapter_and_goes_on(pairs, tmp_path, numbe
     run(*small(pairs, tmp_path / "whole", "--steps", 40, "--checkpoint-every", 5))
     whole, parts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "run"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert steps == list(range(1, 41))
