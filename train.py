@@ -15,7 +15,7 @@ Leaves behind, in --out (default runs/MODEL):
     arguments.json                                    resolved arguments, versions, commit
     metrics.jsonl, loss.png                           one line a step; the curve
     checkpoint.safetensors                            adapter, optimiser and generator states, to go on from
-    summary.json                                      what it cost; present once the run is finished
+    summary.json                                      steps, pairs, seconds since start or resume; there once the run is finished
 """
 
 import argparse
@@ -362,9 +362,8 @@ def main(args: argparse.Namespace) -> None:
     record = {"arguments": comparable(args), "pairs_sha256": pairs_hash, "versions": versions, "commit": commit(), "command": sys.argv}
     write_atomic(args.out / ARGUMENTS, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
     c = encoder.contract
-    print(
-        f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; base fingerprint {encoder.fingerprint}"
-    )
+    base = encoder.untuned().fingerprint
+    print(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {base}")
     print(f"prompt {c.prompts['document']['prefix']!r} ... {c.prompts['document']['suffix']!r}, pooling {c.pooling}, scope {c.scope}")
     print(f"{len(pairs):,} pairs from {args.pairs}, {steps} steps of {args.batch_size}" + (f", going on after step {done}" if done else ""))
     for line in encoder.warnings():
@@ -415,7 +414,7 @@ def main(args: argparse.Namespace) -> None:
     summary = {
         "steps": steps,
         "pairs": steps * args.batch_size,
-        "seconds_this_session": round(time.perf_counter() - began, 1),
+        "seconds": round(time.perf_counter() - began, 1),
         "loss_last_tenth": sum(r["loss"] for r in tail) / len(tail),
         "accuracy_last_tenth": sum(r["accuracy"] for r in tail) / len(tail),
         "fingerprint": encoder.fingerprint,
@@ -423,7 +422,7 @@ def main(args: argparse.Namespace) -> None:
     if encoder.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(encoder.device) / 2**30, 2)
     write_atomic(args.out / SUMMARY, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(f"{args.out}: {steps} steps in {summary['seconds_this_session']:.0f} s, fingerprint {encoder.fingerprint}")
+    print(f"{args.out}: {steps} steps in {summary['seconds']:.0f} s, fingerprint {encoder.fingerprint}")
     print(f"python evaluate.py --task clustering --model {os.path.relpath(args.out)}")
 
 
