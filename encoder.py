@@ -224,7 +224,7 @@ def _adapter_hash(run: Path) -> str:
 
 def _folder_hash(folder: Path) -> str:
     """Hash of what turns ids into states and text into ids: weights, config, tokenizer."""
-    files = sorted({f for pattern in MODEL_FILES for f in folder.glob(pattern)})
+    files = sorted({f for pattern in MODEL_FILES for f in folder.glob(pattern) if f.is_file()})
     return hashlib.sha256("".join(f"{f.name} {_file_hash(f)}\n" for f in files).encode()).hexdigest()
 
 

@@ -388,14 +388,11 @@ def baseline(name: str) -> Scored:
     from sentence_transformers import SentenceTransformer
 
     try:
-        model = SentenceTransformer(name)
+        model = SentenceTransformer(name, local_files_only=not (Path(name).is_dir() or hub_answers()))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--baselines: {name!r} is neither tfidf nor a sentence-transformers model that loads ({str(error)[:150]})"
-        ) from None
-    return Scored(
-        Path(name).name, f"sentence-transformers:{Path(name).name}", None, lambda texts, role: model.encode(texts, show_progress_bar=False)
-    )
+        reason = " ".join(str(error).split())[:150]
+        raise InputError(f"--baselines: {name!r} is neither tfidf nor a sentence-transformers model that loads ({reason})") from None
+    return Scored(name, f"sentence-transformers:{name}", None, lambda texts, role: model.encode(texts, show_progress_bar=False))
 
 
 def newest_run() -> Path | None:
