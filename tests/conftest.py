@@ -1,7 +1,13 @@
 """Small random models of every supported class, made on the spot: real configs and tokenizers, no download."""
 
+import os
+
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports the kernels
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
