@@ -90,7 +90,7 @@ def main() -> None:
     for target in (*(GPUTarget("cuda", arch, 32) for arch in (80, 90, 100)), GPUTarget("hip", "gfx942", 64)):
         for kernel, constants, warps in jobs(target):
             binary = compile_one(kernel, constants, warps, target)
-            row = {"target": f"{target.backend}:{target.arch}", "kernel": kernel.__name__, "shared": binary.metadata.shared}
+            row = {"target": f"{target.backend}:{target.arch}", "kernel": kernel.__name__, "shared": binary.metadata.shared, "warps": warps}
             row |= measure_cuda(binary, target.arch) if target.backend == "cuda" else measure_hip(binary)
             print(json.dumps(row | {k: v for k, v in constants.items() if k != "ACC"}), flush=True)
 
