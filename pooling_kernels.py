@@ -105,7 +105,7 @@ if triton is not None:
                 last = tl.full((), -1, tl.int64)
                 for t0 in range(0, L, 1024):
                     t = t0 + tl.arange(0, 1024)
-                    counts = tl.load(mask_ptr + t * mask_stride_l, mask=t < L, other=0) != 0
+                    counts = tl.load(mask_ptr + t.to(tl.int64) * mask_stride_l, mask=t < L, other=0) != 0
                     last = tl.maximum(last, tl.max(tl.where(counts, t, -1), 0).to(tl.int64))
                 end = last + 1
             first = tl.maximum(first, end - 1)
@@ -300,17 +300,17 @@ if triton is not None:
 
 # -------------------------------------------------------------------------------------------------------- launching
 
-TILE = 4096  # elements of the values that a program holds at a time: 16 for each of 256 threads
+TILE = 4096  # elements of the values that a program holds at a time, twice that where it only reads whole tokens
 PROGRAMS = 528  # that fill a GPU, 4 for each of the 132 multiprocessors of an H100 or H200
 
 
-def _plan(rows: int, mean_length: int, width: int, whole: bool, heads: int = 1) -> tuple[int, int, int, int]:
+def _plan(rows: int, mean_length: int, width: int, whole: bool, tile: int = TILE) -> tuple[int, int, int, int]:
     """-> BLOCK_T, BLOCK_D, parts S of a row, warps; `whole`: a program needs all features of a token."""
     block_d = triton.next_power_of_2(width) if whole else min(triton.next_power_of_2(width), 256)
-    block_t = max(1, TILE // block_d // heads)
+    block_t = max(1, tile // block_d)
     programs = rows * triton.cdiv(width, block_d)
     parts = min(triton.cdiv(PROGRAMS, max(1, programs)), triton.cdiv(max(1, mean_length), 4 * block_t))
-    return block_t, block_d, min(parts, 65535), max(4, min(16, block_d // 512))
+    return block_t, block_d, min(parts, 65535), max(4, min(16, max(block_d // 512, tile // 1024)))
 
 
 def _strides(values: Tensor, aux: Tensor | None, mask: Tensor | None) -> tuple[int, ...]:
@@ -342,7 +342,7 @@ def _forward(
     block_h = min(triton.next_power_of_2(heads), 4) if mode == "attention" else 1
     mean_length = 1 if mode == "last" else triton.cdiv(len(values), rows) if packed else length
     whole = norm_weight is not None or mode == "query"
-    block_t, block_d, parts, warps = _plan(rows, mean_length, width, whole, block_h)
+    block_t, block_d, parts, warps = _plan(rows, mean_length, width, whole, 2 * TILE if whole else TILE // block_h)
     dtype = out.dtype
     part = torch.empty(rows, parts, heads, width, dtype=dtype, device=values.device)
     top, mass = (torch.empty(rows, parts, heads, dtype=dtype, device=values.device) for _ in range(2))

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 import pooling_kernels
-from pooling_kernels import _plan
+from pooling_kernels import TILE, _plan
 
 POINTERS = {"x_ptr": "*bf16", "dx_ptr": "*bf16", "norm_weight_ptr": "*bf16", "aux_ptr": "*fp32", "mask_ptr": "*i1", "cu_ptr": "*i64"}
 ALIGNED = ("x_stride_b", "x_stride_l", "D", "T")  # what the launcher finds to be divisible by 16
@@ -38,7 +38,7 @@ def jobs(target: GPUTarget):
                     layout = {"MODE": mode, "WEIGHTED": False, "PACKED": packed, "MASKED": not packed, "NORM": norm, "ACC": tl.float32}
                     layout["x_stride_d"] = 1
                     whole = norm or mode == "query"
-                    block_t, block_d, _, warps = _plan(32, 512, width, whole)
+                    block_t, block_d, _, warps = _plan(32, 512, width, whole, 2 * TILE if whole else TILE)
                     sizes = {"BLOCK_T": block_t, "BLOCK_D": block_d, "BLOCK_H": 1}
                     yield pooling_kernels._pool_fwd_kernel, layout | sizes, warps
                     if mode != "last" and not packed:

@@ -390,13 +390,13 @@ def test_every_kernel_compiles_for_every_target(compiled):
 
 
 def test_compiled_kernels_read_16_bytes_and_do_not_spill(compiled):
-    """Registers: with that many threads a program, two programs at least fit a multiprocessor's 65,536."""
+    """Two programs at least fit a multiprocessor's 65,536 registers; one where a token has more than 4,096 features."""
     for r in compiled:
         assert r["spills"] == 0, r
         assert r["shared"] <= 48 * 1024, r
         if r["target"].startswith("cuda"):
             assert r["values_load"] == 128, r
-            assert r["registers"] * r["warps"] * 32 <= 65536 // 2, r
+            assert r["registers"] * r["warps"] * 32 <= 65536 // (1 if r["BLOCK_D"] > 4096 else 2), r
 
 
 # ------------------------------------------------------------------------------------------------- large, on a GPU
