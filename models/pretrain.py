@@ -87,10 +87,13 @@ def read_excluded(paths: list[Path]) -> tuple[set[str], set[str]]:
     modules, keys = set(), set()
     for path in paths:
         opener = gzip.open if path.suffix == ".gz" else open
-        with opener(path, "rt", encoding="utf-8") as f:
-            for row in map(json.loads, filter(str.strip, f)):
-                modules |= {row["module"]} if "module" in row else set()
-                keys.add(key(row["text"]))
+        try:
+            with opener(path, "rt", encoding="utf-8") as f:
+                for row in map(json.loads, filter(str.strip, f)):
+                    modules |= {row["module"]} if "module" in row else set()
+                    keys.add(key(row["text"]))
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, zlib.error) as error:
+            raise InputError(f"{path} is not JSONL with a column 'text' ({type(error).__name__}: {error})") from None
     return modules, keys - {""}
 
 
@@ -260,7 +263,7 @@ def build_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
         eos_token_id=1,
         pad_token_id=1,
     )
-    # compiled for a CPU, plain matrix products beat the fused kernel, whose backward is slow there (bench/README.md)
+    # compiled for a CPU, plain matrix products beat the fused kernel, whose backward is slow there
     eager = args.compile and args.device.type == "cpu"
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager" if eager else "sdpa").to(args.device)
 

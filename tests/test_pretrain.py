@@ -270,6 +270,7 @@ def test_a_resumed_run_ends_with_the_same_weights(texts, tmp_path, monkeypatch):
         (("--out", "{tmp}/x", "--steps", 1, "--texts", "{tmp}/damaged", "--no-docstrings"), "is damaged"),
         (("--score", "{tmp}/no", "--tokens", "{tmp}/bad.safetensors"), "is not a packed file"),
         (("--score", "models/tiny"), "--score needs --tokens"),
+        (("--out", "{tmp}/x", "--steps", 1, "--exclude", "{tmp}/bad.safetensors"), "is not JSONL with a column 'text'"),
     ],
 )
 def test_bad_input_is_named(texts, tmp_path, flags, message):
