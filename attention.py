@@ -18,9 +18,10 @@ import sys
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 
-from encoder import CONTRACT_FILE, PRESETS, Encoder, is_run, write_atomic
+from encoder import CONTRACT_FILE, PRESETS, Encoder, View, is_run, write_atomic
 from prompts import PROMPTS, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -32,8 +33,9 @@ COLOURS = {"bos": "tab:gray", "prompt": "tab:orange", "text": "tab:blue", "eos":
 def last_token_attention(encoder: Encoder, text: str) -> list[float]:
     """Weights (L,) that the sequence's last token gives to every token in the last layer, mean over heads, sum 1."""
     batch = encoder.collate(encoder.tokenise([text]), [0])
-    scores = encoder.run(batch, scores=True).scores[0]  # (L, H)
-    return scores[batch.mask[0]].softmax(0).mean(1).tolist()
+    states = encoder.run(batch, [View("attention", keep_bos=True)])
+    scores = states.attention.scores(*batch.locate(np.zeros_like(batch.lengths), batch.lengths))  # (T, H)
+    return scores.softmax(0).mean(1).tolist()
 
 
 def parts_of(encoder: Encoder, text: str) -> tuple[list[str], list[str]]:

@@ -1,26 +1,31 @@
 """The one way from a text to its vector. Training, evaluation and export go through here and cannot disagree.
 
     str     -> Prompt   -> ids     [BOS | prefix | text, cut to fit | suffix | EOS]
-    ids     -> batch    -> padded ids, attention mask, which tokens are whose
-    batch   -> model    -> states (B, L, D) of the layers that the contract names
+    ids     -> batch    -> one row without padding, [BOS | prefix] in it once; positions; where each text starts
+    batch   -> model    -> states (T, D) of the layers that the contract names
     states  -> pool     -> (B, D), in float32
     vectors -> finish   -> cut to `dims`, normalised if the contract says so, in the order of the input
 
 What decides a vector is written down in a `Contract`; a training run keeps it as `embedding.json` beside its adapter.
-dtype, device, batch size and padding side are facts of the machine and no part of it.
+dtype, device, batch size, compilation are facts of the machine and no part of it.
 
     from encoder import Encoder
     encoder = Encoder.load("tiny", prompt="cluster", pooling="last")     # a preset, a folder, a hub id
     encoder = Encoder.load("runs/tiny")                                  # a training run, with its own contract
     vectors = encoder.encode(["a text", "another"])                      # float32 (2, D)
 
-Legend: N texts, B rows of a batch, L padded length, H heads, D hidden size.
+Under torchrun every process calls `encode` with the same texts, does its share and gets all the vectors.
+
+Legend: N texts, B sequences of a batch, T tokens of its row, L longest rest of a sequence, H heads, K of keys and values,
+D hidden size.
 """
 
 import contextlib
 import copy
 import functools
 import hashlib
+import inspect
+import itertools
 import json
 import os
 import socket
@@ -28,8 +33,10 @@ import sys
 import tempfile
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import urlsplit
@@ -43,8 +50,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoTokenizer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from pooling_kernels import attention_pool, last_pool, mean_pool
@@ -63,10 +69,13 @@ MODEL_FILES = (
     "added_tokens.json",
     "*.py",
 )
-MODEL_TYPES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox")  # tested: see tests/conftest.py
+PACKED_TYPES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox")  # tested: see tests/conftest.py; others are padded
 POOLINGS = ("mean", "last", "position-mean", "attention")
 SCOPES = ("all", "text")
+WINDOW = 16384  # texts that are sorted by length, tokenised ahead and held in memory at a time
+MIN_HEAD = 4  # tokens that must be shared before sharing them pays
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
+PROBES = ["A cat sleeps.", "Interest rates rose again this month.", "def add(a, b): return a + b", "Où est la gare ?", "42"]
 transformers_logging.disable_progress_bar()
 
 
@@ -232,36 +241,13 @@ def _folder_hash(folder: Path) -> str:
 
 
 class Tokens(NamedTuple):
-    """Texts as ids. `text` holds where each text's own tokens start and end."""
+    """Texts as ids. `text` holds where each text's own tokens start and end; the first `head` ids are the same in all."""
 
     ids: list[list[int]]
     text: list[tuple[int, int]]
+    head: int
     n_empty: int
     n_cut: int
-
-
-class Batch(NamedTuple):
-    input_ids: Tensor  # (B, L)
-    mask: Tensor  # (B, L) bool: not padding
-    is_text: Tensor  # (B, L) bool: the text's own tokens
-    is_bos: Tensor  # (B, L) bool
-
-    def scope(self, scope: str, keep_bos: bool = False) -> Tensor:
-        """Which tokens take part in pooling (B, L). A text without tokens falls back to its prompt, a row without to BOS."""
-        content = self.mask & ~self.is_bos
-        chosen = self.is_text if scope == "text" else self.mask if keep_bos else content
-        for wider in (content, self.mask):
-            chosen = torch.where(chosen.any(1, keepdim=True), chosen, wider)
-        return chosen
-
-    def last(self) -> Tensor:
-        """Index of each row's last token (B,), whichever side the padding is on."""
-        return (torch.arange(1, self.mask.shape[1] + 1, device=self.mask.device) * self.mask).argmax(1)
-
-
-class States(NamedTuple):
-    layers: dict[int, Tensor]  # layer number -> (B, L, D)
-    scores: Tensor | None  # (B, L, H): the last token's attention scores in the last layer, before the softmax
 
 
 class View(NamedTuple):
@@ -273,36 +259,212 @@ class View(NamedTuple):
     keep_bos: bool = False
 
 
-class _Recorder:
-    """Travels with a forward call and keeps what `_attention` sees of the last token in the last layer."""
+class Batch(NamedTuple):
+    """Sequences in one row without padding: [the head they share | the rest of the first | the rest of the second | ...]."""
 
-    def __init__(self, layer: int, last: Tensor):
-        self.layer, self.last, self.scores = layer, last, None
+    ids: Tensor  # (T,)
+    positions: Tensor  # (T,) of each token in its sequence, the head included
+    head: int  # tokens that all share and that stand in the row once; 0 where nothing is shared
+    starts: np.ndarray  # (B+1,) where in the row each sequence's rest starts, and T
+    spans: np.ndarray  # (B, 2) where in a sequence its text starts and ends
+    bos: int  # 1 where sequences begin with BOS
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence (B,), the head included."""
+        return self.head + np.diff(self.starts)
+
+    def scope(self, view: View) -> tuple[np.ndarray, np.ndarray]:
+        """First and one past the last token of each sequence that takes part in pooling: (B,), (B,).
+
+        An empty text falls back to its prompt, and a sequence without a prompt to BOS.
+        """
+        end = self.lengths
+        first = np.full_like(end, 0 if view.keep_bos else self.bos)
+        if view.scope == "text":
+            start, stop = self.spans.T
+            first, end = np.where(start < stop, start, first), np.where(start < stop, stop, end)
+        return np.where(first < end, first, 0), end
+
+    def locate(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [first, end) of every sequence -> places in the row (M,), positions (M,), the sequence of each (M,)."""
+        size = end - first
+        sequence = np.repeat(np.arange(len(size)), size)
+        positions = np.arange(len(sequence)) + (first - np.cumsum(size) + size)[sequence]
+        rest = positions - self.head + self.starts[sequence]
+        return np.where(positions < self.head, positions, rest), positions, sequence
 
 
-def _attention(module, query, key, value, attention_mask, recorder=None, **kwargs):
-    """PyTorch's SDPA, which also notes the last token's scores when a recorder comes along. query (B, H, L, d)."""
-    if recorder is not None and module.layer_idx == recorder.layer:
-        row = torch.arange(len(query), device=query.device)
-        q = query[row, :, recorder.last].float()  # (B, H, d)
-        k = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1).float()  # (B, H, L, d)
-        with torch.autocast(query.device.type, enabled=False):
-            scores = torch.einsum("bhd,bhld->blh", q, k) * kwargs["scaling"]
-        if attention_mask is not None:  # (B or 1, 1, L, L) bool
-            seen = attention_mask.expand(len(query), *attention_mask.shape[1:])[row, 0, recorder.last]
-            scores = scores.masked_fill(~seen[:, :, None], -torch.inf)
-        recorder.scores = scores
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+class States(NamedTuple):
+    layers: dict[int, Tensor]  # layer number -> (T, D), a state for each token of the row
+    attention: "_Attention"  # what the last layer's attention left behind
+    last_only: bool = False  # the states are those of each sequence's last token alone, (B, D)
 
 
-# Without a mask function of the same name, a registered attention gets no mask at all and left padding is ignored silently.
-AttentionInterface.register("sdpa_recorded", _attention)
-AttentionMaskInterface.register("sdpa_recorded", sdpa_mask)
+# -------------------------------------------------------------------------------------- the attention of packed rows
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    _VARLEN = inspect.signature(varlen_attn).parameters  # grew from release to release
+except ImportError:
+    _VARLEN = {}
+VARLEN = "window_size" in _VARLEN  # torch 2.11 and later
+
+
+class _KeysReady(Exception):
+    """The layer's keys and values are known; nothing more of this pass is wanted."""
+
+
+class _Attention:
+    """Attention in a packed row: a sequence sees the shared head and itself. One travels with every forward pass.
+
+    On a GPU in half precision it is one call of flash attention for sequences of any length. Elsewhere sequences of like
+    length, which sorting brings together, are laid under each other for PyTorch's SDPA.
+
+    read   the layer whose keys, and whose queries of each sequence's last token, are kept for `scores`
+    trim   the layer of which only each sequence's last token is wanted, see `Encoder._trimmed`
+    """
+
+    def __init__(self, batch: Batch, causal: bool, read: int | None = None, trim: int | None = None):
+        self.batch, self.causal, self.read, self.trim = batch, causal, read, trim
+        self.head, self.device = batch.head, batch.ids.device
+        rests = np.diff(batch.starts)
+        self.shape = len(rests), int(rests.max(initial=0))
+        self.equal = bool((rests == self.shape[1]).all())
+        self.keys: tuple[Tensor, Tensor] | None = None  # of the trimmed layer
+        self.seen: tuple[Tensor, Tensor, float, int | None] | None = None  # of the layer that is read
+        self._masks: dict[tuple, Tensor] = {}
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
+        """query (T, H, d), key and value (T, K, d) -> (T, H, d); all of them B, not T, when a layer is trimmed."""
+        if layer == self.read:
+            self.seen = query[self.last], key, scale, window
+        if layer == self.trim:
+            if self.keys is None:
+                self.keys = key, value
+                raise _KeysReady
+            key, value = self.keys
+        flash = VARLEN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout
+        return (self.flash if flash else self.stacked)(query, key, value, scale, window, dropout, layer == self.trim)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device, non_blocking=True)
+
+    @functools.cached_property
+    def last(self) -> Tensor:
+        """Place in the row of each sequence's last token (B,)."""
+        n = self.batch.lengths
+        return self._tensor(self.batch.locate(n - 1, n)[0])
+
+    def scores(self, places: np.ndarray, positions: np.ndarray, sequence: np.ndarray) -> Tensor:
+        """What each sequence's last token gives to some tokens, as `Batch.locate` names them, before the softmax: (M, H)."""
+        query, key, scale, window = self.seen
+        query = query.unflatten(1, (key.shape[1], -1))  # (B, K, H/K, d)
+        far = 0 if window is None else self.batch.lengths[sequence] - 1 - positions - window + self.causal  # above 0: out of reach
+        at, of = self._tensor(places).split(8192), self._tensor(sequence).split(8192)  # (M, H, d) is large
+        with torch.autocast(self.device.type, enabled=False):
+            parts = [(query[b].float() * key[t].float()[:, :, None]).sum(-1).flatten(1) * scale for t, b in zip(at, of, strict=True)]
+        return torch.cat(parts).masked_fill(self._tensor(np.broadcast_to(far, places.shape) > 0)[:, None], -torch.inf)
+
+    # all sequences in one call
+
+    @functools.cached_property
+    def _spread(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The head as a sequence of its own, then every whole sequence: places in the row, cu_seqlens of queries, of keys, longest."""
+        n = self.batch.lengths
+        places = self.batch.locate(np.zeros_like(n), n)[0]
+        whole = np.cumsum([0, self.head, *n]) if self.head else np.cumsum([0, *n])
+        own = [0, *self.batch.starts] if self.head else self.batch.starts
+        cu = (self._tensor(np.asarray(x, np.int32)) for x in (own, whole))
+        return self._tensor(np.concatenate([np.arange(self.head), places])), *cu, int(n.max())
+
+    def flash(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, _: float, trimmed: bool) -> Tensor:
+        places, cu_query, cu_key, longest = self._spread
+        if trimmed and self.head:
+            places, cu_key = places[self.head :], cu_key[1:] - self.head
+        if self.head:
+            key, value = key.index_select(0, places), value.index_select(0, places)
+        longest_query = 1 if trimmed else longest
+        if trimmed:
+            cu_query = torch.arange(len(query) + 1, dtype=torch.int32, device=self.device)
+        if "enable_gqa" not in _VARLEN:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        extra = {"enable_gqa": True} if "enable_gqa" in _VARLEN else {}
+        back = -1 if window is None else window - 1 if self.causal else window
+        reach = (back, 0 if self.causal else back)  # the last query meets the last key, however many keys there are
+        return varlen_attn(
+            query, key, value, cu_query, cu_key, longest_query, longest, scale=scale, window_size=reach, **extra
+        )  # fmt: skip
+
+    # sequences under each other
+
+    @functools.cached_property
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        """Of the rests: which token lies at each place of (B, L), flat; at which place each token lies."""
+        inside = np.arange(self.shape[1]) < np.diff(self.batch.starts)[:, None]
+        token = np.where(inside, self.batch.starts[:-1, None] + np.arange(self.shape[1]), self.head)
+        return self._tensor(token.ravel()), self._tensor(np.flatnonzero(inside))
+
+    def _visible(self, window: int | None, trimmed: bool) -> Tensor | None:
+        """Which keys (head + L) a query of each sequence sees: bool (B or 1, 1, L or 1, head + L); None: plainly causal, or all."""
+        n, width = self.head, self.shape[1]
+        if not trimmed and (self.equal or self.causal) and not n and (window is None or window >= width):
+            return None
+        if (window, trimmed) not in self._masks:
+            lengths = self._tensor(self.batch.lengths)[:, None, None]
+            key = torch.arange(n + width, device=self.device)
+            distance = (lengths - 1 if trimmed else n + torch.arange(width, device=self.device)[None, :, None]) - key  # (B or 1, L, S)
+            if self.causal:
+                seen = (distance >= 0) & (distance < (n + width if window is None else window))
+            else:
+                seen = (key < lengths) & (distance.abs() <= (n + width if window is None else window))
+            self._masks[window, trimmed] = seen[:, None]
+        return self._masks[window, trimmed]
+
+    def stacked(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float, trimmed: bool) -> Tensor:
+        n, (rows, width) = self.head, self.shape
+
+        def lay(x):  # (T, H, d) -> (B, L, H, d)
+            x = x[n:] if self.equal else x.flatten(1).index_select(0, self._lines[0]).unflatten(1, x.shape[1:])
+            return x.unflatten(0, (rows, width))
+
+        def with_head(x):  # (T, K, d) -> (B, head + L, K, d)
+            return torch.cat([x[:n].expand(rows, *x[:n].shape), lay(x)], 1) if n else lay(x)
+
+        def attend(q, k, v, visible, causal):  # (B, L, H, d) and (B, S, K, d) -> (B, L, H, d)
+            settings = {"attn_mask": visible, "is_causal": causal, "scale": scale, "dropout_p": dropout}
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, **settings, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+        visible = self._visible(window, trimmed)
+        if trimmed:
+            return attend(query[:, None], with_head(key), with_head(value), visible, False)[:, 0]
+        out = attend(lay(query), with_head(key), with_head(value), visible, self.causal and visible is None).flatten(0, 1)
+        out = out if self.equal else out.index_select(0, self._lines[1])
+        if not n:
+            return out
+        place = torch.arange(n, device=self.device)
+        near = (place[:, None] - place < window).tril() if window is not None and window < n else None
+        return torch.cat([attend(query[None, :n], key[None, :n], value[None, :n], near, near is None)[0], out])
+
+
+@torch.compiler.disable
+def _attention(module, query, key, value, attention_mask, packed: _Attention, scaling=None, dropout=0.0, sliding_window=None, **_):
+    """What the model's layers call: query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d)."""
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
+    return packed(module.layer_idx, query, key, value, scaling, sliding_window, dropout)[None], None
+
+
+# The mask function of the same name says that no mask is to be made: who sees whom is known to `packed`.
+AttentionInterface.register("packed", _attention)
+AttentionMaskInterface.register("packed", lambda *_, **__: None)
 
 
 def pick_device(device: str | None = None) -> torch.device:
     if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        number = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun
+        device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device: leave it out or take cpu")
     try:
@@ -324,6 +486,38 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
     if dtype not in names:
         raise InputError(f"unknown dtype {dtype!r}: take auto, {', '.join(names)}")
     return names[dtype]
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can still be had on the device, None where that cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        with open("/proc/meminfo") as f:
+            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return None
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+@functools.cache
+def processes() -> tuple[int, int, object]:
+    """Rank, number and group of the processes that torchrun started; (0, 1, None) for one alone."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, None
+    distributed, patience = torch.distributed, timedelta(days=7)  # one may be busy with its own work for long
+    if not distributed.is_initialized():
+        distributed.init_process_group("gloo", timeout=patience)
+    return distributed.get_rank(), distributed.get_world_size(), distributed.new_group(backend="gloo", timeout=patience)
+
+
+def _texts(texts: Iterable[str]) -> Iterable[str]:
+    if isinstance(texts, str):
+        raise InputError("texts must be a list of strings: put a single text in brackets")
+    return texts
 
 
 # --------------------------------------------------------------------------------------------------------- loading
@@ -391,8 +585,11 @@ def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, 
     transformers_logging.set_verbosity_error()  # unused weights of the language-model head are expected
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if config.model_type not in MODEL_TYPES:
-            raise InputError(f"{folder} is a model of type {config.model_type!r}: supported are {', '.join(MODEL_TYPES)}")
+        known = config.model_type in PACKED_TYPES
+        if not known and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            raise InputError(f"{folder} is a model of type {config.model_type!r}, no decoder: take one of {', '.join(PACKED_TYPES)}")
+        if not known and attention == "bidirectional":
+            raise InputError(f"{folder}: bidirectional attention is not tested with models of type {config.model_type!r}")
         if attention == "bidirectional":
             config.is_causal = False
         settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
@@ -406,6 +603,8 @@ def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, 
         transformers_logging.set_verbosity(verbosity)
     if report["missing_keys"]:  # transformers fills them with random numbers
         raise InputError(f"{folder} does not hold a whole model: no weights for {sorted(report['missing_keys'])[:3]}")
+    if not isinstance(getattr(model, "layers", None), nn.ModuleList):
+        raise InputError(f"{folder} is a {type(model).__name__}, whose layers cannot be found: take one of {', '.join(PACKED_TYPES)}")
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: its tokenizer has no fast version, which this project needs")
     return model, tokenizer
@@ -422,14 +621,20 @@ def _check_layer(index: int, n_layers: int) -> int:
 class Encoder:
     """A decoder-only language model, a contract, and the way from texts to vectors. Make one with `Encoder.load`."""
 
-    def __init__(self, model, tokenizer, contract, *, source, base_hash, device, dtype, padding_side):
+    def __init__(self, model, tokenizer, contract, *, source, base_hash, device, dtype):
         self.decoder, self.tokenizer, self.contract = model, tokenizer, contract
         self.source, self.base_hash, self.adapter_hash = source, base_hash, None
-        self.device, self.dtype, self.padding_side = device, dtype, padding_side or "right"
-        self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
+        self.device, self.dtype = device, dtype
+        self.peft, self.adapter_on, self.merged = None, True, False  # the adapter's handle; its layers sit inside `decoder`
         self.blocks = model.layers
+        # how a batch is run, never what comes out: no padding, the shared head once, of the last layer what is read
+        self.pack, self.share_head, self.trim = model.config.model_type in PACKED_TYPES, True, True
+        self.budget = self.held = sys.maxsize  # tokens of a batch in the present call, and as many as memory was seen to hold
+        self.notes = [] if self.pack else [f"{model.config.model_type} models are not packed: texts are padded, which is slower"]
         self.n_empty = self.n_cut = 0  # texts since the last `warnings(clear=True)` that were empty, or too long
-        model.set_attn_implementation("sdpa_recorded")
+        model.set_attn_implementation("packed" if self.pack else "sdpa")
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
         self._prepare()
 
     def _prepare(self) -> None:
@@ -460,7 +665,7 @@ class Encoder:
         *,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
-        padding_side: str | None = None,
+        compile: bool = False,
         override_contract: bool = False,
         trust_remote_code: bool = False,
         **overrides,
@@ -468,6 +673,7 @@ class Encoder:
         """Load a preset, a folder, a hub id or a training run.
 
         dtype       None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
+        compile     torch.compile the layers, once for all lengths; the first batches take a minute, needs a C++ compiler
         overrides   contract fields: prompt (preset name or template), pooling, scope, layers, max_tokens, bos, eos,
                     keep_bos, attention, normalize, dims. None counts as not given. On a run, a value that contradicts
                     its contract raises InputError unless `override_contract`.
@@ -476,8 +682,6 @@ class Encoder:
         settable = {f.name for f in fields(Contract)} - {"base", "revision", "version"} | {"prompt"}
         if set(overrides) - settable:
             raise InputError(f"unknown settings {sorted(set(overrides) - settable)}: there are {', '.join(sorted(settable))}")
-        if padding_side not in (None, "left", "right"):
-            raise InputError(f"padding_side is left or right, not {padding_side!r}")
         if "prompt" in overrides:
             overrides["prompts"] = get_prompt(overrides.pop("prompt")).roles()
         device = pick_device(device)
@@ -503,9 +707,12 @@ class Encoder:
         if contract is None:
             contract = _default_contract(name, revision, overrides, model.config, tokenizer)
         model.requires_grad_(False).eval().to(device)
-        encoder = cls(model, tokenizer, contract, source=source, base_hash=base_hash, device=device, dtype=dtype, padding_side=padding_side)
+        encoder = cls(model, tokenizer, contract, source=source, base_hash=base_hash, device=device, dtype=dtype)
         if run:
             encoder._load_adapter(run)
+        if compile:
+            for block in encoder.blocks:
+                block.compile(dynamic=True)
         return encoder
 
     # ------------------------------------------------------------------------------------------------ identity
@@ -564,23 +771,44 @@ class Encoder:
 
     def untuned(self) -> "Encoder":
         """The base model alone under the same contract, from the same weights in memory."""
+        if self.merged:
+            raise InputError("the adapter is merged into the base: load the run again to read the base alone")
         other = self.reread(data=None)
         other.adapter_on, other.adapter_hash = False, None
         return other
 
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Fold the adapter into the base's weights, so that it costs nothing a token; the base alone is gone from memory.
+
+        Returns the drift: the largest 1 - cosine between vectors before and after, over a few texts. In bfloat16 the sum
+        is rounded like any weight.
+        """
+        if self.peft is None or self.merged:
+            return 0.0
+        counts = self.n_empty, self.n_cut
+        before = torch.from_numpy(self.encode(PROBES)).double()
+        self.peft.merge_adapter()
+        self.merged = True
+        after = torch.from_numpy(self.encode(PROBES)).double()
+        self.n_empty, self.n_cut = counts
+        return max(0.0, 1 - F.cosine_similarity(before, after).min().item())
+
     # ---------------------------------------------------------------------------------- tokenise, run, pool, finish
 
     def _plain_ids(self, texts: list[str]) -> list[list[int]]:
-        return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+        backend = self.tokenizer.backend_tokenizer  # of the Python wrapper, which takes as long again
+        return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
-    def tokenise(self, texts: list[str], role: str = "document") -> Tokens:
-        """Prefix, text and suffix are tokenised separately; the text is cut to `max_tokens`, the prompt never is."""
+    def tokenise(self, texts: Iterable[str], role: str = "document", *, number: int = 0) -> Tokens:
+        """Prefix, text and suffix are tokenised separately; the text is cut to `max_tokens`, the prompt never is.
+
+        number      of the first text, in error messages
+        """
         if role not in ROLES:
             raise InputError(f"unknown role {role!r}: take one of {', '.join(ROLES)}")
-        if isinstance(texts, str):
-            raise InputError("texts must be a list of strings: put a single text in brackets")
-        texts = list(texts)
-        for i, text in enumerate(texts):
+        texts = list(_texts(texts))
+        for i, text in enumerate(texts, number):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is {type(text).__name__} {text!r}, not a string")
         prefix, suffix = self._prompt_ids[role]
@@ -592,7 +820,9 @@ class Encoder:
             all_ids = self._plain_ids(texts)
         except TypeError:  # half of a surrogate pair, as JSON may carry it, is no character
             broken = next(i for i, text in enumerate(texts) if text.encode("utf-8", "replace").decode() != text)
-            raise InputError(f"text {broken} holds half a surrogate pair and cannot be written as UTF-8: {texts[broken][:60]!a}") from None
+            raise InputError(
+                f"text {number + broken} holds half a surrogate pair and cannot be written as UTF-8: {texts[broken][:60]!a}"
+            ) from None
         for own in all_ids:
             n_empty += not own
             n_cut += len(own) > c.max_tokens
@@ -601,42 +831,66 @@ class Encoder:
             spans.append((len(head), len(head) + len(own)))
         self.n_empty += n_empty
         self.n_cut += n_cut
-        return Tokens(ids, spans, n_empty, n_cut)
+        return Tokens(ids, spans, len(head), n_empty, n_cut)
+
+    def _shared(self, tokens: Tokens) -> int:
+        """How many tokens stand in a batch once, before all its texts. They see nothing of a text only if attention is causal."""
+        worth = self.pack and self.share_head and self.contract.attention == "causal" and tokens.head >= MIN_HEAD
+        return tokens.head if worth else 0
 
     def collate(self, tokens: Tokens, rows: list[int]) -> Batch:
-        """The chosen rows as one padded batch on the device."""
-        width = max(1, max(len(tokens.ids[i]) for i in rows))
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else 0
-        input_ids = np.full((len(rows), width), pad, dtype=np.int64)
-        mask, is_text, is_bos = (np.zeros((len(rows), width), dtype=bool) for _ in range(3))
-        for b, i in enumerate(rows):
-            ids, (start, end) = tokens.ids[i], tokens.text[i]
-            at = 0 if self.padding_side == "right" else width - len(ids)
-            input_ids[b, at : at + len(ids)] = ids
-            mask[b, at : at + len(ids)] = True
-            is_text[b, at + start : at + end] = True
-            is_bos[b, at : at + self.contract.bos] = True
-        return Batch(*(torch.from_numpy(x).to(self.device) for x in (input_ids, mask, is_text, is_bos)))
+        """The chosen rows as one packed batch on the device."""
+        head = self._shared(tokens) if len(rows) > 1 else 0
+        rests = [tokens.ids[i][head:] for i in rows]
+        sizes = np.array([len(r) for r in rests])
+        starts = head + np.concatenate([[0], np.cumsum(sizes)])
+        ids = np.fromiter(itertools.chain(tokens.ids[rows[0]][:head], *rests), np.int64, starts[-1])
+        positions = np.arange(len(ids))
+        positions[head:] += head - np.repeat(starts[:-1], sizes)
+        on_device = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (ids, positions))
+        return Batch(*on_device, head, starts, np.array([tokens.text[i] for i in rows]), int(self.contract.bos))
 
     def batches(self, tokens: Tokens, rows: list[int], batch_tokens: int | None = None) -> Iterator[tuple[list[int], Batch]]:
-        """`rows` sorted by length, in batches of `batch_tokens` tokens, padding included (default: 2,048 on a CPU, else 32,768)."""
-        budget = batch_tokens or (2048 if self.device.type == "cpu" else 32768)
-        rows = sorted(rows, key=lambda i: -len(tokens.ids[i]))
-        while rows:
-            n = max(1, budget // max(1, len(tokens.ids[rows[0]])))
-            chosen, rows = rows[:n], rows[n:]
+        """`rows` sorted by length, in batches of `batch_tokens` tokens (default: by the device, see `_token_budget`)."""
+        for chosen in self._plan(tokens, rows, batch_tokens or self._token_budget()):
             yield chosen, self.collate(tokens, chosen)
 
-    def run(self, batch: Batch, layers: tuple[int, ...] | None = None, *, scores: bool | None = None) -> States:
-        """One forward pass -> the states of `layers` (default: the contract's), and the last token's attention `scores`."""
-        layers = self.contract.layers if layers is None else layers
-        wants_scores = self.contract.pooling == "attention" if scores is None else scores
-        numbers = {index: _check_layer(index, len(self.blocks)) for index in layers}
-        recorder = _Recorder(len(self.blocks) - 1, batch.last()) if wants_scores else None
-        kwargs = {"recorder": recorder} if recorder else {}
-        if self.contract.attention == "bidirectional" or self.padding_side == "left":
-            kwargs |= {"attention_mask": batch.mask.long(), "position_ids": (batch.mask.cumsum(1) - 1).clamp_min(0)}
-        # else: causal attention never looks right, where the padding is, and needs no mask
+    def _plan(self, tokens: Tokens, rows: list[int], budget: int) -> list[list[int]]:
+        """Sequences of like length together, longest first; where they are padded, padding counts."""
+        shared, plan, room = self._shared(tokens), [], 0
+        for i in sorted(rows, key=lambda i: -len(tokens.ids[i])):
+            size = len(tokens.ids[i if self.pack or not plan else plan[-1][0]]) - shared
+            if size > room:
+                plan.append([])
+                size, room = len(tokens.ids[i]) - shared, budget
+            plan[-1].append(i)
+            room -= size
+        return plan
+
+    def _token_budget(self) -> int:
+        """Tokens of a batch: 2,048 on a CPU, where larger ones are slower; else 32,768; less where memory is short."""
+        config = self.decoder.config
+        inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+        # what a layer holds of a token at a time, with the norms' float32 copies: an estimate, and half of the rest is left
+        token = torch.empty(0, dtype=self.dtype).element_size() * (16 * config.hidden_size + 4 * inner)
+        free = free_memory(self.device)
+        most = 2048 if self.device.type == "cpu" else 32768
+        return most if free is None else max(256, min(most, int(0.5 * free / token)))
+
+    def run(self, batch: Batch, views: list[View] | None = None) -> States:
+        """One forward pass -> the states that `views` read (default: the contract's)."""
+        views = views or [self.contract.view()]
+        last_block = len(self.blocks) - 1
+        numbers = {index: _check_layer(index, len(self.blocks)) for view in views for index in view.layers}
+        scores = any(v.pooling == "attention" for v in views)
+        if scores and not self.pack:
+            raise InputError(f"{type(self.decoder).__name__} does not let its attention be read: take another pooling")
+        at_end = all(v.pooling == "last" and (batch.scope(v)[1] == batch.lengths).all() for v in views)
+        trim = self.trim and self.pack and at_end and set(numbers.values()) == {-1} and len(batch.ids) > len(batch.spans)
+        causal = self.contract.attention == "causal"
+        packed = _Attention(batch, causal, last_block if scores else None, last_block if trim else None)
+        if not len(batch.ids):  # sequences without a token
+            return States({index: torch.zeros(0, self.decoder.config.hidden_size, device=self.device) for index in numbers}, packed)
         seen, hooks = {}, []
 
         def keep(number):
@@ -646,36 +900,68 @@ class Encoder:
 
             return hook
 
+        for number in set(numbers.values()) - {-1}:
+            block = self.blocks[max(number - 1, 0)]
+            hooks.append(block.register_forward_pre_hook(keep(0)) if number == 0 else block.register_forward_hook(keep(number)))
+        if trim:
+            hooks.append(self.blocks[-1].register_forward_pre_hook(self._trimmed(packed), with_kwargs=True))
         try:
-            for number in set(numbers.values()) - {-1}:
-                block = self.blocks[max(number - 1, 0)]
-                hooks.append(block.register_forward_pre_hook(keep(0)) if number == 0 else block.register_forward_hook(keep(number)))
             with self.peft.disable_adapter() if self.peft and not self.adapter_on else contextlib.nullcontext():
-                final = self.decoder(input_ids=batch.input_ids, use_cache=False, **kwargs).last_hidden_state
+                if self.pack:
+                    inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "packed": packed}
+                else:
+                    inputs, places = self._padded(batch)
+                seen[-1] = self.decoder(**inputs, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        if recorder and recorder.scores is None:
-            raise InputError(f"{type(self.decoder).__name__} does not let its attention be read: take another pooling")
-        seen[-1] = final
-        return States({index: seen[number] for index, number in numbers.items()}, recorder.scores if recorder else None)
+        flat = {number: state[0] if self.pack else state[places] for number, state in seen.items()}
+        return States({index: flat[number] for index, number in numbers.items()}, packed, trim)
+
+    @staticmethod
+    def _trimmed(packed: _Attention):
+        """A hook before the last layer that leaves each sequence's last token alone, once all keys and values are known."""
+
+        def hook(block, args, kwargs):
+            packed.keys = None
+            with contextlib.suppress(_KeysReady):
+                block.forward(*args, **kwargs)
+            kwargs |= {"position_embeddings": tuple(x[:, packed.last] for x in kwargs["position_embeddings"])}
+            return (args[0][:, packed.last], *args[1:]), kwargs
+
+        return hook
+
+    def _padded(self, batch: Batch) -> tuple[dict, tuple[Tensor, Tensor]]:
+        """For a model that cannot be packed: its inputs, and where each of the row's tokens went."""
+        n = batch.lengths
+        _, positions, sequence = batch.locate(np.zeros_like(n), n)
+        places = tuple(torch.from_numpy(x).to(self.device) for x in (sequence, positions))
+        ids, mask = (torch.zeros(len(n), int(n.max()), dtype=torch.long, device=self.device) for _ in range(2))
+        ids[places], mask[places] = batch.ids, 1
+        return {"input_ids": ids, "attention_mask": mask}, places
 
     def pool(self, states: States, batch: Batch, view: View | None = None) -> Tensor:
         """States -> (B, D) float32, as `view` says (default: the contract), then finished: cut to dims, normalised."""
         c = self.contract
         view = view or c.view()
-        values = states.layers[view.layers[0]]
-        if len(view.layers) > 1:
-            values = torch.stack([states.layers[i].float() for i in view.layers]).mean(0)
-        mask = batch.scope(view.scope, view.keep_bos)
+        first, end = batch.scope(view)
+        if view.pooling == "last":
+            first = np.maximum(end - 1, 0)
+        places, positions, sequence = found = batch.locate(first, end)
+        at = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (places, np.concatenate([[0], np.cumsum(end - first)])))
+        where, cu_seqlens = at
+        whole = states.last_only or (len(places) == len(batch.ids) and not batch.head)  # nothing is left out
+        layers = [states.layers[i] if whole else states.layers[i].index_select(0, where) for i in view.layers]
+        values = layers[0] if len(layers) == 1 else torch.stack([x.float() for x in layers]).mean(0)
         if view.pooling == "mean":
-            vectors = mean_pool(values, mask=mask)
+            vectors = mean_pool(values, cu_seqlens=cu_seqlens)
         elif view.pooling == "position-mean":  # weight i for the scope's i-th token: SGPT, Muennighoff 2022, arXiv 2202.08904
-            vectors = mean_pool(values, mask=mask, weights=mask.cumsum(1))
+            weights = torch.from_numpy((positions - first[sequence] + 1).astype(np.float32)).to(self.device)
+            vectors = mean_pool(values, cu_seqlens=cu_seqlens, weights=weights)
         elif view.pooling == "last":
-            vectors = last_pool(values, mask=mask)
+            vectors = last_pool(values, cu_seqlens=cu_seqlens)
         elif view.pooling == "attention":
-            vectors = attention_pool(values, states.scores, mask=mask)[0].mean(1)
+            vectors = attention_pool(values, states.attention.scores(*found), cu_seqlens=cu_seqlens)[0].mean(1)
         else:
             raise InputError(f"unknown pooling {view.pooling!r}: take one of {', '.join(POOLINGS)}")
         if c.dims is not None:
@@ -683,45 +969,109 @@ class Encoder:
         return F.normalize(vectors, dim=-1) if c.normalize else vectors
 
     @torch.no_grad()
+    def _attempt(self, tokens: Tokens, rows: list[int], views: list[View]) -> list[np.ndarray] | None:
+        """The vectors of one batch for each view; None if memory does not hold it."""
+        try:
+            batch = self.collate(tokens, rows)
+            states = self.run(batch, views)
+            return [self.pool(states, batch, view).float().cpu().numpy() for view in views]
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
+            return None
+
+    def _vectors(self, tokens: Tokens, rows: list[int], views: list[View], out: list[np.ndarray]) -> None:
+        """Fill `out` at `rows`. What does not fit into memory is halved, and so are the batches that follow."""
+        size = sum(len(tokens.ids[i]) - self._shared(tokens) for i in rows)
+        if len(rows) == 1 or size <= self.budget:
+            if found := self._attempt(tokens, rows, views):
+                for array, vectors in zip(out, found, strict=True):
+                    array[rows] = vectors
+                return
+            if len(rows) == 1:
+                raise InputError(f"a text of {size} tokens does not fit into memory: lower max_tokens, or take a smaller dtype")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.budget = self.held = max(1, size // 2)
+            self.notes.append(f"out of memory at {size} tokens: batches were halved to {self.budget}")
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+            self._vectors(tokens, half, views, out)
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        role: str = "document",
+        *,
+        views: list[View] | None = None,
+        batch_tokens: int | None = None,
+        done: Callable[[int], object] = lambda n: None,
+    ) -> Iterator[list[np.ndarray]]:
+        """Texts -> float32 (n, D) for each view, for `WINDOW` texts at a time, in order, in memory that does not grow.
+
+        The next texts are tokenised while the model runs on these. A sequence without a single token (no BOS, no prompt,
+        empty text) is a vector of zeros. Under torchrun every process takes every n-th batch, and all get all vectors. `done` is
+        told the number of texts after every batch.
+        """
+        views = views or [self.contract.view()]
+        width = self.contract.dims or self.decoder.config.hidden_size
+        rank, world, group = processes()
+        self.budget = min(batch_tokens or self._token_budget(), self.held)
+        self.decoder.eval()
+        source, number = iter(_texts(texts)), 0
+
+        def ahead() -> Tokens:
+            nonlocal number
+            chunk = list(itertools.islice(source, WINDOW))
+            number += len(chunk)
+            return self.tokenise(chunk, role, number=number - len(chunk))
+
+        with ThreadPoolExecutor(1) as pool:
+            coming = pool.submit(ahead)
+            while (tokens := coming.result()).ids:
+                coming = pool.submit(ahead)
+                out = [np.zeros((len(tokens.ids), width), dtype=np.float32) for _ in views]
+                plan = self._plan(tokens, [i for i, ids in enumerate(tokens.ids) if ids], self.budget)
+                for rows in plan[rank::world]:
+                    self._vectors(tokens, rows, views, out)
+                    done(len(rows))
+                if world > 1:
+                    for array in out:
+                        torch.distributed.all_reduce(torch.from_numpy(array), group=group)  # zeros wherever another process wrote
+                yield out
+
     def encode(
         self,
-        texts: list[str],
+        texts: Iterable[str],
         role: str = "document",
         *,
         views: list[View] | None = None,
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray | list[np.ndarray]:
-        """Texts -> float32 (N, D) in the order given; with `views`, one such array for each, from the same forward passes.
-
-        A row without a single token (no BOS, no prompt, empty text) is a vector of zeros.
-        """
+        """Texts -> float32 (N, D) in the order given; with `views`, one such array for each, from the same forward passes."""
         from tqdm import tqdm
 
-        wanted = views or [self.contract.view()]
-        layers = tuple(dict.fromkeys(i for view in wanted for i in view.layers))
-        tokens = self.tokenise(texts, role)
-        rows_with_tokens = [i for i, ids in enumerate(tokens.ids) if ids]
+        texts = list(_texts(texts))
         width = self.contract.dims or self.decoder.config.hidden_size
-        out = [np.zeros((len(tokens.ids), width), dtype=np.float32) for _ in wanted]
-        self.decoder.eval()
-        with tqdm(total=len(rows_with_tokens), desc="encoding", unit="text", disable=not progress, leave=False, file=sys.stderr) as bar:
-            for rows, batch in self.batches(tokens, rows_with_tokens, batch_tokens):
-                states = self.run(batch, layers, scores=any(v.pooling == "attention" for v in wanted))
-                for array, view in zip(out, wanted, strict=True):
-                    array[rows] = self.pool(states, batch, view).float().cpu().numpy()
-                bar.update(len(rows))
+        out = [np.empty((len(texts), width), dtype=np.float32) for _ in views or [None]]
+        at = 0
+        with tqdm(total=len(texts), desc="encoding", unit="text", disable=not progress, leave=False, file=sys.stderr) as bar:
+            for found in self.stream(texts, role, views=views, batch_tokens=batch_tokens, done=bar.update):
+                for array, part in zip(out, found, strict=True):
+                    array[at : at + len(part)] = part
+                at += len(found[0])
         return out if views else out[0]
 
     def warnings(self, *, clear: bool = False) -> list[str]:
         """What happened to texts that their owner should know, one line each."""
-        told = []
+        told = list(self.notes)
         if self.n_empty:
             told.append(f"{self.n_empty} empty texts were embedded as the prompt alone")
         if self.n_cut:
             told.append(f"{self.n_cut} texts were cut to {self.contract.max_tokens} tokens")
         if clear:
             self.n_empty = self.n_cut = 0
+            self.notes = []
         return told
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import ARCHITECTURES, TEXTS, make_model, make_tokenizer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, ModernBertConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, ModernBertConfig
 
 from encoder import POOLINGS, PRESETS, SCOPES, Contract, Encoder, View
 from prompts import InputError
@@ -62,24 +62,24 @@ def test_sliding_windows_reach_the_attention_pooling(models_dir):
     for name, expected in (("mistral", True), ("gemma3", True), ("llama", False)):
         encoder = Encoder.load(models_dir[name], dtype="float32")
         batch = encoder.collate(encoder.tokenise([TEXTS[2]]), [0])
-        scores = encoder.run(batch, scores=True).scores[0]
+        states = encoder.run(batch, [View("attention")])
+        scores = states.attention.scores(*batch.locate(np.zeros_like(batch.lengths), batch.lengths))
         assert len(scores) > 14
         assert bool(scores[:-12].isneginf().all()) == expected, name
 
 
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_a_vector_does_not_depend_on_its_batch(model, attention):
-    """Alone, in a batch, left- or right-padded, with any neighbours, in any order: the same to 1e-5."""
-    sides = [Encoder.load(model, prompt="cluster", padding_side=side, attention=attention) for side in ("right", "left")]
+    """Alone, in a batch, with any neighbours, in any order: the same to 1e-5."""
+    encoder = Encoder.load(model, prompt="cluster", attention=attention)
     views = [View(p, s) for p in POOLINGS for s in SCOPES]
-    alone = [np.concatenate(arrays) for arrays in zip(*(sides[0].encode([t], views=views) for t in TEXTS), strict=True)]
-    for encoder in sides:
-        for order in (range(len(TEXTS)), reversed(range(len(TEXTS)))):
-            order = list(order)
-            for budget in (4096, 40):
-                together = encoder.encode([TEXTS[i] for i in order], views=views, batch_tokens=budget)
-                for view, a, b in zip(views, alone, together, strict=True):
-                    np.testing.assert_allclose(b, a[order], atol=1e-5, err_msg=f"{view} {encoder.padding_side} {budget}")
+    alone = [np.concatenate(arrays) for arrays in zip(*(encoder.encode([t], views=views) for t in TEXTS), strict=True)]
+    for order in (range(len(TEXTS)), reversed(range(len(TEXTS)))):
+        order = list(order)
+        for budget in (4096, 40):
+            together = encoder.encode([TEXTS[i] for i in order], views=views, batch_tokens=budget)
+            for view, a, b in zip(views, alone, together, strict=True):
+                np.testing.assert_allclose(b, a[order], atol=1e-5, err_msg=f"{view} {budget}")
 
 
 def test_bidirectional_attention_changes_the_vectors(model):
@@ -269,7 +269,7 @@ def test_every_linear_layer_of_every_block_is_adapted(model):
 def test_fingerprint_names_contract_base_and_adapter_and_nothing_else(llama, tmp_path):
     first = Encoder.load(llama, prompt="cluster")
     moved = shutil.copytree(llama, tmp_path / "elsewhere" / "renamed")
-    same = [Encoder.load(llama, prompt="cluster", dtype="bfloat16", padding_side="left"), Encoder.load(str(moved), prompt="cluster")]
+    same = [Encoder.load(llama, prompt="cluster", dtype="bfloat16"), Encoder.load(str(moved), prompt="cluster")]
     assert {e.fingerprint for e in same} == {first.fingerprint}
     other_seed = make_model(tmp_path / "seed1" / "llama", "llama", seed=1)
     make_tokenizer("metaspace", bos=True).save_pretrained(tmp_path / "seed1" / "llama")
@@ -300,12 +300,17 @@ def test_a_run_of_a_presets_name_does_not_hide_the_preset(tmp_path, monkeypatch)
     assert Encoder.load("tiny").peft is None and Encoder.load("./tiny").peft is not None
 
 
-def test_only_classes_that_are_tested_are_accepted(llama, tmp_path):
-    """An encoder, or a decoder whose attention cannot be read, would give vectors that depend on their neighbours."""
+def test_what_is_no_decoder_is_refused(llama, tmp_path):
     folder = shutil.copytree(llama, tmp_path / "other")
-    ModernBertConfig().save_pretrained(folder)
-    with pytest.raises(InputError, match="of type 'modernbert': supported are llama"):
-        Encoder.load(str(folder))
+    for config, message in (
+        (ModernBertConfig(), "of type 'modernbert', no decoder"),
+        (GPT2Config(n_layer=1), "whose layers cannot be found"),
+    ):
+        config.save_pretrained(folder)
+        if config.model_type == "gpt2":
+            AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        with pytest.raises(InputError, match=message):
+            Encoder.load(str(folder))
 
 
 def test_a_flag_that_contradicts_a_run_shows_both_values(llama, tmp_path):
