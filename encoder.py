@@ -665,7 +665,6 @@ class Encoder:
         *,
         dtype: str | torch.dtype | None = None,
         device: str | None = None,
-        compile: bool = False,
         override_contract: bool = False,
         trust_remote_code: bool = False,
         **overrides,
@@ -673,7 +672,6 @@ class Encoder:
         """Load a preset, a folder, a hub id or a training run.
 
         dtype       None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
-        compile     torch.compile the layers, once for all lengths; the first batches take a minute, needs a C++ compiler
         overrides   contract fields: prompt (preset name or template), pooling, scope, layers, max_tokens, bos, eos,
                     keep_bos, attention, normalize, dims. None counts as not given. On a run, a value that contradicts
                     its contract raises InputError unless `override_contract`.
@@ -710,10 +708,12 @@ class Encoder:
         encoder = cls(model, tokenizer, contract, source=source, base_hash=base_hash, device=device, dtype=dtype)
         if run:
             encoder._load_adapter(run)
-        if compile:
-            for block in encoder.blocks:
-                block.compile(dynamic=True)
         return encoder
+
+    def compile(self) -> None:
+        """torch.compile the layers, once for all lengths: worth it for many texts. On a CPU it needs a C++ compiler."""
+        for block in self.blocks:
+            block.compile(dynamic=True)
 
     # ------------------------------------------------------------------------------------------------ identity
 

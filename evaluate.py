@@ -52,6 +52,7 @@ from encoder import (
     find_base,
     hub_answers,
     is_run,
+    processes,
     write_atomic,
 )
 from prompts import PROMPTS, TASK_PROMPTS, InputError, get_prompt
@@ -328,11 +329,12 @@ def choose_tasks(args: argparse.Namespace) -> list:
 class Scored:
     """One row of the table: a name, an identity, and a way to encode. What mteb sees of a model."""
 
-    def __init__(self, label: str, fingerprint: str, contract: dict | None, encode):
+    def __init__(self, label: str, fingerprint: str, contract: dict | None, encode, computed: str | None = None):
         from mteb.models.model_meta import ModelMeta
         from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 
         self.label, self.fingerprint, self.contract, self._encode = label, fingerprint, contract, encode
+        self.computed = computed  # in which dtype, on what
         self.similarity, self.similarity_pairwise = cos_sim, pairwise_cos_sim
         self.mteb_model_meta = ModelMeta.create_empty({"name": f"local/{fingerprint}", "revision": fingerprint})
 
@@ -366,7 +368,8 @@ class SharedPasses:
 
 def scored_row(passes: SharedPasses, encoder: Encoder, label: str) -> Scored:
     c = encoder.contract
-    return Scored(label, encoder.fingerprint, json.loads(c.to_json()), passes.reader(c.view()))
+    computed = f"{str(encoder.dtype).removeprefix('torch.')} on {encoder.device.type}"
+    return Scored(label, encoder.fingerprint, json.loads(c.to_json()), passes.reader(c.view()), computed)
 
 
 def tfidf(texts: list[str], role: str) -> np.ndarray:
@@ -416,10 +419,14 @@ def rows_of(args: argparse.Namespace, task_type: str) -> Iterator[list[Scored]]:
             continue
         chosen = flags_for_run(spec, args)
         encoder = Encoder.load(spec, override_contract=args.override_contract, **machine, **flags, **chosen)
-        yield [scored_row(SharedPasses(encoder), encoder, os.path.relpath(spec))]
         if run:  # the base under the run's own contract: the difference is what training brought
             base = encoder.untuned()
             yield [scored_row(SharedPasses(base), base, f"{base.contract.base}, untuned, same contract")]
+        told = f"{os.path.relpath(spec)}: adapter merged into the base, 1 - cosine {encoder.merge():.0e} at most"
+        print(told, file=sys.stderr)
+        if args.compile:
+            encoder.compile()
+        yield [scored_row(SharedPasses(encoder), encoder, os.path.relpath(spec))]
 
 
 def flags_for_run(spec: str, args: argparse.Namespace) -> dict:
@@ -458,6 +465,8 @@ def check_models(args: argparse.Namespace) -> None:
 def base_rows(spec: str, prompt: str, args: argparse.Namespace, settings: dict) -> list[Scored]:
     """An untuned base under one prompt and every --pooling x --scope."""
     encoder = Encoder.load(spec, prompt=prompt, **settings)
+    if args.compile:
+        encoder.compile()
     passes, rows = SharedPasses(encoder), {}
     for pooling, scope in itertools.product(args.pooling or [encoder.contract.pooling], args.scope or [None]):
         scope = scope or default_scope(pooling)
@@ -493,6 +502,7 @@ def score(task, scored: Scored) -> dict:
         "model": scored.label,
         "fingerprint": scored.fingerprint,
         "contract": scored.contract,
+        "computed": scored.computed,
         "seconds": round(time.perf_counter() - began, 2),
     }
     if all("v_measures" in part for part in parts):
@@ -524,7 +534,8 @@ def table(cells: list[dict]) -> str:
         "  ".join(x.ljust(w) if i in left else x.rjust(w) for i, (x, w) in enumerate(zip(line, widths, strict=True))).rstrip()
         for line in lines
     ]
-    return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:]])
+    computed = ", ".join(dict.fromkeys(c["computed"] for c in cells if c["computed"]))
+    return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:], *([f"vectors computed in {computed}"] if computed else [])])
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -549,12 +560,16 @@ def build_parser() -> argparse.ArgumentParser:
     # the machine
     add("--dtype", help="auto, float32, bfloat16 (default float32 on a CPU, bfloat16 elsewhere)")
     add("--device", help="default cuda where there is one, else cpu")
+    add("--compile", action="store_true", help="torch.compile the model: pays for many texts, on a CPU needs a C++ compiler")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (off)")
     add("--out", type=Path, help="write every score as JSON")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    if processes()[0]:  # torchrun: all encode, each its share, and the first one speaks
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for good
+        args.out = None
     if args.out and args.out.exists():
         raise InputError(f"{args.out} exists already: choose another --out, or delete it first")
     for name in ("mteb", "datasets", "sentence_transformers"):

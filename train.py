@@ -339,6 +339,7 @@ def main(args: argparse.Namespace) -> None:
         data={"name": args.pairs.name, "sha256": pairs_hash},
     )
     n_trained = encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout)
+    encoder.share_head = args.lora_dropout == 0  # else every text draws its own mask for the prompt
     if args.gradient_checkpointing:
         encoder.decoder.gradient_checkpointing_enable({"use_reentrant": False})
     if encoder.dtype == torch.bfloat16:  # peft casts each adapter's input up to its weights' float32, autocast casts it down again

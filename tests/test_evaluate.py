@@ -226,13 +226,16 @@ def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     labels = [c["model"] for c in found["results"]]
     grid_rows = [f"llama, cluster, {p}, {s}" for p in ("mean", "last") for s in ("all", "text")]
     assert labels[:-1] == ["TF-IDF, SVD 100", "llama, none, mean", "llama, none, last", *grid_rows]
-    wanted = {"task", "type", "metric", "score", "splits", "bootstrap_scores", "model", "fingerprint", "contract", "seconds", "ami"}
+    wanted = {"task", "type", "metric", "score", "splits", "bootstrap_scores", "model", "fingerprint", "contract", "computed", "seconds"}
+    wanted |= {"ami"}
     assert all(set(c) == wanted and 0 <= c["score"] <= 1 for c in found["results"])
     assert len({c["fingerprint"] for c in found["results"]}) == len(labels)
     assert found["results"][-1]["fingerprint"] == Encoder.load(model).fingerprint
     assert found["results"][-1]["contract"]["pooling"] == "last"
+    assert [c["computed"] for c in found["results"]] == [None] + ["float32 on cpu"] * (len(labels) - 1)
     assert {"mteb", "torch", "python"} <= set(found["versions"])
-    printed = capsys.readouterr().out
+    printed, told = capsys.readouterr()
+    assert "vectors computed in float32 on cpu" in printed and "adapter merged into the base" in told
     assert printed.count("llama, ") == 6 and f"{100 * found['results'][0]['score']:.1f}" in printed
     with pytest.raises(InputError, match="exists already"):
         run("--data", path, "--model", "tiny", "--out", out)
@@ -268,8 +271,8 @@ def test_without_a_model_the_newest_run_beside_its_base(tmp_path, capsys, monkey
     os.utime(tmp_path / "runs" / "old" / "embedding.json", (1, 1))
     run("--data", path, "--out", tmp_path / "r.json")
     found = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert [c["model"] for c in found] == ["runs/new", "tiny, untuned, same contract"]
-    ours, base = (c["contract"] for c in found)
+    assert [c["model"] for c in found] == ["tiny, untuned, same contract", "runs/new"]
+    base, ours = (c["contract"] for c in found)
     assert {k for k in ours if ours[k] != base[k]} <= {"data"} and base["prompts"] == ours["prompts"]
     assert found[0]["fingerprint"] != found[1]["fingerprint"]
 
