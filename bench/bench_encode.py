@@ -1,0 +1,327 @@
+"""Encoding: our encoder beside sentence-transformers and the plain loop of the paper's code, correctness first, then speed.
+
+    python bench/bench_encode.py                             # on a CPU: the bundled model and the SmolLM2-135M shape
+    python bench/bench_encode.py --models qwen3-0.6b mistral-7b --dtype bfloat16     # shapes for a GPU, random weights
+    python bench/bench_encode.py --ablate                    # ours with each trick off as well
+    python bench/bench_encode.py --stream 1000000            # memory while a million short lines go through one layer
+
+Sides: ours; sentence-transformers on the same weights, at its best (the same dtype, the fastest of several batch sizes, its
+unpadding where it has it) and at its defaults (float32 on a CPU, 32 texts a batch); `AutoModelForCausalLM` as published
+evaluation loops have it (32 texts a batch in the order given, padding, every hidden state kept, logits computed).
+
+Texts are drawn from the embedded tasks and cut to length: `short` 10 to 20 tokens, `long` 150 to 300, `mixed` half of each.
+Prompts stand before the text: none, 8 tokens, 30 tokens. Every side's vectors must agree with ours in float32, one text at a
+time (cosine above 0.99999 in float32, above 0.999 in bfloat16), before anything is timed. Sides alternate A B B A; a ratio is
+the median of the rounds' ratios. tokens/s counts every token of every sequence, however often it was really computed.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MistralConfig, Qwen3Config
+
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+from encoder import Encoder, pick_device, pick_dtype  # noqa: E402, the folder above
+
+LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+SMOLLM = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
+QWEN = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8}
+MISTRAL = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8}
+# the published configurations, with the bundled tokenizer's vocabulary: an embedding's rows cost no time
+SHAPES = {
+    "smollm2-135m": LlamaConfig(**SMOLLM),
+    "qwen3-0.6b": Qwen3Config(**QWEN, head_dim=128),
+    "llama-3.2-1b": LlamaConfig(**LLAMA_1B, head_dim=64),
+    "mistral-7b": MistralConfig(**MISTRAL, sliding_window=None),
+}
+LENGTHS = {"short": (10, 20), "long": (150, 300), "mixed": None}
+PROMPTS = {
+    "none": "",
+    "short": "Group this by its topic:\n",
+    "30 tokens": "Instruction: read the following text with care, then find the one topic, among a hundred, to which it belongs best.\n",
+}
+
+
+def make_model(name: str, folder: Path) -> str:
+    """The bundled model, or a published shape with random weights, as a folder that every side loads."""
+    if name == "tiny":
+        return str(HERE / "models" / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "models" / "tiny")
+    config = SHAPES[name]
+    config.vocab_size, config.max_position_embeddings = len(tokenizer), 2048
+    config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_id
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16 if name == "mistral-7b" else torch.float32)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    torch.set_default_dtype(torch.float32)
+    tokenizer.model_max_length = 2048
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def make_texts(tokenizer, workload: str, n: int) -> list[str]:
+    """Texts of a workload's length in tokens; each starts with a letter, so that a prompt's last newline stays a token."""
+    rows = []
+    for path in sorted((HERE / "tasks").glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            rows += [json.loads(line)["text"] for line in f]
+    words = np.array(" ".join(rows).split())
+    rng, texts = np.random.default_rng(0), []
+    for i in range(n):
+        low, high = LENGTHS[workload] or LENGTHS["short" if i % 2 else "long"]
+        start, wanted = rng.integers(len(words) - high), rng.integers(low, high + 1)
+        ids = tokenizer(" ".join(words[start : start + high]), add_special_tokens=False)["input_ids"][:wanted]
+        texts.append("The " + tokenizer.decode(ids).strip().strip("\ufffd"))
+    return texts
+
+
+# ------------------------------------------------------------------------------------------------------------- sides
+
+
+def ours(folder: str, prompt: str, pooling: str, dtype, device, **tricks):
+    settings = {"pooling": pooling, "scope": "all", "keep_bos": pooling == "mean" or None}
+    encoder = Encoder.load(folder, prompt=prompt + "{text}", dtype=dtype, device=str(device), **settings)
+    if tricks.pop("compile", False):
+        encoder.compile()
+    for name, value in tricks.items():
+        setattr(encoder, name, value)
+    return encoder.encode
+
+
+def sentence_transformer(folder: str, prompt: str, pooling: str, dtype, device, batch_size: int):
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+    settings = {} if dtype is None else {"model_kwargs": {"dtype": dtype}}
+    body = Transformer(folder, max_seq_length=2048, **settings)
+    pool = Pooling(body.get_embedding_dimension(), pooling_mode="lasttoken" if pooling == "last" else "mean")
+    model = SentenceTransformer(modules=[body, pool], device=str(device))
+
+    def encode(texts):
+        vectors = model.encode([prompt + t for t in texts], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+        return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
+
+    return encode
+
+
+def plain_loop(folder: str, prompt: str, pooling: str, dtype, device):
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+
+    @torch.no_grad()
+    def encode(texts):
+        found = []
+        for at in range(0, len(texts), 32):
+            inputs = tokenizer([prompt + t for t in texts[at : at + 32]], padding=True, return_tensors="pt").to(device)
+            states = model(**inputs, output_hidden_states=True).hidden_states[-1].float()
+            mask = inputs["attention_mask"]
+            if pooling == "last":
+                vectors = states[torch.arange(len(states)), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
+            else:
+                vectors = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+            found.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
+        return torch.cat(found).numpy()
+
+    return encode
+
+
+# ------------------------------------------------------------------------------------------------------- measurement
+
+
+def clock(encode, texts: list[str], device: torch.device) -> float:
+    began = time.perf_counter()
+    encode(texts)
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def peak_memory(encode, texts: list[str], device: torch.device) -> float | None:
+    """MiB above what the weights take, on a GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    encode(texts)
+    return (torch.cuda.max_memory_allocated() - held) / 2**20
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of a large square product, the best of five."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(6):
+        began = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return 2 * n**3 / min(times[1:])
+
+
+def closeness(a: np.ndarray, b: np.ndarray) -> float:
+    return float((a * b).sum(1).min())
+
+
+def compare(sides: dict, texts: list[str], rounds: int, device: torch.device) -> dict[str, dict]:
+    """Seconds of each side, and the median over rounds of its time as a multiple of ours; every other round runs backwards."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for encode in sides.values():
+        encode(texts[: max(64, len(texts) // 4)])  # warm
+    for r in range(rounds):
+        for name in list(sides) if r % 2 == 0 else reversed(sides):
+            times[name].append(clock(sides[name], texts, device))
+    first = times["ours"]
+    return {
+        name: {"seconds": float(np.median(t)), "times_ours": float(np.median(np.array(t) / np.array(first)))} for name, t in times.items()
+    }
+
+
+def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, args, dtype, device) -> list[dict]:
+    prompt = PROMPTS[prompt_name]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    texts = make_texts(tokenizer, workload, args.texts or (1024 if name == "tiny" else 96) // (4 if workload != "short" else 1))
+    tokens = sum(len(ids) for ids in tokenizer([prompt + t for t in texts])["input_ids"])
+    settings = (folder, prompt, pooling)
+    plain = ours(*settings, "float32", device, share_head=False, trim=False)
+    checked = texts[:: max(1, len(texts) // 24)]
+    expected = np.concatenate([plain([t]) for t in checked])
+    del plain
+
+    sides = {"ours": ours(*settings, dtype, device)}
+    if args.compile:
+        sides["ours, compiled"] = ours(*settings, dtype, device, compile=True)
+    if args.ablate:
+        sides["ours, prompt not shared"] = ours(*settings, dtype, device, share_head=False)
+        if pooling == "last":
+            sides["ours, whole last layer"] = ours(*settings, dtype, device, trim=False)
+    try:
+        found = {size: sentence_transformer(*settings, dtype, device, size) for size in args.batch_sizes}
+        for encode in found.values():
+            encode(texts[:64])
+        best = min(found, key=lambda size: min(clock(found[size], texts, device) for _ in range(2)))
+        sides[f"sentence-transformers, best (batch {best})"] = found[best]
+        sides["sentence-transformers, defaults"] = sentence_transformer(*settings, None, device, 32)
+    except ImportError:
+        print("sentence-transformers is not installed: left out", file=sys.stderr)
+    sides["AutoModelForCausalLM"] = plain_loop(*settings, dtype, device)
+
+    needed = 0.99999 if dtype == torch.float32 else 0.999
+    for side, encode in sides.items():
+        if (found := closeness(encode(checked), expected)) < needed:
+            raise SystemExit(f"{side} disagrees with the plain path: cosine {found:.6f} on {name}, {workload}, prompt {prompt_name}")
+    rows = []
+    weights = AutoModelForCausalLM.from_pretrained(folder).named_parameters()
+    parameters = sum(p.numel() for n, p in weights if "embed" not in n and "lm_head" not in n)
+    peak = matmul_peak(dtype, device)
+    for side, row in compare(sides, texts, args.rounds, device).items():
+        speed = {"texts_per_second": len(texts) / row["seconds"], "tokens_per_second": tokens / row["seconds"]}
+        share = 2 * parameters * speed["tokens_per_second"] / peak
+        memory = peak_memory(sides[side], texts, device)
+        about = {"model": name, "workload": workload, "prompt": prompt_name, "pooling": pooling, "side": side}
+        rows.append(about | row | speed | {"matmul_share": share, "peak_mib": memory, "cosine": closeness(sides[side](checked), expected)})
+    return rows
+
+
+def show(rows: list[dict]) -> None:
+    first = rows[0]
+    print(f"\n{first['model']}, {first['workload']} texts, prompt {first['prompt']}, {first['pooling']} pooling")
+    for row in rows:
+        memory = "" if row["peak_mib"] is None else f", {row['peak_mib']:,.0f} MiB"
+        print(
+            f"  {row['side']:42} {row['texts_per_second']:9,.1f} texts/s {row['tokens_per_second']:10,.0f} tokens/s"
+            f"  {100 * row['matmul_share']:5.1f} % of matmul  ours is {row['times_ours']:5.2f} x{memory}  cosine {row['cosine']:.6f}",
+            flush=True,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------------ stream
+
+
+def resident_mib() -> float:
+    with open("/proc/self/statm") as f:
+        return int(f.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def stream(n: int, args) -> dict:
+    """Short lines, made as they are read, through the bundled model cut to one layer; resident memory on the way."""
+    with tempfile.TemporaryDirectory() as folder:
+        base = HERE / "models" / "tiny"
+        config = AutoConfig.from_pretrained(base)
+        config.num_hidden_layers = 1
+        if hasattr(config, "layer_types"):
+            config.layer_types = (config.layer_types or [])[:1] or None
+        AutoModelForCausalLM.from_pretrained(base, config=config).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(base).save_pretrained(folder)
+        encoder = Encoder.load(folder, prompt=PROMPTS["30 tokens"] + "{text}", dtype=args.dtype or "auto")
+    words = make_texts(encoder.tokenizer, "long", 64)
+    words = " ".join(words).split()
+    lines = (" ".join(words[(i * 7) % 9000 :][: 6 + i % 9]) for i in range(n))
+    began, done, levels = time.perf_counter(), 0, []
+    for (block,) in encoder.stream(lines):
+        done += len(block)
+        levels.append(resident_mib())
+        if len(levels) % 8 == 1 or done == n:
+            speed = done / (time.perf_counter() - began)
+            print(f"{done:10,} lines, {speed:8,.0f} lines/s, {levels[-1]:,.0f} MiB resident", flush=True)
+    return {"lines": done, "seconds": time.perf_counter() - began, "mib_first": levels[0], "mib_last": levels[-1], "mib_max": max(levels)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--models", nargs="+", choices=("tiny", *SHAPES), help="default: tiny and smollm2-135m on a CPU, else qwen3-0.6b and mistral-7b")
+    add("--workloads", nargs="+", choices=tuple(LENGTHS), default=list(LENGTHS))
+    add("--prompts", nargs="+", choices=tuple(PROMPTS), default=list(PROMPTS))
+    add("--pooling", nargs="+", choices=("last", "mean"), default=["last"])
+    add("--texts", type=int, help="a workload (default 1024 for the bundled model, 96 else; a quarter of that where texts are long)")
+    add("--rounds", type=int, default=5)
+    add("--batch-sizes", nargs="+", type=int, default=[8, 32, 128], help="that sentence-transformers may choose from")
+    add("--dtype", help="default auto: bfloat16 where it is fast")
+    add("--device")
+    add("--ablate", action="store_true", help="ours with each trick off as well")
+    add("--compile", action="store_true", help="ours with compiled layers as well")
+    add("--stream", type=int, metavar="N", help="only: N lines through one layer, and memory")
+    add("--json", type=Path)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype or "auto", device)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = {p: version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()}
+    about = {"date": str(date.today()), "device": where, "dtype": str(dtype), "versions": versions}
+    print(json.dumps(about))
+    if args.stream:
+        result = {"stream": stream(args.stream, args)}
+    else:
+        rows = []
+        for name in args.models or (["tiny", "smollm2-135m"] if device.type == "cpu" else ["qwen3-0.6b", "mistral-7b"]):
+            with tempfile.TemporaryDirectory() as folder:
+                source = make_model(name, Path(folder))
+                for workload in args.workloads:
+                    for prompt in args.prompts:
+                        for pooling in args.pooling:
+                            rows += (found := case(name, source, workload, prompt, pooling, args, dtype, device))
+                            show(found)
+        result = {"rows": rows}
+    print(json.dumps(about | result))
+    if args.json:
+        args.json.write_text(json.dumps(about | result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
