@@ -309,7 +309,17 @@ try:
     _VARLEN = inspect.signature(varlen_attn).parameters  # grew from release to release
 except ImportError:
     _VARLEN = {}
-VARLEN = "window_size" in _VARLEN  # torch 2.11 and later
+
+
+def _flash_takes(query: Tensor) -> bool:
+    """Half precision on a GPU of Ampere or later, torch 2.11 or later, heads of at most 256 numbers."""
+    if not query.is_cuda or "window_size" not in _VARLEN or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return (
+        query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and (torch.version.hip or torch.cuda.get_device_capability(query.device) >= (8, 0))
+    )
 
 
 class _KeysReady(Exception):
@@ -345,8 +355,8 @@ class _Attention:
                 self.keys = key, value
                 raise _KeysReady
             key, value = self.keys
-        flash = VARLEN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout
-        return (self.flash if flash else self.stacked)(query, key, value, scale, window, dropout, layer == self.trim)
+        attend = self.flash if _flash_takes(query) and not dropout else self.stacked
+        return attend(query, key, value, scale, window, dropout, layer == self.trim)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device, non_blocking=True)
@@ -858,9 +868,12 @@ class Encoder:
     def _plan(self, tokens: Tokens, rows: list[int], budget: int) -> list[list[int]]:
         """Sequences of like length together, longest first; where they are padded, padding counts."""
         shared, plan, room = self._shared(tokens), [], 0
-        for i in sorted(rows, key=lambda i: -len(tokens.ids[i])):
+        order = sorted(rows, key=lambda i: -len(tokens.ids[i]))
+        total = sum(len(tokens.ids[i]) - shared for i in order)
+        even = total / max(1, -(-total // budget))  # as many batches as it takes, of about the same size
+        for i in order:
             size = len(tokens.ids[i if self.pack or not plan else plan[-1][0]]) - shared
-            if size > room:
+            if not plan or size > room or budget - room >= even:
                 plan.append([])
                 size, room = len(tokens.ids[i]) - shared, budget
             plan[-1].append(i)
@@ -969,24 +982,23 @@ class Encoder:
         return F.normalize(vectors, dim=-1) if c.normalize else vectors
 
     @torch.no_grad()
-    def _attempt(self, tokens: Tokens, rows: list[int], views: list[View]) -> list[np.ndarray] | None:
-        """The vectors of one batch for each view; None if memory does not hold it."""
+    def _attempt(self, tokens: Tokens, rows: list[int], views: list[View]) -> list[Tensor] | None:
+        """The vectors of one batch for each view, on the device; None if memory does not hold it."""
         try:
             batch = self.collate(tokens, rows)
             states = self.run(batch, views)
-            return [self.pool(states, batch, view).float().cpu().numpy() for view in views]
+            return [self.pool(states, batch, view).float() for view in views]
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
             return None
 
-    def _vectors(self, tokens: Tokens, rows: list[int], views: list[View], out: list[np.ndarray]) -> None:
-        """Fill `out` at `rows`. What does not fit into memory is halved, and so are the batches that follow."""
+    def _vectors(self, tokens: Tokens, rows: list[int], views: list[View]) -> Iterator[tuple[list[int], list[Tensor]]]:
+        """`rows` with their vectors. What does not fit into memory is halved, and so are the batches that follow."""
         size = sum(len(tokens.ids[i]) - self._shared(tokens) for i in rows)
         if len(rows) == 1 or size <= self.budget:
             if found := self._attempt(tokens, rows, views):
-                for array, vectors in zip(out, found, strict=True):
-                    array[rows] = vectors
+                yield rows, found
                 return
             if len(rows) == 1:
                 raise InputError(f"a text of {size} tokens does not fit into memory: lower max_tokens, or take a smaller dtype")
@@ -995,7 +1007,7 @@ class Encoder:
             self.budget = self.held = max(1, size // 2)
             self.notes.append(f"out of memory at {size} tokens: batches were halved to {self.budget}")
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
-            self._vectors(tokens, half, views, out)
+            yield from self._vectors(tokens, half, views)
 
     def stream(
         self,
@@ -1031,8 +1043,11 @@ class Encoder:
                 coming = pool.submit(ahead)
                 out = [np.zeros((len(tokens.ids), width), dtype=np.float32) for _ in views]
                 plan = self._plan(tokens, [i for i, ids in enumerate(tokens.ids) if ids], self.budget)
-                for rows in plan[rank::world]:
-                    self._vectors(tokens, rows, views, out)
+                found = itertools.chain.from_iterable(self._vectors(tokens, rows, views) for rows in plan[rank::world])
+                # a batch's vectors are fetched once the next one is under way: a GPU need not wait
+                for (rows, vectors), _ in itertools.pairwise(itertools.chain(found, [None])):
+                    for array, part in zip(out, vectors, strict=True):
+                        array[rows] = part.cpu().numpy()
                     done(len(rows))
                 if world > 1:
                     for array in out:

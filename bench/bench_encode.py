@@ -195,7 +195,7 @@ def compare(sides: dict, texts: list[str], rounds: int, device: torch.device) ->
 def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, args, dtype, device) -> list[dict]:
     prompt = PROMPTS[prompt_name]
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    texts = make_texts(tokenizer, workload, args.texts or (1024 if name == "tiny" else 96) // (4 if workload != "short" else 1))
+    texts = make_texts(tokenizer, workload, args.texts or (1024 if name == "tiny" else 512) // (8 if workload != "short" else 1))
     tokens = sum(len(ids) for ids in tokenizer([prompt + t for t in texts])["input_ids"])
     settings = (folder, prompt, pooling)
     plain = ours(*settings, "float32", device, share_head=False, trim=False)
@@ -289,7 +289,7 @@ def main() -> None:
     add("--workloads", nargs="+", choices=tuple(LENGTHS), default=list(LENGTHS))
     add("--prompts", nargs="+", choices=tuple(PROMPTS), default=list(PROMPTS))
     add("--pooling", nargs="+", choices=("last", "mean"), default=["last"])
-    add("--texts", type=int, help="a workload (default 1024 for the bundled model, 96 else; a quarter of that where texts are long)")
+    add("--texts", type=int, help="of a workload (default 1024 for the bundled model, 512 else; an eighth of that where they are long)")
     add("--rounds", type=int, default=5)
     add("--batch-sizes", nargs="+", type=int, default=[8, 32, 128], help="that sentence-transformers may choose from")
     add("--dtype", help="default auto: bfloat16 where it is fast")

@@ -188,7 +188,7 @@ def copy_bandwidth() -> float:
 
 def library_modules(d: int) -> dict:
     try:
-        from sentence_transformers.models import Pooling
+        from sentence_transformers.sentence_transformer.modules import Pooling
     except ImportError:
         return {}
     return {"mean": Pooling(d, pooling_mode="mean"), "last": Pooling(d, pooling_mode="lasttoken")}

@@ -422,8 +422,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line; with --resume, what is not given there is taken from the run."""
     parser = build_parser()
     args = parser.parse_args(argv)
-    if args.resume and args.out and (args.out / "training" / "arguments.json").is_file():
-        found = json.loads((args.out / "training" / "arguments.json").read_text())["arguments"]
+    if args.resume and args.out and (path := args.out / "training" / "arguments.json").is_file():
+        try:
+            found = json.loads(path.read_text())["arguments"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path} is damaged: give the run's own arguments and delete it, or start afresh in another --out") from None
         paths = {k: Path(v) for k, v in found.items() if k in ("texts", "tokens") and v}
         fixed = {k: v for k, v in found.items() if k not in ("resume", "out", "device", "exclude")}
         parser.set_defaults(**fixed | paths | {"exclude": [Path(p) for p in found["exclude"]]})
@@ -468,6 +471,8 @@ def train(args: argparse.Namespace) -> None:
         return
     source = args.tokens or folder / "tokens.safetensors"
     if not source.is_file():
+        if (folder / "checkpoint.safetensors").is_file():  # packages may have changed since, and their docstrings with them
+            raise InputError(f"no file {source}: the run cannot go on without the text that it began with")
         pack(args, source)
     if args.pack_only:
         print(f"{source}: {source.stat().st_size / 1e6:.1f} MB")

@@ -89,12 +89,12 @@ def test_one_call_for_all_lengths_equals_sequences_under_each_other(model, atten
             np.testing.assert_allclose(b, a, atol=1e-5, err_msg=str(view))
 
 
-def test_bfloat16_stays_within_its_own_rounding(model):
-    """Every path in bfloat16 is as close to float32 as the plain one is, and close to it."""
+def test_bfloat16_costs_no_more_on_the_fast_path_than_on_the_plain_one(model):
     for settings in ({"pooling": "mean", "scope": "text"}, {"pooling": "last"}):
-        (exact,), _ = both("tiny", **settings)
-        (plain,), (fast,) = both("tiny", dtype="bfloat16", **settings)
-        assert (plain * fast).sum(1).min() > 0.9999 or (exact * fast).sum(1).min() >= (exact * plain).sum(1).min() - 1e-3
+        (exact,), _ = both(model, **settings)
+        (plain,), (fast,) = both(model, dtype="bfloat16", **settings)
+        assert (plain * fast).sum(1).min() > 0.9999
+        assert (exact * fast).sum(1).min() > (exact * plain).sum(1).min() - 5e-5
 
 
 def gradients(encoder, texts) -> dict:

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -252,6 +253,14 @@ def test_a_resumed_run_ends_with_the_same_weights(texts, tmp_path, monkeypatch):
     assert before == (tmp_path / "two" / "model.safetensors").read_bytes()
     run("--out", tmp_path / "one", "--resume")  # nothing to do
     assert before == (tmp_path / "one" / "model.safetensors").read_bytes()
+    (tmp_path / "one" / "training" / "arguments.json").write_text("{")
+    with pytest.raises(pretrain.InputError, match=r"arguments\.json is damaged"):
+        run("--out", tmp_path / "one", "--resume")
+    shutil.copytree(tmp_path / "two" / "training", tmp_path / "three" / "training")
+    for name in ("summary.json", "arguments.json"):
+        (tmp_path / "three" / "training" / name).unlink()
+    with pytest.raises(pretrain.InputError, match="cannot go on without the text"):
+        run(*small(texts, tmp_path / "three", "--resume"))
 
 
 @pytest.mark.parametrize(
