@@ -936,7 +936,7 @@ class Encoder:
         """A hook before the last layer that leaves each sequence's last token alone, once all keys and values are known."""
 
         def hook(block, args, kwargs):
-            packed.keys = None
+            packed.keys = None  # a layer that is computed again for its gradient may come by a second time
             with contextlib.suppress(_KeysReady):
                 block.forward(*args, **kwargs)
             kwargs |= {"position_embeddings": tuple(x[:, packed.last] for x in kwargs["position_embeddings"])}

@@ -254,6 +254,17 @@ def test_no_rows_and_no_tokens(backend):
         assert values.grad.shape == shape
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tokens_behind_the_last_row_get_a_zero_gradient(backend):
+    """On a GPU nobody looks whether cu_seqlens ends at T: it would have to wait for the device."""
+    values = torch.randn(9, 3, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    cu_seqlens = torch.tensor([0, 2, 5], device=DEVICE)
+    out, _ = pooling_kernels._pool(values, None, None, None, cu_seqlens, "mean", None, 1e-6, False, backend)
+    torch.testing.assert_close(out[:, 0], torch.stack([values[:2].mean(0), values[2:5].mean(0)]))
+    out.sum().backward()
+    assert values.grad[5:].eq(0).all() and values.grad[:5].gt(0).all()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_strides(kind):
     """Transposed, cut out and broadcast values: read where they are."""
