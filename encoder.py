@@ -49,7 +49,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModel, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
@@ -72,7 +72,7 @@ MODEL_FILES = (
 PACKED_TYPES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox")  # tested: see tests/conftest.py; others are padded
 POOLINGS = ("mean", "last", "position-mean", "attention")
 SCOPES = ("all", "text")
-WINDOW = 16384  # texts that are sorted by length, tokenised ahead and held in memory at a time
+WINDOW, WINDOW_CHARACTERS = 16384, 2**25  # texts that are sorted by length, tokenised ahead and held in memory at a time
 MIN_HEAD = 4  # tokens that must be shared before sharing them pays
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
 PROBES = ["A cat sleeps.", "Interest rates rose again this month.", "def add(a, b): return a + b", "Où est la gare ?", "42"]
@@ -359,7 +359,7 @@ class _Attention:
         return attend(query, key, value, scale, window, dropout, layer == self.trim)
 
     def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device, non_blocking=True)
+        return torch.from_numpy(array).to(self.device)
 
     @functools.cached_property
     def last(self) -> Tensor:
@@ -429,6 +429,7 @@ class _Attention:
                 seen = (distance >= 0) & (distance < (n + width if window is None else window))
             else:
                 seen = (key < lengths) & (distance.abs() <= (n + width if window is None else window))
+                seen = seen | (distance + key >= lengths)  # a query behind its sequence's end must see something, or it is NaN
             self._masks[window, trimmed] = seen[:, None]
         return self._masks[window, trimmed]
 
@@ -459,16 +460,15 @@ class _Attention:
         return torch.cat([attend(query[None, :n], key[None, :n], value[None, :n], near, near is None)[0], out])
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # also where hooks on layers, which compiled code does not see change, take effect
 def _attention(module, query, key, value, attention_mask, packed: _Attention, scaling=None, dropout=0.0, sliding_window=None, **_):
     """What the model's layers call: query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d)."""
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
     return packed(module.layer_idx, query, key, value, scaling, sliding_window, dropout)[None], None
 
 
-# The mask function of the same name says that no mask is to be made: who sees whom is known to `packed`.
+# There is no mask function of the same name, and so transformers makes no mask: who sees whom is known to `packed`.
 AttentionInterface.register("packed", _attention)
-AttentionMaskInterface.register("packed", lambda *_, **__: None)
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -500,8 +500,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.d
 
 def free_memory(device: torch.device) -> int | None:
     """Bytes that can still be had on the device, None where that cannot be told."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cuda":  # what PyTorch holds and does not use is free as well
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         with open("/proc/meminfo") as f:
             return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
@@ -515,13 +515,23 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 @functools.cache
 def processes() -> tuple[int, int, object]:
-    """Rank, number and group of the processes that torchrun started; (0, 1, None) for one alone."""
+    """Rank and number of the processes that torchrun started, and their group for tensors on the CPU; (0, 1, None) for one alone."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, None
     distributed, patience = torch.distributed, timedelta(days=7)  # one may be busy with its own work for long
     if not distributed.is_initialized():
-        distributed.init_process_group("gloo", timeout=patience)
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=patience)
     return distributed.get_rank(), distributed.get_world_size(), distributed.new_group(backend="gloo", timeout=patience)
+
+
+def least(number: int) -> int:
+    """The smallest number that any process has: what they have to agree on."""
+    _, world, group = processes()
+    if world > 1:
+        found = torch.tensor(number)
+        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group)
+        number = int(found)
+    return number
 
 
 def _texts(texts: Iterable[str]) -> Iterable[str]:
@@ -552,7 +562,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
     thread = threading.Thread(target=knock, daemon=True)
     thread.start()
     thread.join(seconds)
-    return bool(answers)
+    return bool(least(len(answers)))
 
 
 def is_run(spec: str) -> bool:
@@ -598,6 +608,8 @@ def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, 
         known = config.model_type in PACKED_TYPES
         if not known and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             raise InputError(f"{folder} is a model of type {config.model_type!r}, no decoder: take one of {', '.join(PACKED_TYPES)}")
+        if getattr(config, "use_bidirectional_attention", False):
+            raise InputError(f"{folder} was trained to read in both directions (use_bidirectional_attention): it is no decoder")
         if not known and attention == "bidirectional":
             raise InputError(f"{folder}: bidirectional attention is not tested with models of type {config.model_type!r}")
         if attention == "bidirectional":
@@ -635,11 +647,11 @@ class Encoder:
         self.decoder, self.tokenizer, self.contract = model, tokenizer, contract
         self.source, self.base_hash, self.adapter_hash = source, base_hash, None
         self.device, self.dtype = device, dtype
-        self.peft, self.adapter_on, self.merged = None, True, False  # the adapter's handle; its layers sit inside `decoder`
+        self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
         self.blocks = model.layers
         # how a batch is run, never what comes out: no padding, the shared head once, of the last layer what is read
         self.pack, self.share_head, self.trim = model.config.model_type in PACKED_TYPES, True, True
-        self.budget = self.held = sys.maxsize  # tokens of a batch in the present call, and as many as memory was seen to hold
+        self.held = sys.maxsize  # tokens of a batch that memory has been seen to hold
         self.notes = [] if self.pack else [f"{model.config.model_type} models are not packed: texts are padded, which is slower"]
         self.n_empty = self.n_cut = 0  # texts since the last `warnings(clear=True)` that were empty, or too long
         model.set_attn_implementation("packed" if self.pack else "sdpa")
@@ -664,7 +676,7 @@ class Encoder:
     def reread(self, **changes) -> "Encoder":
         """The same weights in memory under a changed contract, for side-by-side readings of an untuned base."""
         other = copy.copy(self)
-        other.contract = replace(self.contract, **changes)
+        other.contract, other.notes = replace(self.contract, **changes), list(self.notes)
         other._prepare()
         return other
 
@@ -736,12 +748,15 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------- adapter
 
-    def add_adapter(self, rank: int, alpha: int | None = None, dropout: float = 0.0):
-        """LoRA on every linear layer of every block, weights in float32. Returns the number of trainable parameters."""
+    def add_adapter(self, rank: int, alpha: int | None = None, dropout: float = 0.0, **options) -> int:
+        """LoRA on every linear layer of every block, weights in float32. Returns the number of trainable parameters.
+
+        options     peft's own, such as use_rslora and use_dora
+        """
         from peft import LoraConfig
 
         targets = sorted({n.split(".")[-1] for n, m in self.blocks.named_modules() if isinstance(m, nn.Linear)})
-        config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none")
+        config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none", **options)
         self.peft = _wrap(self.decoder, config)
         return sum(p.numel() for p in self.trainable().values())
 
@@ -779,6 +794,11 @@ class Encoder:
         self.peft.requires_grad_(False).eval()
         self.adapter_hash = _adapter_hash(run)
 
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is folded into the base's weights, which all readings of this model share."""
+        return any(layer.merged for layer in itertools.islice((m for m in self.decoder.modules() if hasattr(m, "merged")), 1))
+
     def untuned(self) -> "Encoder":
         """The base model alone under the same contract, from the same weights in memory."""
         if self.merged:
@@ -799,7 +819,6 @@ class Encoder:
         counts = self.n_empty, self.n_cut
         before = torch.from_numpy(self.encode(PROBES)).double()
         self.peft.merge_adapter()
-        self.merged = True
         after = torch.from_numpy(self.encode(PROBES)).double()
         self.n_empty, self.n_cut = counts
         return max(0.0, 1 - F.cosine_similarity(before, after).min().item())
@@ -807,7 +826,7 @@ class Encoder:
     # ---------------------------------------------------------------------------------- tokenise, run, pool, finish
 
     def _plain_ids(self, texts: list[str]) -> list[list[int]]:
-        backend = self.tokenizer.backend_tokenizer  # of the Python wrapper, which takes as long again
+        backend = self.tokenizer.backend_tokenizer  # the Python wrapper around it takes as long again
         return [e.ids for e in backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
     def tokenise(self, texts: Iterable[str], role: str = "document", *, number: int = 0) -> Tokens:
@@ -815,6 +834,12 @@ class Encoder:
 
         number      of the first text, in error messages
         """
+        tokens = self._tokenise(texts, role, number)
+        self.n_empty += tokens.n_empty
+        self.n_cut += tokens.n_cut
+        return tokens
+
+    def _tokenise(self, texts: Iterable[str], role: str, number: int) -> Tokens:
         if role not in ROLES:
             raise InputError(f"unknown role {role!r}: take one of {', '.join(ROLES)}")
         texts = list(_texts(texts))
@@ -826,21 +851,19 @@ class Encoder:
         head = ([self.tokenizer.bos_token_id] if c.bos else []) + prefix
         tail = suffix + ([self.tokenizer.eos_token_id] if c.eos else [])
         ids, spans, n_empty, n_cut = [], [], 0, 0
-        try:
-            all_ids = self._plain_ids(texts)
-        except TypeError:  # half of a surrogate pair, as JSON may carry it, is no character
-            broken = next(i for i, text in enumerate(texts) if text.encode("utf-8", "replace").decode() != text)
-            raise InputError(
-                f"text {number + broken} holds half a surrogate pair and cannot be written as UTF-8: {texts[broken][:60]!a}"
-            ) from None
-        for own in all_ids:
-            n_empty += not own
-            n_cut += len(own) > c.max_tokens
-            own = own[: c.max_tokens]
-            ids.append(head + own + tail)
-            spans.append((len(head), len(head) + len(own)))
-        self.n_empty += n_empty
-        self.n_cut += n_cut
+        for at in range(0, len(texts), 512):  # what the tokenizer makes of a text is many times its size
+            part = texts[at : at + 512]
+            try:
+                found = self._plain_ids(part)
+            except TypeError:  # half of a surrogate pair, as JSON may carry it, is no character
+                broken, text = next((i, t) for i, t in enumerate(part, number + at) if t.encode("utf-8", "replace").decode() != t)
+                raise InputError(f"text {broken} holds half a surrogate pair and cannot be written as UTF-8: {text[:60]!a}") from None
+            for own in found:
+                n_empty += not own
+                n_cut += len(own) > c.max_tokens
+                own = own[: c.max_tokens]
+                ids.append(head + own + tail)
+                spans.append((len(head), len(head) + len(own)))
         return Tokens(ids, spans, len(head), n_empty, n_cut)
 
     def _shared(self, tokens: Tokens) -> int:
@@ -857,38 +880,47 @@ class Encoder:
         ids = np.fromiter(itertools.chain(tokens.ids[rows[0]][:head], *rests), np.int64, starts[-1])
         positions = np.arange(len(ids))
         positions[head:] += head - np.repeat(starts[:-1], sizes)
-        on_device = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (ids, positions))
+        on_device = (torch.from_numpy(x).to(self.device) for x in (ids, positions))
         return Batch(*on_device, head, starts, np.array([tokens.text[i] for i in rows]), int(self.contract.bos))
 
     def batches(self, tokens: Tokens, rows: list[int], batch_tokens: int | None = None) -> Iterator[tuple[list[int], Batch]]:
-        """`rows` sorted by length, in batches of `batch_tokens` tokens (default: by the device, see `_token_budget`)."""
-        for chosen in self._plan(tokens, rows, batch_tokens or self._token_budget()):
+        """`rows` sorted by length, in batches of `batch_tokens` tokens (default: 2,048 on a CPU, else 32,768)."""
+        for chosen in self._plan(tokens, rows, batch_tokens or self._usual_budget()):
             yield chosen, self.collate(tokens, chosen)
 
     def _plan(self, tokens: Tokens, rows: list[int], budget: int) -> list[list[int]]:
         """Sequences of like length together, longest first; where they are padded, padding counts."""
-        shared, plan, room = self._shared(tokens), [], 0
-        order = sorted(rows, key=lambda i: -len(tokens.ids[i]))
-        total = sum(len(tokens.ids[i]) - shared for i in order)
+        cost = [self._cost(tokens, i) for i in range(len(tokens.ids))]
+        order = sorted(rows, key=lambda i: -cost[i])
+        total, plan, room = sum(cost[i] for i in order), [], 0
         even = total / max(1, -(-total // budget))  # as many batches as it takes, of about the same size
         for i in order:
-            size = len(tokens.ids[i if self.pack or not plan else plan[-1][0]]) - shared
+            size = cost[i if self.pack or not plan else plan[-1][0]]
             if not plan or size > room or budget - room >= even:
                 plan.append([])
-                size, room = len(tokens.ids[i]) - shared, budget
+                size, room = cost[i], budget
             plan[-1].append(i)
             room -= size
         return plan
 
-    def _token_budget(self) -> int:
-        """Tokens of a batch: 2,048 on a CPU, where larger ones are slower; else 32,768; less where memory is short."""
+    def _cost(self, tokens: Tokens, row: int) -> int:
+        """Tokens that a sequence adds to a batch; its keys and values are laid beside those of a shared head, if there is one."""
+        shared = self._shared(tokens)
+        return len(tokens.ids[row]) - shared + shared // 8
+
+    def _usual_budget(self) -> int:
+        """Tokens of a batch: on a CPU larger ones are slower, on a GPU smaller ones."""
+        return 2048 if self.device.type == "cpu" else 32768
+
+    def _memory_budget(self) -> int:
+        """The usual budget, or less where memory is short; in all processes the same."""
         config = self.decoder.config
         inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
         # what a layer holds of a token at a time, with the norms' float32 copies: an estimate, and half of the rest is left
         token = torch.empty(0, dtype=self.dtype).element_size() * (16 * config.hidden_size + 4 * inner)
         free = free_memory(self.device)
-        most = 2048 if self.device.type == "cpu" else 32768
-        return most if free is None else max(256, min(most, int(0.5 * free / token)))
+        usual = self._usual_budget()
+        return least(usual if free is None else max(256, min(usual, int(0.5 * free / token))))
 
     def run(self, batch: Batch, views: list[View] | None = None) -> States:
         """One forward pass -> the states that `views` read (default: the contract's)."""
@@ -900,6 +932,8 @@ class Encoder:
             raise InputError(f"{type(self.decoder).__name__} does not let its attention be read: take another pooling")
         at_end = all(v.pooling == "last" and (batch.scope(v)[1] == batch.lengths).all() for v in views)
         trim = self.trim and self.pack and at_end and set(numbers.values()) == {-1} and len(batch.ids) > len(batch.spans)
+        again = self.decoder.training and getattr(self.blocks[-1], "gradient_checkpointing", False)  # without the hook
+        trim = trim and not again and batch.lengths.min() > 0
         causal = self.contract.attention == "causal"
         packed = _Attention(batch, causal, last_block if scores else None, last_block if trim else None)
         if not len(batch.ids):  # sequences without a token
@@ -907,18 +941,21 @@ class Encoder:
         seen, hooks = {}, []
 
         def keep(number):
-            def hook(_, args, output=None):
-                state = args[0] if output is None else output
+            def hook(_, args, kwargs, output=None):
+                state = output if output is not None else args[0] if args else kwargs["hidden_states"]
                 seen[number] = state[0] if isinstance(state, tuple) else state
 
             return hook
 
         for number in set(numbers.values()) - {-1}:
             block = self.blocks[max(number - 1, 0)]
-            hooks.append(block.register_forward_pre_hook(keep(0)) if number == 0 else block.register_forward_hook(keep(number)))
+            register = block.register_forward_hook if number else block.register_forward_pre_hook
+            hooks.append(register(keep(number), with_kwargs=True))
         if trim:
             hooks.append(self.blocks[-1].register_forward_pre_hook(self._trimmed(packed), with_kwargs=True))
         try:
+            if not self.adapter_on and self.merged:
+                raise InputError("the adapter was merged into the base meanwhile: load the run again to read the base alone")
             with self.peft.disable_adapter() if self.peft and not self.adapter_on else contextlib.nullcontext():
                 if self.pack:
                     inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "packed": packed}
@@ -936,7 +973,6 @@ class Encoder:
         """A hook before the last layer that leaves each sequence's last token alone, once all keys and values are known."""
 
         def hook(block, args, kwargs):
-            packed.keys = None  # a layer that is computed again for its gradient may come by a second time
             with contextlib.suppress(_KeysReady):
                 block.forward(*args, **kwargs)
             kwargs |= {"position_embeddings": tuple(x[:, packed.last] for x in kwargs["position_embeddings"])}
@@ -958,10 +994,12 @@ class Encoder:
         c = self.contract
         view = view or c.view()
         first, end = batch.scope(view)
+        if states.last_only and view.pooling != "last":
+            raise ValueError(f"these states are those of last tokens: give {view} to `run` as well")
         if view.pooling == "last":
             first = np.maximum(end - 1, 0)
         places, positions, sequence = found = batch.locate(first, end)
-        at = (torch.from_numpy(x).to(self.device, non_blocking=True) for x in (places, np.concatenate([[0], np.cumsum(end - first)])))
+        at = (torch.from_numpy(x).to(self.device) for x in (places, np.concatenate([[0], np.cumsum(end - first)])))
         where, cu_seqlens = at
         whole = states.last_only or (len(places) == len(batch.ids) and not batch.head)  # nothing is left out
         layers = [states.layers[i] if whole else states.layers[i].index_select(0, where) for i in view.layers]
@@ -995,17 +1033,20 @@ class Encoder:
 
     def _vectors(self, tokens: Tokens, rows: list[int], views: list[View]) -> Iterator[tuple[list[int], list[Tensor]]]:
         """`rows` with their vectors. What does not fit into memory is halved, and so are the batches that follow."""
-        size = sum(len(tokens.ids[i]) - self._shared(tokens) for i in rows)
-        if len(rows) == 1 or size <= self.budget:
+        size = sum(self._cost(tokens, i) for i in rows)
+        if len(rows) == 1 or size <= self.held:
             if found := self._attempt(tokens, rows, views):
                 yield rows, found
                 return
             if len(rows) == 1:
-                raise InputError(f"a text of {size} tokens does not fit into memory: lower max_tokens, or take a smaller dtype")
+                long = len(tokens.ids[rows[0]])
+                raise InputError(
+                    f"a text of {long} tokens, with its prompt, does not fit into memory: lower max_tokens or take another dtype"
+                )
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
-            self.budget = self.held = max(1, size // 2)
-            self.notes.append(f"out of memory at {size} tokens: batches were halved to {self.budget}")
+            self.held = max(1, size // 2)
+            self.notes.append(f"out of memory at {size} tokens: batches were halved to {self.held}")
         for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
             yield from self._vectors(tokens, half, views)
 
@@ -1018,41 +1059,53 @@ class Encoder:
         batch_tokens: int | None = None,
         done: Callable[[int], object] = lambda n: None,
     ) -> Iterator[list[np.ndarray]]:
-        """Texts -> float32 (n, D) for each view, for `WINDOW` texts at a time, in order, in memory that does not grow.
+        """Texts -> float32 (n, D) for each view, at most `WINDOW` texts at a time, in order, in memory that does not grow.
 
-        The next texts are tokenised while the model runs on these. A sequence without a single token (no BOS, no prompt,
-        empty text) is a vector of zeros. Under torchrun every process takes every n-th batch, and all get all vectors. `done` is
-        told the number of texts after every batch.
+        The next texts are read and tokenised, in a thread, while the model runs on these. A sequence without a single token
+        (no BOS, no prompt, empty text) is a vector of zeros. Under torchrun every process takes every n-th batch, and all
+        get all vectors. `done` is told the number of texts after every batch.
         """
         views = views or [self.contract.view()]
         width = self.contract.dims or self.decoder.config.hidden_size
         rank, world, group = processes()
-        self.budget = min(batch_tokens or self._token_budget(), self.held)
+        budget = batch_tokens or self._memory_budget()
         self.decoder.eval()
-        source, number = iter(_texts(texts)), 0
+        source, number, closed = iter(_texts(texts)), 0, False
 
         def ahead() -> Tokens:
             nonlocal number
-            chunk = list(itertools.islice(source, WINDOW))
+            chunk, characters = [], 0
+            for text in source:
+                chunk.append(text)
+                characters += len(text) if isinstance(text, str) else 0
+                if closed or len(chunk) == WINDOW or characters > WINDOW_CHARACTERS:
+                    break
             number += len(chunk)
-            return self.tokenise(chunk, role, number=number - len(chunk))
+            return self._tokenise(chunk, role, number - len(chunk))
 
         with ThreadPoolExecutor(1) as pool:
             coming = pool.submit(ahead)
-            while (tokens := coming.result()).ids:
-                coming = pool.submit(ahead)
-                out = [np.zeros((len(tokens.ids), width), dtype=np.float32) for _ in views]
-                plan = self._plan(tokens, [i for i, ids in enumerate(tokens.ids) if ids], self.budget)
-                found = itertools.chain.from_iterable(self._vectors(tokens, rows, views) for rows in plan[rank::world])
-                # a batch's vectors are fetched once the next one is under way: a GPU need not wait
-                for (rows, vectors), _ in itertools.pairwise(itertools.chain(found, [None])):
-                    for array, part in zip(out, vectors, strict=True):
-                        array[rows] = part.cpu().numpy()
-                    done(len(rows))
-                if world > 1:
-                    for array in out:
-                        torch.distributed.all_reduce(torch.from_numpy(array), group=group)  # zeros wherever another process wrote
-                yield out
+            try:
+                while (tokens := coming.result()).ids:
+                    coming = pool.submit(ahead)
+                    self.n_empty += tokens.n_empty
+                    self.n_cut += tokens.n_cut
+                    plan = self._plan(tokens, [i for i, ids in enumerate(tokens.ids) if ids], budget)
+                    found = []  # stays on the device until all is under way: a GPU need not wait
+                    for rows in plan[rank::world]:
+                        found += self._vectors(tokens, rows, views)
+                        done(len(rows))
+                    out = [np.zeros((len(tokens.ids), width), dtype=np.float32) for _ in views]
+                    for rows, vectors in found:
+                        for array, part in zip(out, vectors, strict=True):
+                            array[rows] = part.cpu().numpy()
+                    if world > 1:
+                        for array in out:
+                            torch.distributed.all_reduce(torch.from_numpy(array), group=group)  # zeros wherever another process wrote
+                    done(len(tokens.ids) - sum(map(len, plan[rank::world])))
+                    yield out
+            finally:
+                closed = True
 
     def encode(
         self,

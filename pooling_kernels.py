@@ -349,18 +349,19 @@ def _forward(
     acc = tl.float64 if dtype == torch.float64 else tl.float32
     grid = (rows, parts, triton.cdiv(width, block_d) * triton.cdiv(heads, block_h))
     optional = (values if t is None else t for t in (aux, query, mask, cu_seqlens))
-    _pool_fwd_kernel[grid](
-        values, *optional, part, top, mass, length, width, heads, parts, eps, *_strides(values, aux, mask),
-        MODE=mode, WEIGHTED=mode == "mean" and aux is not None, PACKED=packed, MASKED=not packed, NORM=norm_weight is not None,
-        ACC=acc, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=warps,
-    )  # fmt: skip
-    _, block_d, _, warps = _plan(rows, parts, width, normalize)
-    _merge_kernel[(rows, heads, triton.cdiv(width, block_d))](
-        part, top, mass, values if norm_weight is None else norm_weight,
-        out, pooled if pooled.numel() else out, lse, width, heads, parts,
-        SOFT=mode in ("attention", "query"), NORM=norm_weight is not None, NORMALIZE=normalize,
-        BLOCK_S=min(triton.next_power_of_2(parts), max(1, TILE // block_d)), BLOCK_D=block_d, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(values):  # Triton launches on the current device, not on that of the values
+        _pool_fwd_kernel[grid](
+            values, *optional, part, top, mass, length, width, heads, parts, eps, *_strides(values, aux, mask),
+            MODE=mode, WEIGHTED=mode == "mean" and aux is not None, PACKED=packed, MASKED=not packed, NORM=norm_weight is not None,
+            ACC=acc, BLOCK_T=block_t, BLOCK_D=block_d, BLOCK_H=block_h, num_warps=warps,
+        )  # fmt: skip
+        _, block_d, _, warps = _plan(rows, parts, width, normalize)
+        _merge_kernel[(rows, heads, triton.cdiv(width, block_d))](
+            part, top, mass, values if norm_weight is None else norm_weight,
+            out, pooled if pooled.numel() else out, lse, width, heads, parts,
+            SOFT=mode in ("attention", "query"), NORM=norm_weight is not None, NORMALIZE=normalize,
+            BLOCK_S=min(triton.next_power_of_2(parts), max(1, TILE // block_d)), BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
     return out, pooled, lse
 
 
@@ -402,13 +403,14 @@ def _backward(
     block_t, block_d, parts, warps = _plan(rows, triton.cdiv(len(values), rows) if packed else length, width, True)
     dparts = dquery.new_zeros(rows, parts, heads, width) if need_query else dquery
     optional = (values if t is None else t for t in (aux, query, mask, cu_seqlens))
-    _pool_bwd_kernel[(rows, parts)](
-        values, *optional, lse, dpooled, delta, dvalues, daux, dparts,
-        rows, length, len(values), width, heads, parts, eps, *_strides(values, aux, mask),
-        MODE=mode, WEIGHTED=mode == "mean" and aux is not None, PACKED=packed, MASKED=not packed, NORM=norm,
-        DX=need_values, DAUX=need_aux, DQUERY=need_query, ONE_HEAD=heads == 1,
-        ACC=tl.float64 if lse.dtype == torch.float64 else tl.float32, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
-    )  # fmt: skip
+    with torch.cuda.device_of(values):
+        _pool_bwd_kernel[(rows, parts)](
+            values, *optional, lse, dpooled, delta, dvalues, daux, dparts,
+            rows, length, len(values), width, heads, parts, eps, *_strides(values, aux, mask),
+            MODE=mode, WEIGHTED=mode == "mean" and aux is not None, PACKED=packed, MASKED=not packed, NORM=norm,
+            DX=need_values, DAUX=need_aux, DQUERY=need_query, ONE_HEAD=heads == 1,
+            ACC=tl.float64 if lse.dtype == torch.float64 else tl.float32, BLOCK_T=block_t, BLOCK_D=block_d, num_warps=warps,
+        )  # fmt: skip
     return dvalues, daux, dparts.sum((0, 1)) if need_query else dquery
 
 

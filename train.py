@@ -4,9 +4,11 @@
     python train.py --pairs pairs/mine.jsonl --out runs/mine     # on your own pairs (see make_pairs.py)
     python train.py --model mistral-7b --pairs pairs/mine.jsonl  # one 24 GB GPU
     python train.py --out runs/mine --resume                     # go on after an interruption
+    torchrun --nproc-per-node 8 train.py --batch-size 4096       # several GPUs share every batch
 
-Symmetric InfoNCE over the batch: each anchor must find its positive among all positives of the batch, and each positive
-its anchor; other copies of either text do not count as negatives. Gradients reach the adapter alone.
+Symmetric InfoNCE over the batch: each anchor must find its positive among all positives (and hard negatives) of the batch,
+and each positive its anchor; other copies of either text do not count as negatives. Gradients reach the adapter alone. A
+batch that does not fit is run in chunks, twice, with the same gradient (GradCache).
 
 Leaves behind, in --out (default runs/MODEL):
 
@@ -20,8 +22,10 @@ Leaves behind, in --out (default runs/MODEL):
 
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -31,18 +35,21 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from encoder import POOLINGS, PRESETS, SCOPES, Encoder, Tokens, is_run, write_atomic
+from encoder import POOLINGS, PRESETS, SCOPES, Encoder, Tokens, is_run, out_of_memory, processes, write_atomic
 from prompts import PROMPTS, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -50,8 +57,14 @@ DEFAULT_PAIRS = HERE / "pairs" / "docstrings.jsonl"
 CHECKPOINT, ARGUMENTS, METRICS, SUMMARY = "checkpoint.safetensors", "arguments.json", "metrics.jsonl", "summary.json"
 
 
-def read_pairs(path: Path) -> list[tuple[str, str]]:
-    """(anchor, positive) of every line of a JSONL file, which may be gzipped. Raises InputError with the line."""
+class Pair(NamedTuple):
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The pairs of a JSONL file, which may be gzipped: the texts anchor and positive, perhaps negative or a list negatives."""
     if not path.is_file():
         raise InputError(f"no file {path}: make pairs with make_pairs.py")
     opener = gzip.open if path.suffix == ".gz" else open
@@ -62,9 +75,13 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
                 if not line.strip():
                     continue
                 row = json.loads(line)
-                pair = (row.get("anchor"), row.get("positive")) if isinstance(row, dict) else (None, None)
-                if not all(isinstance(t, str) for t in pair):
-                    raise InputError(f"{path}, line {number}: needs the texts 'anchor' and 'positive', has {str(row)[:80]}")
+                row = row if isinstance(row, dict) else {}
+                hard = row.get("negatives", [row["negative"]] if row.get("negative") is not None else []) or []
+                pair = Pair(row.get("anchor"), row.get("positive"), tuple(hard) if isinstance(hard, list) else (None,))
+                if not all(isinstance(t, str) for t in (pair.anchor, pair.positive)):
+                    raise InputError(f"{path}, line {number}: needs the texts 'anchor' and 'positive', has {line.strip()[:80]}")
+                if not all(isinstance(t, str) for t in pair.negatives):
+                    raise InputError(f"{path}, line {number}: 'negatives' must be a list of texts, has {str(hard)[:80]}")
                 pairs.append(pair)
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {number}: not JSON ({error.msg}): a pair a line, see make_pairs.py") from None
@@ -77,23 +94,62 @@ def read_pairs(path: Path) -> list[tuple[str, str]]:
     return pairs
 
 
-def info_nce(anchors: Tensor, positives: Tensor, same: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+class Numbers(NamedTuple):
+    """Which text each vector of a batch is: equal numbers, equal texts."""
+
+    anchors: Tensor  # (B,)
+    positives: Tensor  # (B,)
+    negatives: Tensor  # (M,) hard negatives of all the pairs
+
+
+def info_nce(
+    anchors: Tensor,
+    positives: Tensor,
+    negatives: Tensor,
+    numbers: Numbers,
+    temperature: Tensor | float,
+    *,
+    margin: float = 0.0,
+    threshold: float | None = None,
+    block: int = 4096,
+) -> tuple[Tensor, float, float]:
     """Symmetric InfoNCE (van den Oord et al. 2018, arXiv 1807.03748; both directions as in CLIP, arXiv 2103.00020).
 
-    anchors, positives (B, D) of norm 1; same (B, B): True off the diagonal where i and j share a text and j is
-    therefore no negative of i. Returns the loss, and the share of anchors whose own positive comes first.
+    anchors, positives (B, D) and negatives (M, D), all of norm 1. An anchor has to find its positive among all positives and
+    all hard negatives, a positive its anchor among all anchors. Candidates that share a text with the pair are left out;
+    with `threshold` also those whose cosine to what is to be found is above it. `margin` is taken off the cosine of each
+    pair (additive margin: Yang et al. 2019, arXiv 1902.08564). Similarities exist `block` rows at a time, in the backward
+    pass too, so that memory grows with B and not with its square.
+
+    Returns the loss in nats, the share of anchors whose positive comes first, and the mean number of negatives of an anchor.
     """
-    similarity = (anchors @ positives.T / temperature).masked_fill(same, -torch.inf)  # (B, B)
-    target = torch.arange(len(similarity), device=similarity.device)
-    loss = (F.cross_entropy(similarity, target) + F.cross_entropy(similarity.T, target)) / 2
-    return loss, (similarity.argmax(1) == target).float().mean()
+    candidates, n = torch.cat([positives, negatives]), len(anchors)
+    x, y, z = numbers
 
+    def side(queries: Tensor, candidates: Tensor, at: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cross-entropy of a block of rows, summed; hits; negatives. out (b, C): True where a candidate is left out."""
+        own = torch.arange(len(at), device=at.device), at
+        if threshold is not None:
+            with torch.no_grad():
+                out = out | (candidates[at] @ candidates.T > threshold)
+        out[own] = False
+        similarity = queries @ candidates.T
+        if margin:
+            similarity = similarity - margin * F.one_hot(at, len(candidates))
+        similarity = (similarity / temperature).masked_fill(out, -torch.inf)
+        return F.cross_entropy(similarity, at, reduction="sum"), (similarity.argmax(1) == at).sum(), (~out).sum() - len(at)
 
-def shared_texts(anchor_ids: Tensor, positive_ids: Tensor) -> Tensor:
-    """(B, B) bool, False on the diagonal: pairs i and j have a text in common. Ids number the distinct texts."""
-    a, p = anchor_ids[:, None], positive_ids[:, None]
-    same = (a == a.T) | (p == p.T) | (a == p.T) | (p == a.T)
-    return same.fill_diagonal_(False)
+    def rows(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        a, p = x[at, None], y[at, None]
+        same = (a == x) | (p == y) | (a == y) | (p == x)  # (b, B)
+        there, hits, found = side(anchors[at], candidates, at, torch.cat([same, (z == a) | (z == p)], 1))
+        back, _, _ = side(positives[at], anchors, at, same.clone())
+        return there + back, hits, found
+
+    blocks = torch.arange(n, device=anchors.device).split(block)
+    run = rows if len(blocks) == 1 else functools.partial(checkpoint, rows, use_reentrant=False)
+    loss, hits, found = (torch.stack(parts).sum() for parts in zip(*map(run, blocks), strict=True))
+    return loss / (2 * n), hits.item() / n, found.item() / n
 
 
 def batch_rows(n_pairs: int, batch_size: int, step: int, seed: int) -> list[int]:
@@ -112,49 +168,209 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
 
 
+Part = list[tuple[Tokens, list[int]]]  # texts of some pairs: anchors, positives and hard negatives, as tokens and their rows
+
+
 def embed(encoder: Encoder, tokens: Tokens, rows: list[int]) -> Tensor:
-    """Vectors (len(rows), D) with gradients, through the encoder's own way; batches of like length save padding."""
+    """Vectors (len(rows), D) with gradients, through the encoder's own way."""
+    if not rows:
+        return torch.zeros(0, encoder.contract.dims or encoder.decoder.config.hidden_size, device=encoder.device)
     parts, order = [], []
-    for chosen, batch in encoder.batches(tokens, rows):
-        parts.append(encoder.pool(encoder.run(batch), batch))
-        order += chosen
+    autocast = torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16)
+    with autocast:
+        for chosen, batch in encoder.batches(tokens, rows):
+            parts.append(encoder.pool(encoder.run(batch), batch))
+            order += chosen
     position = {row: i for i, row in enumerate(order)}
     return torch.cat(parts)[torch.tensor([position[r] for r in rows], device=encoder.device)]
 
 
+def random_state(device: torch.device) -> list[Tensor]:
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def set_random_state(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state(states[1], device)
+
+
+def gather(vectors: Tensor, sizes: list[int]) -> Tensor:
+    """The vectors of all processes under each other, without a graph; sizes: how many each process has."""
+    if len(sizes) == 1:
+        return vectors
+    mine = F.pad(vectors, (0, 0, 0, max(sizes) - len(vectors))).contiguous()
+    found = [torch.empty_like(mine) for _ in sizes]
+    torch.distributed.all_gather(found, mine)
+    return torch.cat([part[:size] for part, size in zip(found, sizes, strict=True)])
+
+
+def backward(encoder: Encoder, parts: list[Part], sizes: list[list[int]], loss_of: Callable) -> tuple:
+    """Gradients of a loss over the vectors of all parts and all processes, in the memory of one part -> what loss_of returned.
+
+    One part is run once, with its graph. Several are run without a graph first; the loss over all vectors then gives each
+    its gradient; and each part is run again, with the same random numbers, to take its vectors' gradients on to the
+    adapter (GradCache: Gao et al. 2021, arXiv 2101.06983). Under torchrun the vectors are gathered and every process
+    computes the whole loss, but takes on only the gradients of its own vectors: their sum over the processes is the
+    gradient itself, without a factor.
+
+    parts     (anchors, positives, hard negatives) of some pairs each: tokens and rows
+    sizes     of each of the three, how many vectors each process has
+    loss_of   vectors of anchors (B, D), positives (B, D), negatives (M, D) of all processes -> the loss, and anything else
+    """
+    states, vectors = [], []
+    for part in parts:
+        states.append(random_state(encoder.device))
+        with contextlib.nullcontext() if len(parts) == 1 else torch.no_grad():
+            vectors.append([embed(encoder, *texts) for texts in part])
+    kinds = [torch.cat(kind) for kind in zip(*vectors, strict=True)]
+    leaves = [gather(kind.detach(), size).requires_grad_() for kind, size in zip(kinds, sizes, strict=True)]
+    found = loss_of(*leaves)
+    found[0].backward()
+    rank = processes()[0]
+    gradients = [leaf.grad[sum(size[:rank]) :][: size[rank]] for leaf, size in zip(leaves, sizes, strict=True)]
+    if len(parts) == 1:
+        _take_on(kinds, gradients)
+        return found
+    after = random_state(encoder.device)
+    at = [0, 0, 0]
+    for part, state in zip(parts, states, strict=True):
+        set_random_state(state, encoder.device)
+        again = [embed(encoder, *texts) for texts in part]
+        _take_on(again, [g[i : i + len(v)] for g, i, v in zip(gradients, at, again, strict=True)])
+        at = [i + len(v) for i, v in zip(at, again, strict=True)]
+    set_random_state(after, encoder.device)
+    return found
+
+
+def _take_on(vectors: list[Tensor], gradients: list[Tensor]) -> None:
+    pairs = [(v, g) for v, g in zip(vectors, gradients, strict=True) if v.requires_grad]  # no hard negatives: nothing to do
+    torch.autograd.backward([v for v, _ in pairs], [g for _, g in pairs])
+
+
+class Data(NamedTuple):
+    """All pairs as tokens."""
+
+    anchors: Tokens
+    positives: Tokens
+    negatives: Tokens
+    hard: list[list[int]]  # where in `negatives` each pair's own stand
+    numbers: list[list[int]]  # of each pair's texts: equal numbers, equal texts
+
+
+def prepare(encoder: Encoder, pairs: list[Pair]) -> Data:
+    ends = itertools.accumulate((len(pair.negatives) for pair in pairs), initial=0)
+    known: dict[str, int] = {}
+    return Data(
+        encoder.tokenise([pair.anchor for pair in pairs], "query"),
+        encoder.tokenise([pair.positive for pair in pairs], "document"),
+        encoder.tokenise([text for pair in pairs for text in pair.negatives], "document"),
+        [list(range(*span)) for span in itertools.pairwise(ends)],
+        [[known.setdefault(t, len(known)) for t in (pair.anchor, pair.positive, *pair.negatives)] for pair in pairs],
+    )
+
+
+def batch_loss(data: Data, chosen: list[int], device: torch.device, temperature: Tensor | float, args: argparse.Namespace) -> Callable:
+    """The loss of a batch as a function of its vectors; with --matryoshka the mean over the shortened vectors and the whole."""
+    columns = ([data.numbers[i][0] for i in chosen], [data.numbers[i][1] for i in chosen], [n for i in chosen for n in data.numbers[i][2:]])
+    numbers = Numbers(*(torch.tensor(c, dtype=torch.long, device=device) for c in columns))
+
+    def loss_of(*vectors: Tensor) -> tuple[Tensor, float, float]:
+        found = []
+        for dims in (*(args.matryoshka or []), None):
+            unit = [F.normalize(v.float()[:, :dims], dim=-1) for v in vectors]
+            found.append(info_nce(*unit, numbers, temperature, margin=args.margin, threshold=args.mask_above))
+        return torch.stack([loss for loss, _, _ in found]).mean(), *found[-1][1:]
+
+    return loss_of
+
+
+def step_gradients(encoder: Encoder, data: Data, chosen: list[int], chunk: int, loss_of: Callable) -> tuple[tuple, int]:
+    """One batch's gradients, this process taking its share of it, `chunk` pairs at a time -> what loss_of returned, chunk.
+
+    When memory runs out the chunk is halved and the batch begun again with the same random numbers.
+    """
+    rank, world, _ = processes()
+    shares = [chosen[len(chosen) * r // world : len(chosen) * (r + 1) // world] for r in range(world)]
+    sizes = [[len(s) for s in shares], [len(s) for s in shares], [sum(len(data.hard[i]) for i in s) for s in shares]]
+    state = random_state(encoder.device)
+    while True:
+        parts = []
+        for at in range(0, len(shares[rank]), chunk):
+            rows = shares[rank][at : at + chunk]
+            parts.append([(data.anchors, rows), (data.positives, rows), (data.negatives, [j for i in rows for j in data.hard[i]])])
+        try:
+            return backward(encoder, parts, sizes, loss_of), chunk
+        except RuntimeError as error:
+            if not out_of_memory(error) or world > 1:  # the other processes would wait for this one
+                raise
+        if chunk == 1:
+            raise InputError("a single pair does not fit into memory: lower --max-tokens, or add --gradient-checkpointing")
+        for parameter in encoder.trainable().values():
+            parameter.grad = None
+        set_random_state(state, encoder.device)
+        chunk = min(chunk, len(chosen)) // 2
+        print(f"out of memory: going on with --chunk-size {chunk}", file=sys.stderr)
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether it is so in any process: all end at the same step."""
+    if processes()[1] == 1:
+        return flag
+    found = torch.tensor(int(flag), device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    return bool(found)
+
+
+def sum_gradients(parameters: list[Tensor]) -> None:
+    """Add up the gradients of all processes, in one message."""
+    if processes()[1] == 1:
+        return
+    whole = torch.cat([p.grad.flatten() for p in parameters])
+    torch.distributed.all_reduce(whole)
+    for parameter, part in zip(parameters, whole.split([p.numel() for p in parameters]), strict=True):
+        parameter.grad.copy_(part.view_as(parameter))
+
+
 def attention_kernel(encoder: Encoder):
-    """On a CPU the fused kernel's backward is the slowest part of a step with short texts; plain matrix products are not."""
+    """On a CPU the fused kernel's backward is the slowest part of a step with short texts; plain matrix products are not.
+
+    Forward and backward belong inside: gradient checkpointing computes a layer again, and must do it the same way.
+    """
     return sdpa_kernel(SDPBackend.MATH) if encoder.device.type == "cpu" else contextlib.nullcontext()
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder: Path, encoder: Encoder, optimizer: torch.optim.Optimizer, step: int) -> None:
+def save_checkpoint(folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
     """The adapter as evaluation reads it, then everything needed to go on, in one file that is complete or absent."""
+    if not all(p.isfinite().all() for p in trained.values()):
+        raise InputError(f"step {step}: the adapter's weights are not finite any more, the last checkpoint stays: lower --lr")
     encoder.save(folder)
     tensors = {"rng/cpu": torch.get_rng_state()}
     if encoder.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(encoder.device)
-    for name, parameter in encoder.trainable().items():
+    for name, parameter in trained.items():
         state = optimizer.state[parameter]
         tensors |= {f"weight/{name}": parameter.detach().cpu()} | {f"{k}/{name}": state[k].cpu() for k in ("step", "exp_avg", "exp_avg_sq")}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     write_atomic(folder / CHECKPOINT, lambda path: save_file(tensors, path, metadata={"step": str(step)}))
 
 
-def load_checkpoint(folder: Path, encoder: Encoder, optimizer: torch.optim.Optimizer) -> int:
+def load_checkpoint(folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Put everything back in place and return the number of steps done."""
     try:
         with safe_open(folder / CHECKPOINT, framework="pt") as f:
             step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118, not a dict
     except SafetensorError as error:
         raise InputError(f"{folder / CHECKPOINT} is damaged ({error}): start afresh in another --out") from None
-    for name, parameter in encoder.trainable().items():
+    for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"weight/{name}"])
         moments = {k: tensors[f"{k}/{name}"].to(encoder.device) for k in ("exp_avg", "exp_avg_sq")}
         optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
-    encoder.save(folder)  # the files of this very step, should the last save have been cut off between the two
+    if not processes()[0]:
+        encoder.save(folder)  # the files of this very step, should the last save have been cut off between the two
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and encoder.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng/cuda"], encoder.device)
@@ -188,7 +404,7 @@ def draw_curve(rows: list[dict], path: Path) -> None:
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [r["step"] for r in rows]
-    axis.plot(steps, [r["loss"] for r in rows], color="tab:blue", linewidth=1)
+    axis.plot(steps, [math.nan if r["loss"] is None else r["loss"] for r in rows], color="tab:blue", linewidth=1)
     axis.set(xlabel="step", ylabel="InfoNCE loss, nats", title=f"{path.parent.name}: training loss and in-batch accuracy")
     right = axis.twinx()
     right.plot(steps, [r["accuracy"] for r in rows], color="tab:orange", linewidth=1)
@@ -220,11 +436,18 @@ def build_parser() -> argparse.ArgumentParser:
     add("--epochs", type=float, default=1, help="passes over the pairs, where --steps is not given (default 1)")
     add("--lr", type=float, help="peak learning rate (default: the preset's, 1e-4 for other models)")
     add("--warmup", type=float, default=0.1, help="share of the steps with a rising learning rate (default 0.1)")
+    add("--chunk-size", type=int, help="pairs in memory at a time (default: the whole batch, halved when memory runs out)")
     add("--temperature", type=float, default=0.05, help="of InfoNCE (default 0.05)")
+    add("--learn-temperature", action="store_true", help="let it be learned, from there")
+    add("--margin", type=float, default=0.0, help="taken off the cosine of each pair (default 0)")
+    add("--mask-above", type=float, help="a negative whose cosine to the positive is above this is left out (default: none is)")
+    add("--matryoshka", type=int, nargs="+", metavar="DIMS", help="the first DIMS numbers of a vector must do alone, too")
     add("--clip", type=float, default=1.0, help="largest norm of the gradient (default 1.0)")
     add("--weight-decay", type=float, default=0.0, help="of AdamW (default 0)")
     add("--lora-rank", type=int, help="default: the preset's, 64 for other models")
     add("--lora-alpha", type=int, help="default: the rank")
+    add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)")
+    add("--dora", action="store_true", help="magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)")
     add("--lora-dropout", type=float, default=0.0, help="default 0")
     add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None, help="less memory, slower (default: the preset's)")
     add("--seed", type=int, default=0, help="of the adapter's start, the order of pairs and dropout (default 0)")
@@ -270,7 +493,13 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     args.out = default_out(args)
     ranges = dict.fromkeys(("lr", "temperature", "epochs", "clip", "checkpoint_every", "lora_rank", "lora_alpha"), (0, math.inf))
-    ranges |= {"weight_decay": (-1e-9, math.inf), "warmup": (-1e-9, 1), "lora_dropout": (-1e-9, 1), "seed": (-1, 2**32)}
+    ranges |= {
+        "weight_decay": (-1e-9, math.inf),
+        "margin": (-1e-9, 1),
+        "warmup": (-1e-9, 1),
+        "lora_dropout": (-1e-9, 1),
+        "seed": (-1, 2**32),
+    }
     for name, (low, high) in ranges.items():
         if not low < getattr(args, name) < high:
             above = f"above {max(low, 0):g}" if low >= 0 else "0 or more"
@@ -281,16 +510,28 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--steps must be 1 or more, not {args.steps}")
     if args.batch_size < 2:
         raise InputError("--batch-size must be 2 or more: a pair's negatives are the others of its batch")
+    if args.chunk_size is not None and args.chunk_size < 1:
+        raise InputError(f"--chunk-size must be 1 or more, not {args.chunk_size}")
+    if args.mask_above is not None and not -1 < args.mask_above < 1:
+        raise InputError(f"--mask-above is a cosine between -1 and 1, not {args.mask_above}")
+    if any(d < 1 for d in args.matryoshka or []):
+        raise InputError(f"--matryoshka takes numbers of dimensions above 0, not {args.matryoshka}")
+    if args.batch_size % processes()[1]:
+        raise InputError(f"--batch-size {args.batch_size} must be a multiple of the {processes()[1]} processes")
     if args.dtype == "float16":
         raise InputError("--dtype float16 cannot train (its gradients underflow): take bfloat16 or float32")
     if is_run(args.model):
         raise InputError(f"{args.model} is a run: training starts from a base, give the one it was trained on")
-    check_out(args.out, args.resume)
+    first = not processes()[0]
+    if first:
+        check_out(args.out, args.resume)
     if args.pairs is None:
         args.pairs = DEFAULT_PAIRS
-        if not args.pairs.exists():
+        if not args.pairs.exists() and first:
             print(f"{args.pairs} is not there yet: making it from the docstrings of the installed packages")
             subprocess.run([sys.executable, str(HERE / "make_pairs.py"), "docstrings", "--out", str(args.pairs)], check=True)
+    if processes()[1] > 1:
+        torch.distributed.barrier()
     return args
 
 
@@ -316,6 +557,9 @@ def kept_metrics(path: Path, done: int) -> list[dict]:
 
 
 def main(args: argparse.Namespace) -> None:
+    rank, world, _ = processes()
+    if rank:  # torchrun: all work, and the first one speaks and writes
+        sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for good
     args = resolve(args)
     pairs = read_pairs(args.pairs)
     pairs_hash = hashlib.sha256(args.pairs.read_bytes()).hexdigest()
@@ -338,7 +582,7 @@ def main(args: argparse.Namespace) -> None:
         **{k: getattr(args, k) for k in ("prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention")},
         data={"name": args.pairs.name, "sha256": pairs_hash},
     )
-    n_trained = encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout)
+    n_trained = encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout, use_rslora=args.rslora, use_dora=args.dora)
     encoder.share_head = args.lora_dropout == 0  # else every text draws its own mask for the prompt
     if args.gradient_checkpointing:
         encoder.decoder.gradient_checkpointing_enable({"use_reentrant": False})
@@ -346,22 +590,27 @@ def main(args: argparse.Namespace) -> None:
         for module in encoder.decoder.modules():
             if hasattr(module, "cast_input_dtype_enabled"):
                 module.cast_input_dtype_enabled = False
-    parameters = list(encoder.trainable().values())
-    optimizer = torch.optim.AdamW(parameters, lr=args.lr, weight_decay=args.weight_decay)
+    trained = encoder.trainable()
+    if args.learn_temperature:
+        trained["temperature"] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
+    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    width = encoder.decoder.config.hidden_size
+    if any(d > width for d in args.matryoshka or []):
+        raise InputError(f"--matryoshka {args.matryoshka}: a vector of this model has {width} numbers")
 
-    anchors = encoder.tokenise([a for a, _ in pairs], "query")
-    positives = encoder.tokenise([p for _, p in pairs], "document")
-    numbers: dict[str, int] = {}
-    text_ids = torch.tensor([[numbers.setdefault(t, len(numbers)) for t in pair] for pair in pairs])  # (N, 2)
-
-    args.out.mkdir(parents=True, exist_ok=True)
+    data = prepare(encoder, pairs)
+    torch.manual_seed(args.seed + rank)  # dropout differs between processes
+    if not rank:
+        args.out.mkdir(parents=True, exist_ok=True)
     done, rows = 0, []
     if resuming:
-        done = load_checkpoint(args.out, encoder, optimizer)
+        done = load_checkpoint(args.out, encoder, trained, optimizer)
         rows = kept_metrics(args.out / METRICS, done)
     versions = {p: version(p) for p in ("torch", "transformers", "peft", "numpy")} | {"python": platform.python_version()}
     record = {"arguments": comparable(args), "pairs_sha256": pairs_hash, "versions": versions, "commit": commit(), "command": sys.argv}
-    write_atomic(args.out / ARGUMENTS, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+    if not rank:
+        write_atomic(args.out / ARGUMENTS, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
+        write_atomic(args.out / METRICS, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     c = encoder.contract
     base = encoder.untuned().fingerprint
     print(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {base}")
@@ -374,50 +623,66 @@ def main(args: argparse.Namespace) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):  # the first one ends the step in hand, a second one kills
         signal.signal(number, lambda received, _: (stop.append(received), signal.signal(received, signal.SIG_DFL)))
 
-    write_atomic(args.out / METRICS, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     encoder.decoder.train()
-    began = time.perf_counter()
-    with open(args.out / METRICS, "a", encoding="utf-8") as log, tqdm(total=steps, initial=done, unit="step", file=sys.stderr) as bar:
+    began, chunk, bad, skipped = time.perf_counter(), args.chunk_size or args.batch_size, 0, 0
+    halt = False
+    with (
+        open(os.devnull if rank else args.out / METRICS, "a", encoding="utf-8") as log,
+        tqdm(total=steps, initial=done, unit="step", file=sys.stderr) as bar,
+    ):
         for step in range(done, steps):
             tick = time.perf_counter()
             chosen = batch_rows(len(pairs), args.batch_size, step, args.seed)
-            same = shared_texts(text_ids[chosen, 0], text_ids[chosen, 1]).to(encoder.device)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
-            with torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16), attention_kernel(encoder):
-                a, p = embed(encoder, anchors, chosen), embed(encoder, positives, chosen)
-            loss, accuracy = info_nce(F.normalize(a.float(), dim=-1), F.normalize(p.float(), dim=-1), same, args.temperature)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-            if not (loss.isfinite() and norm.isfinite()):
-                raise InputError(f"step {step + 1}: the loss is {loss.item()}, the gradient's norm {norm.item()}: lower --lr")
-            optimizer.step()
-
-            negatives = (~same).float().sum(1).mean().item() - 1
-            row = {"step": step + 1, "loss": loss.item(), "accuracy": accuracy.item(), "lr": optimizer.param_groups[0]["lr"]}
+            temperature = trained["temperature"].exp().clamp(min=0.01) if args.learn_temperature else args.temperature
+            loss_of = batch_loss(data, chosen, encoder.device, temperature, args)
+            with attention_kernel(encoder):
+                (loss, accuracy, negatives), chunk = step_gradients(encoder, data, chosen, chunk, loss_of)
+            sum_gradients([p for n, p in trained.items() if n != "temperature"])  # every process has the whole of that one
+            norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
+            row = {"step": step + 1, "loss": loss.item(), "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
             row |= {"grad_norm": norm.item(), "negatives": negatives, "pairs_per_second": len(chosen) / (time.perf_counter() - tick)}
+            if args.learn_temperature:
+                row["temperature"] = temperature.item()
+            if loss.isfinite() and norm.isfinite():
+                optimizer.step()
+                bad = 0
+            else:
+                bad, skipped = bad + 1, skipped + 1
+                told = f"step {step + 1}: the loss is {row['loss']}, the gradient's norm {row['grad_norm']}"
+                if bad == 3:
+                    raise InputError(f"{told}, for the third time in a row: lower --lr")
+                print(f"warning: {told}: left out", file=sys.stderr)
+                row |= {"loss": None, "grad_norm": None}
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
             speed = f"{row['pairs_per_second']:.0f} pairs/s, {negatives:.0f} negatives"
-            bar.set_postfix_str(f"loss {row['loss']:.3f}, acc {row['accuracy']:.2f}, {speed}")
+            bar.set_postfix_str(f"loss {loss.item():.3f}, acc {accuracy:.2f}, {speed}")
             bar.update()
-            if stop or step + 1 == steps or (step + 1) % args.checkpoint_every == 0:
-                save_checkpoint(args.out, encoder, optimizer, step + 1)
-            if stop and step + 1 < steps:
+            halt = any_process(bool(stop), encoder.device)
+            if (halt or step + 1 == steps or (step + 1) % args.checkpoint_every == 0) and not rank:
+                save_checkpoint(args.out, encoder, trained, optimizer, step + 1)
+            if halt and step + 1 < steps:
                 break
+    if rank:
+        return
     draw_curve(rows, args.out / "loss.png")
-    if stop and step + 1 < steps:
+    if halt and step + 1 < steps:
         print(f"stopped after step {step + 1} of {steps}: {args.out} holds a usable adapter; go on with --resume", file=sys.stderr)
-        sys.exit(128 + stop[0])
-    tail = rows[-max(1, len(rows) // 10) :]
+        sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    tail = [r for r in rows[-max(1, len(rows) // 10) :] if r["loss"] is not None]
     summary = {
         "steps": steps,
         "pairs": steps * args.batch_size,
         "seconds": round(time.perf_counter() - began, 1),
-        "loss_last_tenth": sum(r["loss"] for r in tail) / len(tail),
-        "accuracy_last_tenth": sum(r["accuracy"] for r in tail) / len(tail),
+        "skipped_steps": skipped,
+        "processes": world,
+        "chunk_size": chunk,
+        "loss_last_tenth": sum(r["loss"] for r in tail) / max(1, len(tail)),
+        "accuracy_last_tenth": sum(r["accuracy"] for r in tail) / max(1, len(tail)),
         "fingerprint": encoder.fingerprint,
     }
     if encoder.device.type == "cuda":

@@ -88,15 +88,25 @@ def test_bidirectional_attention_changes_the_vectors(model):
     np.testing.assert_allclose(causal[1], both[1], atol=1e-5)  # a single token has nothing else to see
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt-neox"])
-def test_bidirectional_vectors_are_those_of_a_full_mask(models_dir, name):
-    encoder = Encoder.load(models_dir[name], attention="bidirectional", pooling="mean", scope="all")
-    lm = AutoModelForCausalLM.from_pretrained(models_dir[name], attn_implementation="eager").eval()
-    ids = torch.tensor(encoder.tokenise([TEXTS[0]]).ids)
+def test_bidirectional_vectors_are_those_that_transformers_gives(model):
+    """With config.is_causal off, by its own masks, sliding windows included."""
+    encoder = Encoder.load(model, attention="bidirectional", pooling="mean", scope="all")
+    lm = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
+    lm.base_model.config.is_causal = False
+    ids = torch.tensor(encoder.tokenise([TEXTS[2]]).ids)
     with torch.no_grad():
-        states = lm.base_model(ids, attention_mask=torch.zeros(1, 1, ids.shape[1], ids.shape[1])).last_hidden_state[0]
+        states = lm.base_model(ids).last_hidden_state[0]
     expected = states[int(encoder.contract.bos) :].mean(0)
-    np.testing.assert_allclose(encoder.encode([TEXTS[0]])[0], (expected / expected.norm()).numpy(), atol=1e-5)
+    found = encoder.encode([TEXTS[2], TEXTS[0], ""])[0]  # beside shorter ones
+    np.testing.assert_allclose(found, (expected / expected.norm()).numpy(), atol=1e-5)
+
+
+def test_a_base_that_reads_both_ways_by_itself_is_refused(models_dir, tmp_path):
+    folder = shutil.copytree(models_dir["gemma3"], tmp_path / "both")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": True}))
+    with pytest.raises(InputError, match="trained to read in both directions"):
+        Encoder.load(str(folder))
 
 
 def test_bfloat16_stays_close():

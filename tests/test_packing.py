@@ -53,6 +53,34 @@ def test_the_last_layer_cut_short_changes_nothing(model, prompt, attention, monk
     assert rows[-1].last_only and len(rows[-1].layers[-1]) == len(MANY) - 1 and not rows[0].last_only
 
 
+def test_nothing_but_the_prompt(model):
+    """Texts without a token of their own, alone and together, where nothing stands behind them; and no token at all."""
+    settings = {"prompt": LONG.removesuffix(", that is the question"), "max_tokens": 20}
+    for pooling in POOLINGS:
+        encoder = Encoder.load(model, pooling=pooling, scope="all", **settings)
+        one, three = encoder.encode([""]), encoder.encode(["", "", ""])
+        np.testing.assert_allclose(three, np.repeat(one, 3, 0), atol=1e-5)
+        assert encoder.encode(["a", ""])[1] == pytest.approx(one[0], abs=1e-5)
+        bare = Encoder.load(model, pooling=pooling, scope="all", bos=False)
+        batch = bare.collate(bare.tokenise(["a cat", "", "b"]), [0, 1, 2])  # training may meet it
+        vectors = bare.pool(bare.run(batch), batch).detach().numpy()
+        np.testing.assert_allclose(vectors, bare.encode(["a cat", "", "b"]), atol=1e-5)
+
+
+def test_limits_and_cuts_hold_on_every_path(llama):
+    for settings in ({"max_tokens": 1}, {"dims": 8}, {"normalize": False}, {"layers": (0,)}, {"layers": (-1, 1), "dims": 5}):
+        for pooling in ("last", "mean"):
+            (expected,), (found,) = both(llama, pooling=pooling, scope="all", **settings)
+            np.testing.assert_allclose(found, expected, atol=2e-5, err_msg=str(settings))
+
+
+def test_states_of_last_tokens_are_not_read_otherwise(llama):
+    encoder = Encoder.load(llama, prompt=LONG, pooling="last", max_tokens=20)
+    batch = encoder.collate(encoder.tokenise(MANY), list(range(len(MANY))))
+    with pytest.raises(ValueError, match="those of last tokens"):
+        encoder.pool(encoder.run(batch), batch, View("mean", "all"))
+
+
 def test_other_readings_keep_the_whole_last_layer(llama):
     """The last token of the text itself, with a prompt behind it, is not the end of the sequence."""
     (expected,), (found,) = both(llama, pooling="last", scope="text")
@@ -105,10 +133,14 @@ def gradients(encoder, texts) -> dict:
     return {n: p.grad.clone() for n, p in encoder.trainable().items()}
 
 
+@pytest.mark.parametrize("path", ["stacked", "flash", "checkpointing"])
 @pytest.mark.parametrize("pooling", ["last", "position-mean", "attention"])
-def test_gradients_flow_through_the_shared_head(model, pooling):
+def test_gradients_flow_through_the_shared_head(model, pooling, path, monkeypatch):
     found = []
     for tricks in (False, True):
+        if tricks and path == "flash":
+            monkeypatch.setattr(encoder_module, "varlen_attn", plain_varlen)
+            monkeypatch.setattr(encoder_module._Attention, "stacked", encoder_module._Attention.flash)
         encoder = Encoder.load(model, prompt=LONG, pooling=pooling, scope="all", max_tokens=20)
         torch.manual_seed(0)
         encoder.add_adapter(2)
@@ -116,10 +148,14 @@ def test_gradients_flow_through_the_shared_head(model, pooling):
             for parameter in encoder.trainable().values():
                 parameter.normal_(std=0.05)
         encoder.share_head = encoder.trim = tricks
-        if tricks:
+        if tricks and path == "checkpointing":
             encoder.decoder.gradient_checkpointing_enable({"use_reentrant": False})
             encoder.decoder.train()
         found.append(gradients(encoder, MANY))
+        if pooling == "last":
+            tokens = encoder.tokenise(MANY)
+            states = encoder.run(encoder.collate(tokens, list(range(len(MANY)))))
+            assert states.last_only == (tricks and path != "checkpointing")  # a layer computed again would not be cut short again
     for name, plain in found[0].items():
         scale = max(1e-3, plain.abs().max())
         assert (found[1][name] - plain).abs().max() < 1e-4 * scale, name
@@ -173,9 +209,9 @@ def test_batches_are_filled_to_the_budget(llama):
     encoder = Encoder.load(llama, prompt=LONG, max_tokens=20)
     tokens = encoder.tokenise(MANY * 9)
     plan = encoder._plan(tokens, list(range(len(MANY) * 9)), 100)
-    sizes = [sum(len(tokens.ids[i]) - tokens.head for i in rows) for rows in plan]
+    sizes = [sum(encoder._cost(tokens, i) for i in rows) for rows in plan]
     assert sorted(itertools.chain(*plan)) == list(range(len(MANY) * 9))
-    assert max(sizes) <= 100 and np.mean(sizes) > 80
+    assert max(sizes) <= 100 and np.mean(sizes) > 80 and min(sizes[:-1]) > 70
     assert encoder._plan(tokens, [0, 1], 1) in ([[0], [1]], [[1], [0]])  # a text longer than the budget goes alone
 
 
@@ -200,6 +236,38 @@ def test_what_does_not_fit_into_memory_is_halved(llama, monkeypatch):
         encoder.encode(MANY)
 
 
+def test_processes_with_different_memory_still_share_one_plan(llama, monkeypatch):
+    """One of two halves its batches, the other does not: every text is embedded exactly once."""
+    expected, found = Encoder.load(llama).encode(MANY * 3), []
+    for rank, held in ((0, 20), (1, 10**9)):
+        encoder = Encoder.load(llama)
+        encoder.held = held
+        monkeypatch.setattr(encoder_module, "processes", lambda rank=rank: (rank, 2, None))
+        monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+        found.append(encoder.encode(MANY * 3, batch_tokens=60))
+    assert not ((found[0] != 0).any(1) & (found[1] != 0).any(1)).any()
+    np.testing.assert_allclose(found[0] + found[1], expected, atol=1e-6)
+
+
+def test_a_stream_may_be_left_or_fail(llama, monkeypatch):
+    monkeypatch.setattr(encoder_module, "WINDOW", 3)
+    encoder, read = Encoder.load(llama), []
+    blocks = encoder.stream(read.append(text) or text for text in MANY * 20)
+    next(blocks)
+    blocks.close()
+    assert len(read) < 12
+
+    def broken():
+        yield from MANY
+        raise OSError("the disk is gone")
+
+    with pytest.raises(OSError, match="the disk is gone"):
+        list(encoder.stream(broken()))
+    monkeypatch.setattr(encoder_module, "WINDOW_CHARACTERS", 50)
+    monkeypatch.setattr(encoder_module, "WINDOW", 1000)
+    assert [len(block) for (block,) in encoder.stream(["x" * 30] * 5)] == [2, 2, 1]
+
+
 def test_merging_costs_no_accuracy_in_float32(model, tmp_path):
     encoder = Encoder.load(model, prompt="cluster")
     encoder.add_adapter(4)
@@ -213,6 +281,11 @@ def test_merging_costs_no_accuracy_in_float32(model, tmp_path):
     assert merged.fingerprint == encoder.fingerprint
     with pytest.raises(InputError, match="the adapter is merged"):
         merged.untuned()
+    again = Encoder.load(str(tmp_path))
+    base = again.untuned()
+    again.merge()
+    with pytest.raises(InputError, match="was merged into the base meanwhile"):
+        base.encode(["a"])
     rounded = Encoder.load(str(tmp_path), dtype="bfloat16")
     assert 0 < rounded.merge() < 0.05
     assert Encoder.load(model).merge() == 0
@@ -245,8 +318,12 @@ def test_two_processes_share_the_work_and_get_the_vectors_of_one(llama, tmp_path
 
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_vectors(models_dir):
-    for name in ("llama", "gpt-neox"):
-        settings = {"prompt": LONG, "max_tokens": 20, "pooling": "mean", "scope": "all"}
+    for name, more in (
+        ("llama", {"pooling": "mean"}),
+        ("gpt-neox", {"pooling": "last"}),
+        ("llama", {"pooling": "mean", "layers": (-1, 1)}),
+    ):
+        settings = {"prompt": LONG, "max_tokens": 20, "scope": "all"} | more
         expected = Encoder.load(models_dir[name], **settings).encode(MANY)
         compiled = Encoder.load(models_dir[name], **settings)
         compiled.compile()

@@ -1,5 +1,6 @@
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -60,27 +61,84 @@ def small(pairs, out, *more):
 # ---------------------------------------------------------------------------------------------------------- the loss
 
 
+def numbers(anchors, positives, negatives=()):
+    return train.Numbers(*(torch.tensor(x, dtype=torch.long) for x in (anchors, positives, negatives)))
+
+
+def apart(n: int, m: int = 0) -> train.Numbers:
+    """Texts of n pairs and m hard negatives, no two of them equal."""
+    return numbers(range(n), range(n, 2 * n), range(2 * n, 2 * n + m))
+
+
+def units(n: int, seed: int, width: int = 8) -> torch.Tensor:
+    return F.normalize(torch.randn(n, width, generator=torch.Generator().manual_seed(seed), dtype=torch.float64), dim=-1)
+
+
+NONE = torch.zeros(0, 2)
+
+
 def test_info_nce_by_hand():
     """Two pairs, similarities 1 and 0 at temperature 1: each direction costs -log(e / (e + 1))."""
     a = torch.eye(2)
-    loss, accuracy = train.info_nce(a, a, torch.zeros(2, 2, dtype=torch.bool), 1.0)
-    assert loss.item() == pytest.approx(-torch.tensor(torch.e / (torch.e + 1)).log().item(), abs=1e-6)
-    assert accuracy == 1
-    loss, accuracy = train.info_nce(a, a.flip(0), torch.zeros(2, 2, dtype=torch.bool), 1.0)
-    assert loss.item() == pytest.approx(-torch.tensor(1 / (torch.e + 1)).log().item(), abs=1e-6)
+    loss, accuracy, negatives = train.info_nce(a, a, NONE, apart(2), 1.0)
+    assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1)), abs=1e-6)
+    assert (accuracy, negatives) == (1, 1)
+    loss, accuracy, _ = train.info_nce(a, a.flip(0), NONE, apart(2), 1.0)
+    assert loss.item() == pytest.approx(-math.log(1 / (math.e + 1)), abs=1e-6)
     assert accuracy == 0
+
+
+def test_a_hard_negative_stands_beside_the_positives_by_hand():
+    """One that equals anchor 0 costs it -log(e / (e + 1 + e)), and anchor 1 an orthogonal one more; the way back is as before."""
+    a = torch.eye(2)
+    loss, _, negatives = train.info_nce(a, a, a[:1], apart(2, 1), 1.0)
+    there = -math.log(math.e / (2 * math.e + 1)) - math.log(math.e / (math.e + 2))
+    back = -2 * math.log(math.e / (math.e + 1))
+    assert loss.item() == pytest.approx((there + back) / 4, abs=1e-6) and negatives == 2
+    copies = train.info_nce(a, a, a[:1], numbers([0, 1], [2, 3], [2]), 1.0)  # it is the positive of pair 0 itself
+    assert copies[2] == 1.5 and copies[0] < loss
+
+
+def test_a_margin_is_taken_off_the_pair_by_hand():
+    a = torch.eye(2)
+    loss, _, _ = train.info_nce(a, a, NONE, apart(2), 0.5, margin=0.25)
+    assert loss.item() == pytest.approx(-math.log(math.exp(1.5) / (math.exp(1.5) + 1)), abs=1e-6)
+
+
+def test_negatives_like_the_positive_are_left_out():
+    """Positives 0 and 1 are near copies: with a threshold neither is the other's negative, in either direction."""
+    a, p = torch.eye(3), F.normalize(torch.tensor([[1.0, 0.1, 0], [1.0, 0.0, 0], [0, 0, 1.0]]), dim=-1)
+    assert train.info_nce(a, p, NONE.new_zeros(0, 3), apart(3), 1.0)[2] == 2
+    found = train.info_nce(a, p, NONE.new_zeros(0, 3), apart(3), 1.0, threshold=0.9)
+    assert found[2] == pytest.approx(4 / 3)
+    right = torch.tensor([[p[0, 0], 0.0], [0.0, 0.0], [1.0, 0.0]])  # what is left to tell apart: the pair and pair 2, and 2 all three
+    there = [torch.logsumexp(right[0], 0) - right[0, 0], torch.logsumexp(torch.tensor([0.0, 0.0]), 0), math.log(math.e + 2) - 1]
+    similarity = p @ a.T
+    back = [torch.logsumexp(similarity[i], 0) - similarity[i, i] for i in range(3)]  # anchors are apart: nothing is masked
+    assert found[0].item() == pytest.approx(float(sum(there) + sum(back)) / 6, abs=1e-6)
+
+
+def test_blocks_of_rows_change_neither_loss_nor_gradient():
+    found = []
+    for block in (100, 3):
+        vectors = [units(10, 0).requires_grad_(), units(10, 1).requires_grad_(), units(4, 2).requires_grad_()]
+        texts = numbers([0, 0, *range(1, 9)], range(20, 30), [20, 40, 41, 8])
+        temperature = torch.tensor(0.1, requires_grad=True)
+        loss, *rest = train.info_nce(*vectors, texts, temperature, margin=0.1, threshold=0.5, block=block)
+        loss.backward()
+        found.append([loss.detach(), torch.tensor(rest), temperature.grad, *(v.grad for v in vectors)])
+    for whole, parts in zip(*found, strict=True):
+        torch.testing.assert_close(parts, whole, rtol=1e-10, atol=1e-12)
 
 
 def test_duplicates_are_no_negatives():
     """Pairs 0 and 1 share an anchor, 2's positive is 3's anchor; 4 stands alone."""
-    same = train.shared_texts(torch.tensor([0, 0, 1, 2, 5]), torch.tensor([7, 8, 2, 3, 6]))
-    expected = torch.zeros(5, 5, dtype=torch.bool)
-    expected[0, 1] = expected[1, 0] = expected[2, 3] = expected[3, 2] = True
-    assert torch.equal(same, expected)
-    x = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(0)), dim=-1).requires_grad_()
-    p = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)), dim=-1)
-    train.info_nce(x[:1].expand(2, -1), torch.stack([p[0], p[0]]), torch.tensor([[False, True], [True, False]]), 0.05)[0].backward()
-    assert x.grad.abs().max() < 1e-6  # a batch of copies has nothing to tell apart
+    texts = numbers([0, 0, 1, 2, 5], [7, 8, 2, 3, 6])
+    assert train.info_nce(units(5, 0), units(5, 1), units(0, 2), texts, 0.05)[2] == pytest.approx(4 - 4 / 5)
+    x = units(5, 0).requires_grad_()
+    loss, _, negatives = train.info_nce(x[:1].expand(2, -1), units(5, 1)[:1].expand(2, -1), units(0, 2), numbers([0, 0], [7, 8]), 0.05)
+    loss.backward()
+    assert negatives == 0 and x.grad.abs().max() < 1e-6  # a batch of copies has nothing to tell apart
 
 
 def test_batches_are_permutations_that_a_step_number_finds():
@@ -104,8 +162,8 @@ def gradients(encoder: Encoder, texts: list[str]) -> dict[str, torch.Tensor]:
     tokens = encoder.tokenise(texts)
     encoder.decoder.train()
     vectors = train.embed(encoder, tokens, list(range(len(texts))))
-    loss, _ = train.info_nce(vectors[::2], vectors[1::2], torch.zeros(len(texts) // 2, len(texts) // 2, dtype=torch.bool), 0.05)
-    loss.backward()
+    n = len(texts) // 2
+    train.info_nce(vectors[::2], vectors[1::2], vectors[:0], apart(n), 0.05)[0].backward()
     found = {n: p.grad.clone() for n, p in encoder.trainable().items()}
     encoder.decoder.zero_grad()
     return found
@@ -127,6 +185,67 @@ def test_gradients_reach_every_adapter_and_checkpointing_changes_none(model, poo
     again = gradients(encoder, texts)
     for name in plain:
         torch.testing.assert_close(again[name], plain[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_chunks_give_the_gradient_of_the_whole_batch(model, checkpointing):
+    """Double precision, dropout on: each chunk of the cached pass must draw the masks that the whole batch drew."""
+    torch.manual_seed(0)
+    encoder = Encoder.load(model, prompt="cluster", pooling="last", dtype=torch.float64)
+    encoder.add_adapter(2, dropout=0.3)
+    encoder.share_head = False
+    encoder.decoder.double().train()
+    if checkpointing:
+        encoder.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    with torch.no_grad():
+        for parameter in encoder.trainable().values():
+            parameter.normal_(std=0.1)
+    pairs = [train.Pair(f"The cat {i}.", f"A dog stood by road {i}, waiting.", (f"fees {i}",) * (i % 3)) for i in range(7)]
+    data = train.prepare(encoder, pairs)
+    parts = [
+        [(data.anchors, rows), (data.positives, rows), (data.negatives, [j for i in rows for j in data.hard[i]])]
+        for rows in ([0, 1, 2], [3, 4], [5, 6])
+    ]
+    sizes = [[7], [7], [sum(map(len, data.hard))]]
+
+    def loss_of(a, p, n):
+        texts = numbers(*([data.numbers[i][k] for i in range(7)] for k in (0, 1)), [x for i in range(7) for x in data.numbers[i][2:]])
+        return train.info_nce(*(F.normalize(v, dim=-1) for v in (a, p, n)), texts, 0.05)
+
+    torch.manual_seed(5)
+    vectors = [torch.cat(kind) for kind in zip(*([train.embed(encoder, *texts) for texts in part] for part in parts), strict=True)]
+    loss_of(*vectors)[0].backward()
+    whole = {n: p.grad.clone() for n, p in encoder.trainable().items()}
+    encoder.decoder.zero_grad()
+    drawn = torch.rand(1)
+    torch.manual_seed(5)
+    loss, _, _ = train.backward(encoder, parts, sizes, loss_of)
+    assert torch.equal(torch.rand(1), drawn)  # the generators stand where the whole batch left them
+    for name, parameter in encoder.trainable().items():
+        torch.testing.assert_close(parameter.grad, whole[name], rtol=1e-6, atol=1e-9)
+    assert max(g.abs().max() for g in whole.values()) > 1e-3 and loss > 0
+
+
+def test_memory_that_runs_out_halves_the_chunk(pairs, tmp_path, monkeypatch, capsys):
+    run(*small(pairs, tmp_path / "whole"))
+    embed = train.embed
+
+    def full(encoder, tokens, rows):
+        if len(rows) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return embed(encoder, tokens, rows)
+
+    monkeypatch.setattr(train, "embed", full)
+    limit = 1
+    run(*small(pairs, tmp_path / "halved"))
+    assert "going on with --chunk-size 1" in capsys.readouterr().err
+    whole, halved = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "halved"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(halved[name], weight, rtol=1e-3, atol=1e-5)
+    assert json.loads((tmp_path / "halved" / "summary.json").read_text())["chunk_size"] == 1
+    limit = 0
+    with pytest.raises(InputError, match="a single pair does not fit into memory"):
+        run(*small(pairs, tmp_path / "never"))
 
 
 def test_training_and_encoding_give_the_same_vectors(model):
@@ -241,7 +360,7 @@ def test_resume_never_trains_over_what_is_there(pairs, tmp_path):
 
 
 def test_a_diverging_run_ends_with_an_error_and_saves_nothing(pairs, tmp_path):
-    with pytest.raises(InputError, match=r"step \d: the loss is .*lower --lr"):
+    with pytest.raises(InputError, match=r"step 4: the loss is .*third time in a row: lower --lr"):
         run(*small(pairs, tmp_path / "run", "--lr", "1e30"))
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -306,6 +425,56 @@ def test_an_error_is_one_line_and_status_2(tmp_path):
     )
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [f"train.py: no file {tmp_path / 'none.jsonl'}: make pairs with make_pairs.py"]
+
+
+def test_hard_negatives_and_every_option_of_the_loss_reach_a_run(pairs, tmp_path):
+    rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+    path = tmp_path / "hard.jsonl"
+    path.write_text(
+        "".join(json.dumps(r | ({"negative": "The river."} if i % 2 else {"negatives": ["A", "B"]})) + "\n" for i, r in enumerate(rows))
+    )
+    more = ("--matryoshka", 8, 64, "--margin", 0.1, "--mask-above", 0.99, "--learn-temperature", "--rslora", "--dora", "--chunk-size", 2)
+    more += ("--gradient-checkpointing",)
+    run(*small(path, tmp_path / "run", *more))
+    found = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert max(r["negatives"] for r in found) > 3 and found[0]["temperature"] == pytest.approx(0.05)
+    assert found[-1]["temperature"] != found[0]["temperature"]
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert config["use_rslora"] and config["use_dora"]
+    Encoder.load(str(tmp_path / "run"))
+
+
+def test_a_step_that_is_not_finite_is_left_out_and_counted(pairs, tmp_path, monkeypatch, capsys):
+    info_nce, calls = train.info_nce, []
+
+    def broken(*args, **kwargs):
+        calls.append(1)
+        loss, *rest = info_nce(*args, **kwargs)
+        return loss * (math.nan if len(calls) in (2, 3) else 1), *rest
+
+    monkeypatch.setattr(train, "info_nce", broken)
+    run(*small(pairs, tmp_path / "run"))
+    assert capsys.readouterr().err.count("left out") == 2
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["skipped_steps"] == 2 and math.isfinite(summary["loss_last_tenth"])
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [i for i, loss in enumerate(losses) if loss is None] == [1, 2]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(pairs, tmp_path):
+    rows = [json.loads(line) | {"negatives": ["A river."] * (i % 3)} for i, line in enumerate(pairs.read_text().splitlines())]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for name, command in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29593"])):
+        flags = [str(f) for f in small(pairs, tmp_path / name, "--steps", 5, "--learn-temperature", "--chunk-size", 2)]
+        subprocess.run([sys.executable, *command, str(HERE / "train.py"), *flags], check=True, env=environment, capture_output=True)
+    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
+    losses = [[json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 5
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
 
 
 @pytest.mark.slow
