@@ -463,8 +463,10 @@ class _Attention:
 @torch.compiler.disable  # also where hooks on layers, which compiled code does not see change, take effect
 def _attention(module, query, key, value, attention_mask, packed: _Attention, scaling=None, dropout=0.0, sliding_window=None, **_):
     """What the model's layers call: query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d)."""
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))
-    return packed(module.layer_idx, query, key, value, scaling, sliding_window, dropout)[None], None
+    width, n = query.shape[2], len(packed.batch.ids)  # the row may have been filled up
+    query, key, value = (x[0].transpose(0, 1)[:n] for x in (query, key, value))
+    out = packed(module.layer_idx, query, key, value, scaling, sliding_window, dropout)
+    return F.pad(out, (0, 0, 0, 0, 0, width - len(out)))[None], None
 
 
 # There is no mask function of the same name, and so transformers makes no mask: who sees whom is known to `packed`.
@@ -957,15 +959,17 @@ class Encoder:
             if not self.adapter_on and self.merged:
                 raise InputError("the adapter was merged into the base meanwhile: load the run again to read the base alone")
             with self.peft.disable_adapter() if self.peft and not self.adapter_on else contextlib.nullcontext():
-                if self.pack:
-                    inputs = {"input_ids": batch.ids[None], "position_ids": batch.positions[None], "packed": packed}
+                if self.pack:  # filled up: matrix products prepare themselves for every new length, and keep that in memory
+                    fill = (0, -len(batch.ids) % (64 if len(batch.ids) > 512 else 8))
+                    ids, positions = (F.pad(x, fill)[None] for x in (batch.ids, batch.positions))
+                    inputs = {"input_ids": ids, "position_ids": positions, "packed": packed}
                 else:
                     inputs, places = self._padded(batch)
                 seen[-1] = self.decoder(**inputs, use_cache=False).last_hidden_state
         finally:
             for hook in hooks:
                 hook.remove()
-        flat = {number: state[0] if self.pack else state[places] for number, state in seen.items()}
+        flat = {number: state[0, : len(batch.ids)] if self.pack else state[places] for number, state in seen.items()}
         return States({index: flat[number] for index, number in numbers.items()}, packed, trim)
 
     @staticmethod

@@ -4,15 +4,18 @@
     python make_pairs.py crop --input texts.csv --out pairs/mine.jsonl       # two spans of each document
     python make_pairs.py noise --input texts.txt --out pairs/mine.jsonl      # a text and its damaged copy
     python make_pairs.py llm --input texts.csv --writer Qwen/Qwen3-4B --out pairs/mine.jsonl    # a chat model rewrites
+    python make_pairs.py mine --pairs pairs/mine.jsonl --model runs/mine --out pairs/hard.jsonl # hard negatives for pairs
 
 Leaves behind one JSONL file, a pair a line:
 
     {"anchor": str, "positive": str, "engine": "docstrings" | "crop" | "noise" | "llm", "source": where the anchor is from,
      "template": which rewriting instruction the writer had ("llm" only)}
 
-`negatives` (a list of texts) and `scores` are reserved names. Input: txt (a text a line), csv, jsonl, each also gzipped,
-or parquet. Nothing is imported or executed to read docstrings. The modules behind the embedded evaluation tasks
-(`tasks/*.jsonl.gz`) are left out, and so is any pair that shares a sentence with them.
+`mine` adds {"negatives": [str], "scores": cosines of the anchor to the positive and to each of them}.
+
+Input: txt (a text a line), csv, jsonl, each also gzipped, or parquet. Nothing is imported or executed to read docstrings.
+The modules behind the embedded evaluation tasks (`tasks/*.jsonl.gz`) are left out, and so is any pair that shares a sentence
+with them.
 
 `python make_pairs.py tasks --out FOLDER` is how those tasks were drawn, once, before anything was tuned.
 """
@@ -372,6 +375,75 @@ def load_writer(args):
     return write
 
 
+# ------------------------------------------------------------------------------------------------------ hard negatives
+
+
+def mined_pairs(args) -> list[dict]:
+    """To each pair the texts of a corpus that the model takes for the positive, and that most likely are none.
+
+    Never taken: the anchor's own text, any positive of an anchor of the same text, and whatever comes closer than `--below`
+    times the positive's cosine, as it may well be right (TopK-PercPos: de Souza Moreira et al. 2024, arXiv 2407.15831).
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from encoder import Encoder
+
+    pairs = read_pairs(args.pairs)[: args.limit]
+    found = [text for _, text in read_texts(args.corpus, args.column)] if args.corpus else [p["positive"] for p in pairs]
+    corpus = list(dict.fromkeys(found))
+    at = {text: i for i, text in enumerate(corpus)}
+    own = defaultdict(set)  # anchor -> corpus texts that are no negatives of it
+    for pair in pairs:
+        own[pair["anchor"]] |= {at[t] for t in (pair["anchor"], pair["positive"]) if t in at}
+    encoder = Encoder.load(args.model, dtype=args.dtype, device=args.device)
+    encoder.merge()
+
+    def embed(texts: list[str], role: str):
+        return F.normalize(torch.from_numpy(encoder.encode(texts, role, progress=sys.stderr.isatty())).to(encoder.device), dim=-1)
+
+    anchors, positives = embed([p["anchor"] for p in pairs], "query"), embed([p["positive"] for p in pairs], "document")
+    candidates = embed(corpus, "document")
+    right = (anchors * positives).sum(1)
+    n, block = min(args.negatives, len(corpus)), max(1, 2**26 // len(corpus))  # a block's similarities take 256 MiB
+    for start in range(0, len(pairs), block):
+        rows = pairs[start : start + block]
+        similarity = anchors[start : start + block] @ candidates.T
+        similarity[similarity > args.below * right[start : start + block, None]] = -torch.inf
+        for i, pair in enumerate(rows):
+            similarity[i, list(own[pair["anchor"]])] = -torch.inf
+        best, index = (x.tolist() for x in similarity.topk(n, dim=1))
+        for i, pair in enumerate(rows):
+            taken = [(corpus[j], score) for j, score in zip(index[i], best[i], strict=True) if score > -1.5]
+            pair["negatives"] = [text for text, _ in taken]
+            pair["scores"] = [round(score, 4) for score in (right[start + i].item(), *(score for _, score in taken))]
+    for line in encoder.warnings():
+        print(f"warning: {line}", file=sys.stderr)
+    short = sum(len(pair["negatives"]) < args.negatives for pair in pairs)
+    print(f"{len(corpus)} candidates, fingerprint {encoder.fingerprint}; {short} of {len(pairs)} pairs got fewer than {args.negatives}")
+    return pairs
+
+
+def read_pairs(path: Path) -> list[dict]:
+    """The rows of a file of pairs, which may be gzipped. Raises InputError with the line."""
+    if not path.is_file():
+        raise InputError(f"no file {path}: make pairs with another engine first")
+    rows, lines = [], 0
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig") as f:
+            for line in f:
+                lines += 1
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not all(isinstance(rows[-1].get(name), str) for name in ("anchor", "positive")):
+                        raise ValueError("needs the texts 'anchor' and 'positive'")
+    except (ValueError, AttributeError, EOFError, OSError, zlib.error) as error:
+        raise InputError(f"{path}, line {lines}: {' '.join(str(error).split())[:150]}") from None
+    if not rows:
+        raise InputError(f"{path} holds no pairs")
+    return rows
+
+
 # --------------------------------------------------------------------------------------------------------------- main
 
 
@@ -429,6 +501,17 @@ def build_parser() -> argparse.ArgumentParser:
     llm.add_argument("--temperature", type=float, default=0.6, help="0 takes the likeliest token (default 0.6)")
     llm.add_argument("--top-p", type=float, default=0.9, help="nucleus sampling (default 0.9)")
     llm.add_argument("--repetition-penalty", type=float, default=1.0, help="default 1.0")
+    mine = engines.add_parser("mine", help="hard negatives for pairs, by a model's own mistakes")
+    mine.add_argument("--pairs", type=Path, required=True, help="JSONL of another engine, also .gz")
+    mine.add_argument("--model", default="tiny", help="a run, a preset, a folder or a hub id: best the run trained so far (default tiny)")
+    mine.add_argument("--corpus", type=Path, help="where negatives are looked for: txt, csv, jsonl, ... (default: the positives)")
+    mine.add_argument("--column", help="the corpus's column with the text (default: guessed, and printed)")
+    mine.add_argument("--negatives", type=positive, default=4, help="of each pair (default 4)")
+    mine.add_argument("--below", type=probability, default=0.95, help="largest share of the positive's cosine (default 0.95)")
+    mine.add_argument("--limit", type=positive, help="at most this many pairs (default: all)")
+    mine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 (default auto)")
+    mine.add_argument("--device", help="default cuda where there is one, else cpu")
+    mine.add_argument("--out", type=Path, required=True, help="the JSONL file to write")
     tasks = engines.add_parser("tasks", help="draw the embedded evaluation tasks anew (they are frozen: for the record)")
     tasks.add_argument("--out", type=Path, required=True, help="a folder")
     return parser
@@ -440,7 +523,7 @@ def main(args: argparse.Namespace) -> None:
         return
     if args.out.exists():
         raise InputError(f"{args.out} exists already: choose another --out, or delete it first")
-    make = {"docstrings": docstring_pairs, "crop": crop_pairs, "noise": noise_pairs, "llm": llm_pairs}[args.engine]
+    make = {"docstrings": docstring_pairs, "crop": crop_pairs, "noise": noise_pairs, "llm": llm_pairs, "mine": mined_pairs}[args.engine]
     pairs = make(args)[: args.limit]
     if not pairs:
         raise InputError("no pair came out: the texts are too short or too few")

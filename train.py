@@ -16,8 +16,11 @@ Leaves behind, in --out (default runs/MODEL):
     embedding.json                                    the embedding contract (encoder.py)
     arguments.json                                    resolved arguments, versions, commit
     metrics.jsonl, loss.png                           one line a step; the curve
-    checkpoint.safetensors                            adapter, optimiser and generator states, to go on from
-    summary.json                                      steps, pairs, seconds since start or resume; there once the run is finished
+    checkpoint.safetensors, checkpoint.previous...    adapter, optimiser and generator states, to go on from; the two last
+    summary.json                                      steps, the best of them, pairs, tokens, time; there once the run is finished
+
+Some pairs are held out, and every so often a probe counts how many of their anchors find their positives (or, with --probe,
+how well labelled texts cluster). The adapter that is left in --out is the best that the probe has seen.
 """
 
 import argparse
@@ -54,7 +57,8 @@ from prompts import PROMPTS, InputError
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_PAIRS = HERE / "pairs" / "docstrings.jsonl"
-CHECKPOINT, ARGUMENTS, METRICS, SUMMARY = "checkpoint.safetensors", "arguments.json", "metrics.jsonl", "summary.json"
+CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
 
 
 class Pair(NamedTuple):
@@ -343,38 +347,141 @@ def attention_kernel(encoder: Encoder):
 # ---------------------------------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
-    """The adapter as evaluation reads it, then everything needed to go on, in one file that is complete or absent."""
+def content_hash(tensors: dict[str, Tensor], state: dict) -> str:
+    digest = hashlib.sha256(json.dumps(state, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save_checkpoint(
+    folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict, best: dict[str, Tensor]
+) -> None:
+    """The adapter as evaluation reads it, then everything needed to go on, in one file; the one before it is kept.
+
+    state: step, and what the probe has seen; best: the weights with which it saw the best, where they are not the present ones
+    """
     if not all(p.isfinite().all() for p in trained.values()):
-        raise InputError(f"step {step}: the adapter's weights are not finite any more, the last checkpoint stays: lower --lr")
-    encoder.save(folder)
+        raise InputError(f"step {state['step']}: the adapter's weights are not finite any more, the last checkpoint stays: lower --lr")
     tensors = {"rng/cpu": torch.get_rng_state()}
     if encoder.device.type == "cuda":
         tensors["rng/cuda"] = torch.cuda.get_rng_state(encoder.device)
     for name, parameter in trained.items():
-        state = optimizer.state[parameter]
-        tensors |= {f"weight/{name}": parameter.detach().cpu()} | {f"{k}/{name}": state[k].cpu() for k in ("step", "exp_avg", "exp_avg_sq")}
+        moments = optimizer.state[parameter]
+        tensors |= {f"weight/{name}": parameter.detach().cpu()} | {f"{k}/{name}": v.cpu() for k, v in moments.items()}
+    tensors |= {f"best/{name}": weight for name, weight in best.items()}
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    write_atomic(folder / CHECKPOINT, lambda path: save_file(tensors, path, metadata={"step": str(step)}))
-
-
-def load_checkpoint(folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Put everything back in place and return the number of steps done."""
+    metadata = {"state": json.dumps(state), "sha256": content_hash(tensors, state)}
     try:
-        with safe_open(folder / CHECKPOINT, framework="pt") as f:
-            step, tensors = int(f.metadata()["step"]), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118, not a dict
-    except SafetensorError as error:
-        raise InputError(f"{folder / CHECKPOINT} is damaged ({error}): start afresh in another --out") from None
+        encoder.save(folder)
+        write_atomic(folder / f"{CHECKPOINT}.new", lambda path: save_file(tensors, path, metadata=metadata))
+    except SafetensorError as error:  # a full disk
+        raise InputError(f"{folder} cannot be written ({error}): its last checkpoint stays, go on with --resume") from None
+    if (folder / CHECKPOINT).is_file():
+        os.replace(folder / CHECKPOINT, folder / PREVIOUS)
+    os.replace(folder / f"{CHECKPOINT}.new", folder / CHECKPOINT)
+
+
+def read_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """State and tensors of the newest checkpoint that is whole."""
+    damaged = []
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+        if not path.is_file():
+            continue
+        try:
+            with safe_open(path, framework="pt") as f:
+                metadata, tensors = f.metadata(), {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118, not a dict
+            state = json.loads(metadata["state"])
+            if content_hash(tensors, state) == metadata["sha256"]:
+                if damaged:
+                    print(f"warning: {damaged[0]} is damaged: going on from the one before, step {state['step']}", file=sys.stderr)
+                return state, tensors
+        except (SafetensorError, ValueError, KeyError, TypeError):
+            pass
+        damaged.append(path)
+    raise InputError(f"{damaged[0]} is damaged, and none before it is whole: start afresh in another --out")
+
+
+def load_checkpoint(
+    folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
+) -> tuple[dict, dict[str, Tensor]]:
+    """Put everything back in place -> state and best weights, as `save_checkpoint` was given them."""
+    state, tensors = read_checkpoint(folder)
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"weight/{name}"])
-        moments = {k: tensors[f"{k}/{name}"].to(encoder.device) for k in ("exp_avg", "exp_avg_sq")}
-        optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
+        if f"step/{name}" in tensors:
+            moments = {k: tensors[f"{k}/{name}"].to(encoder.device) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
     if not processes()[0]:
         encoder.save(folder)  # the files of this very step, should the last save have been cut off between the two
     torch.set_rng_state(tensors["rng/cpu"])
     if "rng/cuda" in tensors and encoder.device.type == "cuda":
         torch.cuda.set_rng_state(tensors["rng/cuda"], encoder.device)
-    return step
+    return state, {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
+
+
+# ---------------------------------------------------------------------------------------------------------- the probe
+
+
+class Probe:
+    """What is looked at every so often, on data that is not trained on: is the adapter still getting better?"""
+
+    def __init__(self, pairs: list[Pair], labelled: Path | None):
+        self.pairs, self.texts, self.labels = pairs, [], []
+        if labelled is not None:
+            self.texts, self.labels = read_labelled(labelled)
+        self.name = "V-measure" if labelled else "held-out accuracy"
+
+    def __bool__(self) -> bool:
+        return bool(self.pairs or self.texts)
+
+    def __call__(self, encoder: Encoder) -> float:
+        """V-measure of the labelled texts, or the share of held-out anchors whose own positive is the nearest."""
+        counts = encoder.n_empty, encoder.n_cut
+        if self.texts:
+            from sklearn.cluster import MiniBatchKMeans
+            from sklearn.metrics import v_measure_score
+
+            clusters = MiniBatchKMeans(len(set(self.labels)), batch_size=500, n_init="auto", random_state=0)  # as mteb's
+            score = v_measure_score(self.labels, clusters.fit_predict(encoder.encode(self.texts)))
+        else:
+            positives = [pair.positive for pair in self.pairs]
+            similarity = encoder.encode([pair.anchor for pair in self.pairs], "query") @ encoder.encode(positives).T
+            score = sum(positives[j] == p for j, p in zip(similarity.argmax(1), positives, strict=True)) / len(positives)
+        encoder.n_empty, encoder.n_cut = counts
+        encoder.decoder.train()
+        return float(score)
+
+
+def read_labelled(path: Path) -> tuple[list[str], list[str]]:
+    """Texts and labels of a JSONL file with the columns text and label, the first 2,048 of a fixed shuffle."""
+    rows = []
+    try:
+        with open(path, encoding="utf-8-sig") as f:
+            for line in filter(str.strip, f):
+                row = json.loads(line)
+                rows.append((row["text"], str(row["label"])))
+                if not isinstance(row["text"], str):
+                    raise TypeError(f"text is {row['text']!r}")
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path}, line {len(rows) + 1}: needs 'text' and 'label' ({type(error).__name__}: {error})") from None
+    if len({label for _, label in rows}) < 2:
+        raise InputError(f"{path}: V-measure needs two labels at least")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[:2048]
+    return [rows[i][0] for i in order], [rows[i][1] for i in order]
+
+
+def hold_out(pairs: list[Pair], n: int) -> tuple[list[Pair], list[Pair]]:
+    """-> the pairs that are trained on, and n others, a twentieth at most; none where that makes fewer than 16."""
+    n = min(n, len(pairs) // 20)
+    if n < 16:
+        return pairs, []
+    held = set(torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:n].tolist())
+    return [p for i, p in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
+
+
+# ------------------------------------------------------------------------------------------------------------ the run
 
 
 def check_arguments(found: dict, args: argparse.Namespace, pairs_hash: str, path: Path) -> None:
@@ -408,7 +515,11 @@ def draw_curve(rows: list[dict], path: Path) -> None:
     axis.set(xlabel="step", ylabel="InfoNCE loss, nats", title=f"{path.parent.name}: training loss and in-batch accuracy")
     right = axis.twinx()
     right.plot(steps, [r["accuracy"] for r in rows], color="tab:orange", linewidth=1)
-    right.set(ylabel="anchors whose positive comes first", ylim=(0, 1))
+    probed = [(r["step"], r["probe"]) for r in rows if "probe" in r]
+    if probed:
+        right.plot(*zip(*probed, strict=True), color="tab:green", marker="o", linewidth=1, label="probe")
+        right.legend(loc="lower right")
+    right.set(ylabel="anchors whose positive comes first; probe", ylim=(0, 1))
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     plt.close(figure)
 
@@ -454,6 +565,10 @@ def build_parser() -> argparse.ArgumentParser:
     # the machine
     add("--dtype", default="auto", help="auto, float32, bfloat16: of the base and of autocast (default auto: bfloat16 where it is fast)")
     add("--device", help="default cuda where there is one, else cpu")
+    add("--hold-out", type=int, default=256, help="pairs that are not trained on but probed, a twentieth at most (default 256; 0: none)")
+    add("--probe", type=Path, help="JSONL with text and label: probe its V-measure instead, with labels that training never sees")
+    add("--probe-every", type=int, default=50, help="steps between two probes (default 50)")
+    add("--patience", type=int, help="end after so many probes without a better one (default: go on to the last step)")
     add("--checkpoint-every", type=int, default=50, help="steps (default 50)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out; starts afresh where there is none")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (off)")
@@ -510,6 +625,11 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--steps must be 1 or more, not {args.steps}")
     if args.batch_size < 2:
         raise InputError("--batch-size must be 2 or more: a pair's negatives are the others of its batch")
+    for name, least in (("hold_out", 0), ("probe_every", 1), ("patience", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise InputError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
+    if args.probe is not None and not args.probe.is_file():
+        raise InputError(f"no file {args.probe}: --probe takes JSONL with text and label")
     if args.chunk_size is not None and args.chunk_size < 1:
         raise InputError(f"--chunk-size must be 1 or more, not {args.chunk_size}")
     if args.mask_above is not None and not -1 < args.mask_above < 1:
@@ -543,7 +663,7 @@ def check_out(out: Path, resume: bool) -> None:
     if found and not resume:
         what = "a run" if ARGUMENTS in found else "files"
         raise InputError(f"{out} already holds {what}: choose another --out" + (", or go on with --resume" if what == "a run" else ""))
-    if found - {ARGUMENTS, METRICS} and CHECKPOINT not in found:  # those two may stand there before the first checkpoint
+    if found - {ARGUMENTS, METRICS} and not found & {CHECKPOINT, PREVIOUS}:  # those two may stand there before the first checkpoint
         raise InputError(f"{out} holds {', '.join(sorted(found)[:3])} but no {CHECKPOINT}: it cannot go on, choose another --out")
 
 
@@ -563,10 +683,12 @@ def main(args: argparse.Namespace) -> None:
     args = resolve(args)
     pairs = read_pairs(args.pairs)
     pairs_hash = hashlib.sha256(args.pairs.read_bytes()).hexdigest()
+    pairs, held = hold_out(pairs, 0 if args.probe else args.hold_out)
+    probe = Probe(held, args.probe)
     if args.batch_size > len(pairs):
         raise InputError(f"--batch-size {args.batch_size} is more than the {len(pairs)} pairs of {args.pairs}")
     steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
-    resuming = args.resume and (args.out / CHECKPOINT).is_file()
+    resuming = args.resume and any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS))
     if resuming:
         check_arguments(read_record(args.out / ARGUMENTS), args, pairs_hash, args.out)
         if (args.out / SUMMARY).is_file():
@@ -602,9 +724,10 @@ def main(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed + rank)  # dropout differs between processes
     if not rank:
         args.out.mkdir(parents=True, exist_ok=True)
-    done, rows = 0, []
+    done, rows, state, best = 0, [], {"step": 0, "best": None, "best_step": 0, "stale": 0}, {}
     if resuming:
-        done = load_checkpoint(args.out, encoder, trained, optimizer)
+        state, best = load_checkpoint(args.out, encoder, trained, optimizer)
+        done = state["step"]
         rows = kept_metrics(args.out / METRICS, done)
     versions = {p: version(p) for p in ("torch", "transformers", "peft", "numpy")} | {"python": platform.python_version()}
     record = {"arguments": comparable(args), "pairs_sha256": pairs_hash, "versions": versions, "commit": commit(), "command": sys.argv}
@@ -625,12 +748,13 @@ def main(args: argparse.Namespace) -> None:
 
     encoder.decoder.train()
     began, chunk, bad, skipped = time.perf_counter(), args.chunk_size or args.batch_size, 0, 0
-    halt = False
+    halt, last = False, True
     with (
         open(os.devnull if rank else args.out / METRICS, "a", encoding="utf-8") as log,
         tqdm(total=steps, initial=done, unit="step", file=sys.stderr) as bar,
     ):
-        for step in range(done, steps):
+        over = args.patience is not None and state["stale"] >= args.patience  # it was cut off before its summary
+        for step in range(steps if over else done, steps):
             tick = time.perf_counter()
             chosen = batch_rows(len(pairs), args.batch_size, step, args.seed)
             for group in optimizer.param_groups:
@@ -644,6 +768,7 @@ def main(args: argparse.Namespace) -> None:
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
             row = {"step": step + 1, "loss": loss.item(), "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
             row |= {"grad_norm": norm.item(), "negatives": negatives, "pairs_per_second": len(chosen) / (time.perf_counter() - tick)}
+            row["tokens"] = sum(len(t.ids[i]) for t in (data.anchors, data.positives) for i in chosen)
             if args.learn_temperature:
                 row["temperature"] = temperature.item()
             if loss.isfinite() and norm.isfinite():
@@ -656,27 +781,42 @@ def main(args: argparse.Namespace) -> None:
                     raise InputError(f"{told}, for the third time in a row: lower --lr")
                 print(f"warning: {told}: left out", file=sys.stderr)
                 row |= {"loss": None, "grad_norm": None}
-            rows.append(row)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
             speed = f"{row['pairs_per_second']:.0f} pairs/s, {negatives:.0f} negatives"
             bar.set_postfix_str(f"loss {loss.item():.3f}, acc {accuracy:.2f}, {speed}")
             bar.update()
+            state["step"] = step + 1
+            last = step + 1 == steps
+            if probe and (last or (step + 1) % args.probe_every == 0):
+                row["probe"] = probe(encoder)
+                better = state["best"] is None or row["probe"] > state["best"]
+                state |= {"best": row["probe"], "best_step": step + 1, "stale": 0} if better else {"stale": state["stale"] + 1}
+                best = {n: p.detach().cpu().clone() for n, p in trained.items()} if better else best
+                last = last or (args.patience is not None and state["stale"] >= args.patience)
+            rows.append(row)
+            log.write(json.dumps(row) + "\n")
+            log.flush()
             halt = any_process(bool(stop), encoder.device)
-            if (halt or step + 1 == steps or (step + 1) % args.checkpoint_every == 0) and not rank:
-                save_checkpoint(args.out, encoder, trained, optimizer, step + 1)
-            if halt and step + 1 < steps:
+            if (halt or last or (step + 1) % args.checkpoint_every == 0) and not rank:
+                save_checkpoint(args.out, encoder, trained, optimizer, state, best)
+            if halt or last:
                 break
     if rank:
         return
     draw_curve(rows, args.out / "loss.png")
-    if halt and step + 1 < steps:
-        print(f"stopped after step {step + 1} of {steps}: {args.out} holds a usable adapter; go on with --resume", file=sys.stderr)
+    if halt and not last:
+        print(f"stopped after step {state['step']} of {steps}: {args.out} holds a usable adapter; go on with --resume", file=sys.stderr)
         sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    if best:
+        for name, parameter in trained.items():
+            parameter.data.copy_(best[name])
+        encoder.save(args.out)
     tail = [r for r in rows[-max(1, len(rows) // 10) :] if r["loss"] is not None]
     summary = {
-        "steps": steps,
-        "pairs": steps * args.batch_size,
+        "steps": state["step"],
+        "best_step": state["best_step"] or state["step"],
+        "probe": {"what": probe.name, "best": state["best"]} if probe else None,
+        "pairs": state["step"] * args.batch_size,
+        "tokens": sum(r.get("tokens", 0) for r in rows),
         "seconds": round(time.perf_counter() - began, 1),
         "skipped_steps": skipped,
         "processes": world,
@@ -688,7 +828,8 @@ def main(args: argparse.Namespace) -> None:
     if encoder.device.type == "cuda":
         summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(encoder.device) / 2**30, 2)
     write_atomic(args.out / SUMMARY, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-    print(f"{args.out}: {steps} steps in {summary['seconds']:.0f} s, fingerprint {encoder.fingerprint}")
+    seen = f", the best of them {state['best_step']} ({probe.name} {state['best']:.3f})" if probe else ""
+    print(f"{args.out}: {state['step']} steps{seen}, in {summary['seconds']:.0f} s, fingerprint {encoder.fingerprint}")
     print(f"python evaluate.py --task clustering --model {os.path.relpath(args.out)}")
 
 

@@ -5,10 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_model
 
 import make_pairs
+from encoder import Encoder
 from prompts import InputError
 
 HERE = Path(__file__).resolve().parent.parent
@@ -248,3 +250,45 @@ def test_a_writer_that_is_not_there(tmp_path):
     with pytest.raises(InputError, match="cannot load the writer"):
         run("llm", "--input", tmp_path / "t.txt", "--writer", "org/none", "--out", tmp_path / "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
+
+
+# ------------------------------------------------------------------------------------------------------ hard negatives
+
+
+def test_mined_negatives_are_the_nearest_that_may_be_wrong(tmp_path, capsys):
+    topics = ["cat", "dog", "bank", "river", "loan", "tree"]
+    pairs = [{"anchor": f"The {t} is here.", "positive": f"About a {t}.", "engine": "crop"} for t in topics]
+    pairs += [{"anchor": "The cat is here.", "positive": "A small cat.", "engine": "crop"}]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    run("mine", "--pairs", path, "--out", tmp_path / "hard.jsonl", "--negatives", 3, "--below", 0.9, "--dtype", "float32")
+    found = rows(tmp_path / "hard.jsonl")
+    assert [{k: r[k] for k in ("anchor", "positive", "engine")} for r in found] == pairs
+    encoder = Encoder.load("tiny")
+    corpus = [p["positive"] for p in pairs]
+    anchors, candidates = encoder.encode([p["anchor"] for p in pairs], "query"), encoder.encode(corpus)
+    some = 0
+    for i, row in enumerate(found):
+        cosines = candidates @ anchors[i]
+        own = {p["positive"] for p in pairs if p["anchor"] == row["anchor"]}
+        expected = [j for j in np.argsort(-cosines) if corpus[j] not in own and cosines[j] <= 0.9 * cosines[i]][:3]
+        assert row["negatives"] == [corpus[j] for j in expected]
+        assert row["scores"] == pytest.approx([cosines[i], *cosines[expected]], abs=1e-3)
+        some += len(expected)
+    assert some > 0 and "7 candidates" in capsys.readouterr().out
+    texts = tmp_path / "corpus.txt"
+    texts.write_text("A mountain.\nThe cat is here.\nSnow.\n")
+    run("mine", "--pairs", path, "--corpus", texts, "--out", tmp_path / "other.jsonl", "--negatives", 9, "--below", 1, "--limit", 1)
+    assert set(rows(tmp_path / "other.jsonl")[0]["negatives"]) <= {"A mountain.", "Snow."}  # the anchor itself is none
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "holds no pairs"), ('{"anchor": "a"}', "line 1: needs"), ("{", "line 1: "), ("[1]", "line 1")]
+)
+def test_pairs_that_cannot_be_mined(tmp_path, content, message):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        run("mine", "--pairs", path, "--out", tmp_path / "hard.jsonl")
+    with pytest.raises(InputError, match="no file"):
+        run("mine", "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "hard.jsonl")

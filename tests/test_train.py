@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import train
@@ -263,7 +264,7 @@ def test_a_run_leaves_what_it_promises(pairs, tmp_path, capsys):
     out = tmp_path / "run"
     run(*small(pairs, out, "--checkpoint-every", 4, "--lr", "3e-3"))
     promised = {"adapter_model.safetensors", "adapter_config.json", "embedding.json", "arguments.json", "metrics.jsonl", "loss.png"}
-    assert {p.name for p in out.iterdir()} == promised | {"checkpoint.safetensors", "summary.json"}
+    assert {p.name for p in out.iterdir()} == promised | {"checkpoint.safetensors", "checkpoint.previous.safetensors", "summary.json"}
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [r["step"] for r in rows] == [1, 2, 3, 4, 5, 6]
     assert all(0 < r["negatives"] <= 3 and r["pairs_per_second"] > 0 for r in rows)
@@ -342,6 +343,7 @@ def test_a_run_cut_off_before_its_summary_is_finished_by_resuming(pairs, tmp_pat
 def test_resume_never_trains_over_what_is_there(pairs, tmp_path):
     run(*small(pairs, tmp_path / "run", "--steps", 1))
     (tmp_path / "run" / "checkpoint.safetensors").unlink()
+    assert not (tmp_path / "run" / "checkpoint.previous.safetensors").exists()
     before = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
     with pytest.raises(InputError, match=r"no checkpoint\.safetensors: it cannot go on"):
         run(*small(pairs, tmp_path / "run", "--steps", 1, "--resume"))
@@ -404,6 +406,13 @@ def test_bad_arguments(pairs, tmp_path):
         (("--lora-dropout", 1.5), "--lora-dropout must be 0 or more and below 1"),
         (("--lora-alpha", 0), "--lora-alpha must be above 0"),
         (("--seed", -1), "--seed must be 0 or more"),
+        (("--patience", 0), "--patience must be 1 or more"),
+        (("--hold-out", -1), "--hold-out must be 0 or more"),
+        (("--probe", tmp_path / "none.jsonl"), "no file .*none.jsonl: --probe takes"),
+        (("--chunk-size", 0), "--chunk-size must be 1 or more"),
+        (("--mask-above", 2), "a cosine between -1 and 1"),
+        (("--matryoshka", 8, 0), "above 0"),
+        (("--margin", 1), "--margin must be 0 or more and below 1"),
         (("--device", "gpu"), "unknown device 'gpu'"),
         (("--prompt", "clutser"), "unknown prompt 'clutser'"),
         (("--model", "no-such-model"), "no model 'no-such-model'"),
@@ -459,6 +468,91 @@ def test_a_step_that_is_not_finite_is_left_out_and_counted(pairs, tmp_path, monk
     assert summary["skipped_steps"] == 2 and math.isfinite(summary["loss_last_tenth"])
     losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [i for i, loss in enumerate(losses) if loss is None] == [1, 2]
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(pairs, tmp_path, capsys):
+    run(*small(pairs, tmp_path / "run", "--checkpoint-every", 2))
+    whole = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    (tmp_path / "run" / "summary.json").unlink()
+    path = tmp_path / "run" / "checkpoint.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1  # a single bit of a weight
+    path.write_bytes(content)
+    run("--out", tmp_path / "run", "--resume")
+    told = capsys.readouterr().err
+    assert "checkpoint.safetensors is damaged: going on from the one before, step 4" in told
+    again = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
+    (tmp_path / "run" / "summary.json").unlink()
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):
+        (tmp_path / "run" / name).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="none before it is whole"):
+        run("--out", tmp_path / "run", "--resume")
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(pairs, tmp_path, monkeypatch):
+    save, calls = train.save_file, []
+
+    def full(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise SafetensorError("No space left on device")
+        return save(*args, **kwargs)
+
+    monkeypatch.setattr(train, "save_file", full)
+    with pytest.raises(InputError, match=r"No space left on device.*its last checkpoint stays"):
+        run(*small(pairs, tmp_path / "run", "--checkpoint-every", 2))
+    assert train.read_checkpoint(tmp_path / "run")[0]["step"] == 2
+    assert not list((tmp_path / "run").glob(".*tmp*"))
+    run("--out", tmp_path / "run", "--resume")
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
+
+
+def many(path: Path, n: int = 400) -> Path:
+    rows = [{"anchor": f"Number {i} of the list", "positive": f"the list has {i}"} for i in range(n)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_the_best_that_the_probe_saw_is_what_stays(tmp_path, monkeypatch, capsys):
+    pairs, scores = many(tmp_path / "many.jsonl"), iter([0.1, 0.5, 0.4, 0.3, 0.9])
+    monkeypatch.setattr(train.Probe, "__call__", lambda self, encoder: next(scores))
+    flags = ("--probe-every", 1, "--patience", 2, "--lr", "1e-2")
+    run(*small(pairs, tmp_path / "run", *flags))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["steps"], summary["best_step"], summary["probe"]) == (4, 2, {"what": "held-out accuracy", "best": 0.5})
+    assert "4 steps, the best of them 2" in capsys.readouterr().out
+    state, tensors = train.read_checkpoint(tmp_path / "run")
+    assert state == {"step": 4, "best": 0.5, "best_step": 2, "stale": 2}
+    encoder = Encoder.load(str(tmp_path / "run"))
+    assert encoder.fingerprint == summary["fingerprint"]
+    for name, weight in encoder.peft.named_parameters():
+        if "lora_" in name:
+            assert torch.equal(weight, tensors[f"best/{name}"])
+    assert any(not torch.equal(tensors[k], tensors[k.replace("best/", "weight/")]) for k in tensors if k.startswith("best/"))
+    (tmp_path / "run" / "summary.json").unlink()
+    run("--out", tmp_path / "run", "--resume")  # it was over, and is not gone on with
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["fingerprint"] == summary["fingerprint"]
+
+
+def test_the_probe_looks_at_what_is_not_trained_on(tmp_path):
+    pairs = train.read_pairs(many(tmp_path / "many.jsonl"))
+    kept, held = train.hold_out(pairs, 256)
+    assert len(held) == 20 and len(kept) == 380 and not set(kept) & set(held)
+    assert train.hold_out(pairs, 0) == (pairs, []) and train.hold_out(pairs[:100], 256) == (pairs[:100], [])
+    encoder = Encoder.load("tiny", prompt="cluster")
+    accuracy = train.Probe(held, None)(encoder)
+    assert 0 < accuracy <= 1 and encoder.decoder.training and encoder.n_empty == 0
+    same = [train.Pair(p.anchor, p.anchor) for p in held]
+    assert train.Probe(same, None)(encoder) == 1
+    labelled = tmp_path / "labelled.jsonl"
+    rows = [{"text": f"The {a} {i}.", "label": a} for a in ("cat sat on the mat", "bank raised its interest rate") for i in range(20)]
+    labelled.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert train.Probe([], labelled)(encoder) > 0.9
+    for content, message in (('{"text": "a"}', "line 1: needs 'text' and 'label'"), ('{"text": "a", "label": 1}', "two labels")):
+        labelled.write_text(content + "\n")
+        with pytest.raises(InputError, match=message):
+            train.Probe([], labelled)
 
 
 @pytest.mark.slow
