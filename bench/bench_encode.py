@@ -6,8 +6,9 @@
     python bench/bench_encode.py --stream 1000000            # memory while a million short lines go through one layer
 
 Sides: ours; sentence-transformers on the same weights, at its best (the same dtype, the fastest of several batch sizes, its
-unpadding where it has it) and at its defaults (float32 on a CPU, 32 texts a batch); `AutoModelForCausalLM` as published
-evaluation loops have it (32 texts a batch in the order given, padding, every hidden state kept, logits computed).
+unpadding where it has it), at its defaults (32 texts a batch, the dtype of the stored weights) and on a CPU in float32;
+`AutoModelForCausalLM` as published evaluation loops have it (32 texts a batch in the order given, padding, every hidden state
+kept, logits computed).
 
 Texts are drawn from the embedded tasks and cut to length: `short` 10 to 20 tokens, `long` 150 to 300, `mixed` half of each.
 Prompts stand before the text: none, 8 tokens, 30 tokens. Every side's vectors must agree with ours in float32, one text at a
@@ -217,6 +218,8 @@ def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, 
         best = min(found, key=lambda size: min(clock(found[size], texts, device) for _ in range(2)))
         sides[f"sentence-transformers, best (batch {best})"] = found[best]
         sides["sentence-transformers, defaults"] = sentence_transformer(*settings, None, device, 32)
+        if dtype == torch.bfloat16 and device.type == "cpu":  # what its defaults are where the weights are stored so
+            sides["sentence-transformers, float32"] = sentence_transformer(*settings, torch.float32, device, 32)
     except ImportError:
         print("sentence-transformers is not installed: left out", file=sys.stderr)
     sides["AutoModelForCausalLM"] = plain_loop(*settings, dtype, device)
