@@ -5,6 +5,7 @@
     python evaluate.py --model tiny --prompt none cluster --pooling mean last --scope all text    # a grid for a base
     python evaluate.py --data mine.csv                         # columns text,label (or text1,text2,score; or a folder)
     python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
+    torchrun --nproc-per-node 8 evaluate.py --model mistral-7b         # every process encodes its share
 
 Every score is computed by mteb's own task classes. Where the data of MTEB(eng, v2) can be had, --task runs its track;
 without network, clustering falls back to two tasks that lie in tasks/: first sentences of docstrings by package and by
@@ -14,7 +15,8 @@ module, none of them in the docstring pairs. Vectors are normalised before they 
 `text1,text2,score` (STS), or a folder with corpus.jsonl, queries.jsonl (`_id`, `text`) and qrels.tsv (retrieval).
 
 --out FILE.json: {"results": [{"task", "type", "metric", "score" in 0..1, "splits": {split: score}, "ami" (clustering),
-"bootstrap_scores": [...] or null, "model", "fingerprint", "contract", "seconds"}], "versions": {...}}
+"bootstrap_scores": [...] or null, "model", "fingerprint", "contract", "computed": dtype and device, "seconds"}],
+"versions": {...}}
 """
 
 import argparse

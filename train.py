@@ -172,6 +172,10 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, steps - up)))
 
 
+def autocast(encoder: Encoder):
+    return torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16)
+
+
 Part = list[tuple[Tokens, list[int]]]  # texts of some pairs: anchors, positives and hard negatives, as tokens and their rows
 
 
@@ -180,8 +184,7 @@ def embed(encoder: Encoder, tokens: Tokens, rows: list[int]) -> Tensor:
     if not rows:
         return torch.zeros(0, encoder.contract.dims or encoder.decoder.config.hidden_size, device=encoder.device)
     parts, order = [], []
-    autocast = torch.autocast(encoder.device.type, torch.bfloat16, enabled=encoder.dtype == torch.bfloat16)
-    with autocast:
+    with autocast(encoder):
         for chosen, batch in encoder.batches(tokens, rows):
             parts.append(encoder.pool(encoder.run(batch), batch))
             order += chosen
@@ -439,19 +442,22 @@ class Probe:
     def __call__(self, encoder: Encoder) -> float:
         """V-measure of the labelled texts, or the share of held-out anchors whose own positive is the nearest."""
         counts = encoder.n_empty, encoder.n_cut
+        with autocast(encoder):
+            score = self._score(encoder)
+        encoder.n_empty, encoder.n_cut = counts
+        encoder.decoder.train()
+        return float(score)
+
+    def _score(self, encoder: Encoder) -> float:
         if self.texts:
             from sklearn.cluster import MiniBatchKMeans
             from sklearn.metrics import v_measure_score
 
             clusters = MiniBatchKMeans(len(set(self.labels)), batch_size=500, n_init="auto", random_state=0)  # as mteb's
-            score = v_measure_score(self.labels, clusters.fit_predict(encoder.encode(self.texts)))
-        else:
-            positives = [pair.positive for pair in self.pairs]
-            similarity = encoder.encode([pair.anchor for pair in self.pairs], "query") @ encoder.encode(positives).T
-            score = sum(positives[j] == p for j, p in zip(similarity.argmax(1), positives, strict=True)) / len(positives)
-        encoder.n_empty, encoder.n_cut = counts
-        encoder.decoder.train()
-        return float(score)
+            return v_measure_score(self.labels, clusters.fit_predict(encoder.encode(self.texts)))
+        positives = [pair.positive for pair in self.pairs]
+        similarity = encoder.encode([pair.anchor for pair in self.pairs], "query") @ encoder.encode(positives).T
+        return sum(positives[j] == p for j, p in zip(similarity.argmax(1), positives, strict=True)) / len(positives)
 
 
 def read_labelled(path: Path) -> tuple[list[str], list[str]]:

@@ -535,6 +535,12 @@ def test_the_best_that_the_probe_saw_is_what_stays(tmp_path, monkeypatch, capsys
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["fingerprint"] == summary["fingerprint"]
 
 
+def test_a_run_in_bfloat16_is_probed(tmp_path):
+    run(*small(many(tmp_path / "many.jsonl"), tmp_path / "run", "--dtype", "bfloat16", "--probe-every", 3))
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["best_step"] in (3, 6) and 0 <= summary["probe"]["best"] <= 1
+
+
 def test_the_probe_looks_at_what_is_not_trained_on(tmp_path):
     pairs = train.read_pairs(many(tmp_path / "many.jsonl"))
     kept, held = train.hold_out(pairs, 256)
