@@ -28,6 +28,7 @@ import inspect
 import itertools
 import json
 import os
+import shutil
 import socket
 import sys
 import tempfile
@@ -736,6 +737,8 @@ class Encoder:
 
     def compile(self) -> None:
         """torch.compile the layers, once for all lengths: worth it for many texts. On a CPU it needs a C++ compiler."""
+        if self.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise InputError("compiling for a CPU needs a C++ compiler, g++ or clang++: install one, or do not compile")
         for block in self.blocks:
             block.compile(dynamic=True)
 

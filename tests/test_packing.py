@@ -316,6 +316,12 @@ def test_two_processes_share_the_work_and_get_the_vectors_of_one(llama, tmp_path
     assert first["mine"] + second["mine"] == alone["mine"] == len(MANY) * 4 and min(first["mine"], second["mine"]) > 10
 
 
+def test_compiling_without_a_compiler_is_refused(llama, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match=r"needs a C\+\+ compiler"):
+        Encoder.load(llama).compile()
+
+
 @pytest.mark.slow
 def test_compiled_layers_give_the_same_vectors(models_dir):
     for name, more in (
