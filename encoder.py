@@ -895,7 +895,7 @@ class Encoder:
 
     def _plan(self, tokens: Tokens, rows: list[int], budget: int) -> list[list[int]]:
         """Sequences of like length together, longest first; where they are padded, padding counts."""
-        cost = [self._cost(tokens, i) for i in range(len(tokens.ids))]
+        cost = {i: self._cost(tokens, i) for i in rows}
         order = sorted(rows, key=lambda i: -cost[i])
         total, plan, room = sum(cost[i] for i in order), [], 0
         even = total / max(1, -(-total // budget))  # as many batches as it takes, of about the same size
