@@ -24,6 +24,7 @@ import contextlib
 import copy
 import functools
 import hashlib
+import importlib.util
 import inspect
 import itertools
 import json
@@ -54,11 +55,12 @@ from transformers import AttentionInterface, AutoConfig, AutoModel, AutoTokenize
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from pooling_kernels import attention_pool, last_pool, mean_pool
+from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
 from prompts import ROLES, InputError, get_prompt
 
 HERE = Path(__file__).resolve().parent
 CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.safetensors", "adapter_config.json"
+QUERY_FILE = "pooling.safetensors"  # what pooling `query` has learned
 # what turns text into ids and ids into states
 MODEL_FILES = (
     "model*.safetensors",
@@ -71,7 +73,8 @@ MODEL_FILES = (
     "*.py",
 )
 PACKED_TYPES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox")  # tested: see tests/conftest.py; others are padded
-POOLINGS = ("mean", "last", "position-mean", "attention")
+POOLINGS = ("mean", "last", "position-mean", "attention", "query")
+QUANTIZATIONS = ("nf4", "int8")
 SCOPES = ("all", "text")
 WINDOW, WINDOW_CHARACTERS = 16384, 2**25  # texts that are sorted by length, tokenised ahead and held in memory at a time
 MIN_HEAD = 4  # tokens that must be shared before sharing them pays
@@ -114,12 +117,14 @@ class Contract:
     prompts              {"query" | "document": {"prefix", "suffix"}}
     bos, eos             whether the id is put before the prefix / after the suffix
     max_tokens           a text is cut to this many tokens; the prompt never is
-    pooling, scope       see POOLINGS; "text" = the text's own tokens, "all" = prompt and EOS too
+    pooling, scope       see POOLINGS; "text" = the text's own tokens, "all" = prompt and EOS too. "query" is attention of a
+                         query that is learned with the adapter; an untuned base has none, and its mean is taken
     keep_bos             with scope "all", let BOS take part in mean and attention poolings (it swallows most attention)
     layers               -1 is the state after the final norm; 0 is the embedding layer's output, k that of block k, and
                          -2 that of the block before the last: raw residual states. Several layers are averaged.
     attention            "causal" or "bidirectional"
     normalize, dims      L2 norm 1; keep the first `dims` numbers only (before normalising)
+    quantize             how the base's weights are held: None as they are, "nf4" in 4 bits, "int8"
     data                 {"name", "sha256"} of the training pairs, None for an untuned base
     """
 
@@ -137,6 +142,7 @@ class Contract:
     normalize: bool = True
     dims: int | None = None
     data: dict | None = None
+    quantize: str | None = None
     version: int = 1
 
     def __post_init__(self):
@@ -159,6 +165,7 @@ class Contract:
             ("attention", self.attention in ("causal", "bidirectional"), "causal or bidirectional"),
             ("max_tokens", number(self.max_tokens), "a number of tokens above 0"),
             ("dims", self.dims is None or number(self.dims), "a number above 0, or nothing"),
+            ("quantize", self.quantize is None or self.quantize in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}, or nothing"),
             ("layers", isinstance(self.layers, tuple) and self.layers and all(number(i, -(10**6)) for i in self.layers), "layer numbers"),
             *((name, isinstance(getattr(self, name), bool), "true or false") for name in ("bos", "eos", "keep_bos", "normalize")),
             ("keep_bos", not self.keep_bos or (self.bos and self.scope == "all"), "left out unless BOS is added and the scope is all"),
@@ -191,6 +198,8 @@ class Contract:
         except json.JSONDecodeError as error:
             raise InputError(f"{where} is not valid JSON ({error}): restore it from the run that wrote it") from None
         known = {f.name for f in fields(cls)}
+        if isinstance(found, dict):
+            found.setdefault("quantize", None)  # runs of before it could be chosen
         if not isinstance(found, dict) or set(found) != known:
             names = set(found) if isinstance(found, dict) else set()
             raise InputError(f"{where}: unknown fields {sorted(names - known)}, missing fields {sorted(known - names)}")
@@ -229,7 +238,8 @@ def _adapter_hash(run: Path) -> str:
     config = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern")
     applied = {k: sorted(v) if isinstance(v := config.get(k), list) else v for k in names}
-    return hashlib.sha256((_file_hash(run / ADAPTER_FILE) + json.dumps(applied, sort_keys=True)).encode()).hexdigest()
+    query = _file_hash(run / QUERY_FILE) if (run / QUERY_FILE).is_file() else ""
+    return hashlib.sha256((_file_hash(run / ADAPTER_FILE) + json.dumps(applied, sort_keys=True) + query).encode()).hexdigest()
 
 
 def _folder_hash(folder: Path) -> str:
@@ -478,6 +488,8 @@ def pick_device(device: str | None = None) -> torch.device:
     if device is None:
         number = int(os.environ.get("LOCAL_RANK", 0))  # of torchrun
         device = f"cuda:{number}" if torch.cuda.is_available() else "cpu"
+    elif device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device: leave it out or take cpu")
     try:
@@ -527,13 +539,13 @@ def processes() -> tuple[int, int, object]:
     return distributed.get_rank(), distributed.get_world_size(), distributed.new_group(backend="gloo", timeout=patience)
 
 
-def least(number: int) -> int:
-    """The smallest number that any process has: what they have to agree on."""
+def agree(number: float, how: str) -> float:
+    """The "min", "max" or "sum" of the numbers that all processes have."""
     _, world, group = processes()
     if world > 1:
-        found = torch.tensor(number)
-        torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MIN, group=group)
-        number = int(found)
+        found = torch.tensor(number, dtype=torch.float64)
+        torch.distributed.all_reduce(found, getattr(torch.distributed.ReduceOp, how.upper()), group=group)
+        return type(number)(found)
     return number
 
 
@@ -565,7 +577,7 @@ def hub_answers(seconds: float = 3.0) -> bool:
     thread = threading.Thread(target=knock, daemon=True)
     thread.start()
     thread.join(seconds)
-    return bool(least(len(answers)))
+    return bool(agree(len(answers), "min"))
 
 
 def is_run(spec: str) -> bool:
@@ -603,7 +615,19 @@ def _fetch(source: str, revision: str | None, trust_remote_code: bool) -> Path:
         raise InputError(f"cannot load {source!r}: {where} ({' '.join(str(error).split()).split('. ')[0][:200]})") from None
 
 
-def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, attention: str):
+def _quantization(kind: str, dtype: torch.dtype):
+    """What transformers is told to quantise the linear layers with; nf4 as QLoRA has it (Dettmers et al. 2023, arXiv 2305.14314)."""
+    from transformers import BitsAndBytesConfig
+
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise InputError(f"quantize {kind} needs the package bitsandbytes: pip install bitsandbytes, or leave it out")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": dtype}
+    return BitsAndBytesConfig(load_in_4bit=True, **four)
+
+
+def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, device: torch.device, attention: str, quantize: str | None):
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # unused weights of the language-model head are expected
     try:
@@ -618,6 +642,8 @@ def _load_pretrained(folder: Path, trust_remote_code: bool, dtype: torch.dtype, 
         if attention == "bidirectional":
             config.is_causal = False
         settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+        if quantize:
+            settings |= {"quantization_config": _quantization(quantize, dtype), "device_map": {"": device}}
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **settings)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except InputError:
@@ -651,6 +677,8 @@ class Encoder:
         self.source, self.base_hash, self.adapter_hash = source, base_hash, None
         self.device, self.dtype = device, dtype
         self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
+        self.query: nn.Parameter | None = None  # (1, D) of pooling `query`; zero, as at the start, makes it the mean
+        self.sharded = False  # every process must run as many batches as the others
         self.blocks = model.layers
         # how a batch is run, never what comes out: no padding, the shared head once, of the last layer what is read
         self.pack, self.share_head, self.trim = model.config.model_type in PACKED_TYPES, True, True
@@ -670,6 +698,8 @@ class Encoder:
         if c.dims is not None and c.dims > self.decoder.config.hidden_size:
             raise InputError(f"dims {c.dims} is more than the {self.decoder.config.hidden_size} numbers of this model's vectors")
         self._prompt_ids = {role: tuple(self._plain_ids([p["prefix"], p["suffix"]])) for role, p in c.prompts.items()}
+        if c.pooling == "query" and self.query is None:
+            self.query = nn.Parameter(torch.zeros(1, self.decoder.config.hidden_size, device=self.device), requires_grad=False)
         around = max(len(a) + len(b) for a, b in self._prompt_ids.values()) + c.bos + c.eos
         positions = getattr(self.decoder.config, "max_position_embeddings", None)
         if positions and around + c.max_tokens > positions:
@@ -692,13 +722,15 @@ class Encoder:
         device: str | None = None,
         override_contract: bool = False,
         trust_remote_code: bool = False,
+        shard: bool = False,
         **overrides,
     ) -> "Encoder":
         """Load a preset, a folder, a hub id or a training run.
 
         dtype       None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
+        shard       leave the weights on the CPU until `shard` deals them out
         overrides   contract fields: prompt (preset name or template), pooling, scope, layers, max_tokens, bos, eos,
-                    keep_bos, attention, normalize, dims. None counts as not given. On a run, a value that contradicts
+                    keep_bos, attention, normalize, dims, quantize. None counts as not given. On a run, a value that contradicts
                     its contract raises InputError unless `override_contract`.
         """
         overrides = {k: v for k, v in overrides.items() if v is not None}
@@ -720,7 +752,8 @@ class Encoder:
         attention = contract.attention if contract else overrides.get("attention", "causal")
         local = Path(source).is_dir()
         folder = Path(source) if local else _fetch(source, revision, trust_remote_code)
-        model, tokenizer = _load_pretrained(folder, trust_remote_code, dtype, attention)
+        quantize = contract.quantize if contract else overrides.get("quantize")
+        model, tokenizer = _load_pretrained(folder, trust_remote_code, dtype, device, attention, quantize)
         base_hash = _folder_hash(folder)
         revision = f"sha256:{base_hash[:16]}" if local else folder.name
         if contract and contract.revision != revision:
@@ -729,7 +762,9 @@ class Encoder:
             )
         if contract is None:
             contract = _default_contract(name, revision, overrides, model.config, tokenizer)
-        model.requires_grad_(False).eval().to(device)
+        model.requires_grad_(False).eval()
+        if not quantize and not shard:
+            model.to(device)
         encoder = cls(model, tokenizer, contract, source=source, base_hash=base_hash, device=device, dtype=dtype)
         if run:
             encoder._load_adapter(run)
@@ -748,6 +783,8 @@ class Encoder:
     def fingerprint(self) -> str:
         """16 hex digits over the contract and the base's and the adapter's files: equal vectors or a different name."""
         settings = {k: v for k, v in asdict(self.contract).items() if k != "base"}  # a folder's name changes no vector
+        if settings["quantize"] is None:
+            del settings["quantize"]  # fingerprints of before it could be chosen
         parts = (json.dumps(settings, sort_keys=True), self.base_hash, self.adapter_hash or "")
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
@@ -763,10 +800,30 @@ class Encoder:
         targets = sorted({n.split(".")[-1] for n, m in self.blocks.named_modules() if isinstance(m, nn.Linear)})
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none", **options)
         self.peft = _wrap(self.decoder, config)
+        if self.query is not None:
+            self.query.requires_grad_()
         return sum(p.numel() for p in self.trainable().values())
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {n: p for n, p in self.peft.named_parameters() if p.requires_grad}
+        """What is trained by name: the adapter, and the query of pooling `query`."""
+        own = {} if self.query is None else {"query": self.query}
+        return {n: p for n, p in (*self.peft.named_parameters(), *own.items()) if p.requires_grad}
+
+    def shard(self) -> None:
+        """Deal the base's weights out to torchrun's processes, a block at a time (FSDP2); the adapter stays whole in each.
+
+        From then on all processes have to run equally many batches: `encode` sees to it, and so does training.
+        """
+        from torch.distributed.device_mesh import init_device_mesh
+        from torch.distributed.fsdp import fully_shard
+
+        whole = {p for p in self.decoder.parameters() if p.requires_grad}
+        for parameter in whole:
+            parameter.data = parameter.data.to(self.device)
+        mesh = init_device_mesh(self.device.type, (processes()[1],))
+        for module in (*self.blocks, self.decoder):
+            fully_shard(module, mesh=mesh, ignored_params=whole)
+        self.sharded = True
 
     def save(self, folder: Path) -> None:
         """Write adapter, its config and the contract, each complete or not at all."""
@@ -775,7 +832,10 @@ class Encoder:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.peft).items()}
         write_atomic(folder / ADAPTER_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        if self.query is not None:
+            query = {"query": self.query.detach().cpu()}
+            write_atomic(folder / QUERY_FILE, lambda path: save_file(query, path, metadata={"format": "pt"}))
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as scratch:
             config = self.peft.peft_config["default"]
             config.base_model_name_or_path = self.source if not Path(self.source).is_dir() else str(Path(self.source).resolve())
             config.save_pretrained(scratch)
@@ -797,6 +857,11 @@ class Encoder:
         if found.unexpected_keys or lost:
             raise InputError(f"{run / ADAPTER_FILE} does not fit its base: missing {lost[:3]}, unexpected {found.unexpected_keys[:3]}")
         self.peft.requires_grad_(False).eval()
+        if self.query is not None:
+            try:
+                self.query.data.copy_(load_file(run / QUERY_FILE)["query"])
+            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+                raise InputError(f"{run / QUERY_FILE} is missing or damaged ({' '.join(str(error).split())[:100]})") from None
         self.adapter_hash = _adapter_hash(run)
 
     @property
@@ -810,6 +875,7 @@ class Encoder:
             raise InputError("the adapter is merged into the base: load the run again to read the base alone")
         other = self.reread(data=None)
         other.adapter_on, other.adapter_hash = False, None
+        other.query = None if self.query is None else nn.Parameter(torch.zeros_like(self.query), requires_grad=False)
         return other
 
     @torch.no_grad()
@@ -817,9 +883,9 @@ class Encoder:
         """Fold the adapter into the base's weights, so that it costs nothing a token; the base alone is gone from memory.
 
         Returns the drift: the largest 1 - cosine between vectors before and after, over a few texts. In bfloat16 the sum
-        is rounded like any weight.
+        is rounded like any weight; a quantised base is left as it is, for the sum would be quantised too.
         """
-        if self.peft is None or self.merged:
+        if self.peft is None or self.merged or self.contract.quantize:
             return 0.0
         counts = self.n_empty, self.n_cut
         before = torch.from_numpy(self.encode(PROBES)).double()
@@ -925,7 +991,7 @@ class Encoder:
         token = torch.empty(0, dtype=self.dtype).element_size() * (16 * config.hidden_size + 4 * inner)
         free = free_memory(self.device)
         usual = self._usual_budget()
-        return least(usual if free is None else max(256, min(usual, int(0.5 * free / token))))
+        return agree(usual if free is None else max(256, min(usual, int(0.5 * free / token))), "min")
 
     def run(self, batch: Batch, views: list[View] | None = None) -> States:
         """One forward pass -> the states that `views` read (default: the contract's)."""
@@ -1020,6 +1086,8 @@ class Encoder:
             vectors = last_pool(values, cu_seqlens=cu_seqlens)
         elif view.pooling == "attention":
             vectors = attention_pool(values, states.attention.scores(*found), cu_seqlens=cu_seqlens)[0].mean(1)
+        elif view.pooling == "query":
+            vectors = query_pool(values, self.query, cu_seqlens=cu_seqlens)[0][:, 0]
         else:
             raise InputError(f"unknown pooling {view.pooling!r}: take one of {', '.join(POOLINGS)}")
         if c.dims is not None:
@@ -1050,6 +1118,8 @@ class Encoder:
                 raise InputError(
                     f"a text of {long} tokens, with its prompt, does not fit into memory: lower max_tokens or take another dtype"
                 )
+            if self.sharded:
+                raise InputError(f"{size} tokens do not fit into memory: lower batch_tokens")
             if self.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.held = max(1, size // 2)
@@ -1102,6 +1172,8 @@ class Encoder:
                     for rows in plan[rank::world]:
                         found += self._vectors(tokens, rows, views)
                         done(len(rows))
+                    if self.sharded and rank >= (len(plan) % world or world):
+                        self._attempt(tokens, plan[0], views)  # keep step with the processes that have one more
                     out = [np.zeros((len(tokens.ids), width), dtype=np.float32) for _ in views]
                     for rows, vectors in found:
                         for array, part in zip(out, vectors, strict=True):

@@ -46,6 +46,7 @@ from encoder import (
     CONTRACT_FILE,
     POOLINGS,
     PRESETS,
+    QUANTIZATIONS,
     SCOPES,
     Contract,
     Encoder,
@@ -412,7 +413,7 @@ def rows_of(args: argparse.Namespace, task_type: str) -> Iterator[list[Scored]]:
             raise InputError(f"--baselines tfidf is fitted on the texts that it is given at once: it can score clustering, not {task_type}")
         yield from ([baseline(name)] for name in args.baselines)
     machine = {"dtype": args.dtype, "device": args.device, "trust_remote_code": args.trust_remote_code}
-    flags = {"max_tokens": args.max_tokens, "dims": args.dims, "layers": args.layers}
+    flags = {"max_tokens": args.max_tokens, "dims": args.dims, "layers": args.layers, "quantize": args.quantize}
     run = None if args.model else newest_run()
     for spec in args.model or ([str(run)] if run else ["tiny"]):
         if not is_run(spec):
@@ -552,12 +553,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", type=Path, metavar="PATH", help="your own labelled files or folders, see above")
     # how untuned bases are read; runs have a contract
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} (default: by type of task)")
-    add("--pooling", nargs="+", choices=POOLINGS, help="default: last for a prompt that ends behind the text, else mean")
+    add("--pooling", nargs="+", choices=POOLINGS[:-1], help="default: last for a prompt that ends behind the text, else mean")
     add("--scope", nargs="+", choices=SCOPES, help="tokens that are pooled (default: all for last, else text)")
     add("--layers", nargs="+", type=int, help="layers that are averaged: -1 after the final norm, k after block k (default -1)")
     add("--keep-bos", action="store_true", help="let BOS take part in pooling with --scope all")
     add("--max-tokens", type=int, help="a text is cut to this many tokens (default 512, or what the model holds)")
     add("--dims", type=int, help="keep the first so many numbers of a vector (default: all)")
+    add("--quantize", choices=QUANTIZATIONS, help="hold the weights of untuned bases in 4 or 8 bits (needs bitsandbytes)")
     add("--override-contract", action="store_true", help="let flags contradict a run's contract")
     # the machine
     add("--dtype", help="auto, float32, bfloat16 (default float32 on a CPU, bfloat16 elsewhere)")
