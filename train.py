@@ -3,21 +3,22 @@
     python train.py                                              # the bundled model on docstring pairs, minutes on a CPU
     python train.py --pairs pairs/mine.jsonl --out runs/mine     # on your own pairs (see make_pairs.py)
     python train.py --model mistral-7b --pairs pairs/mine.jsonl  # one 24 GB GPU
+    python train.py --pairs a.jsonl b.jsonl --weights 2 1        # two sources, two thirds of each batch from the first
     python train.py --out runs/mine --resume                     # go on after an interruption
     torchrun --nproc-per-node 8 train.py --batch-size 4096       # several GPUs share every batch
 
 Symmetric InfoNCE over the batch: each anchor must find its positive among all positives (and hard negatives) of the batch,
 and each positive its anchor; other copies of either text do not count as negatives. Gradients reach the adapter alone. A
-batch that does not fit is run in chunks, twice, with the same gradient (GradCache).
+batch that does not fit is run in chunks, twice, with the same gradient (GradCache). Pairs stay on disk, in files of any size.
 
 Leaves behind, in --out (default runs/MODEL):
 
-    adapter_model.safetensors, adapter_config.json    the adapter, as peft writes it
+    adapter_model.safetensors, adapter_config.json    the adapter, as peft writes it; pooling.safetensors with pooling `query`
     embedding.json                                    the embedding contract (encoder.py)
     arguments.json                                    resolved arguments, versions, commit
     metrics.jsonl, loss.png                           one line a step; the curve
     checkpoint.safetensors, checkpoint.previous...    adapter, optimiser and generator states, to go on from; the two last
-    summary.json                                      steps, the best of them, pairs, tokens, time; there once the run is finished
+    summary.json                                      steps, the best of them, pairs, tokens, what it cost; there once it is finished
 
 Some pairs are held out, and every so often a probe counts how many of their anchors find their positives (or, with --probe,
 how well labelled texts cluster). The adapter that is left in --out is the best that the probe has seen.
@@ -28,31 +29,37 @@ import contextlib
 import functools
 import gzip
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
 import os
 import platform
+import secrets
+import shutil
 import signal
 import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from encoder import POOLINGS, PRESETS, SCOPES, Encoder, Tokens, is_run, out_of_memory, processes, write_atomic
+from encoder import POOLINGS, PRESETS, QUANTIZATIONS, SCOPES, Encoder, Tokens, agree, is_run, out_of_memory, processes, write_atomic
 from prompts import PROMPTS, InputError
 
 HERE = Path(__file__).resolve().parent
@@ -67,12 +74,9 @@ class Pair(NamedTuple):
     negatives: tuple[str, ...] = ()
 
 
-def read_pairs(path: Path) -> list[Pair]:
+def pair_rows(path: str) -> Iterator[dict]:
     """The pairs of a JSONL file, which may be gzipped: the texts anchor and positive, perhaps negative or a list negatives."""
-    if not path.is_file():
-        raise InputError(f"no file {path}: make pairs with make_pairs.py")
-    opener = gzip.open if path.suffix == ".gz" else open
-    pairs = []
+    opener, number = gzip.open if path.endswith(".gz") else open, 0
     try:
         with opener(path, "rt", encoding="utf-8-sig") as f:
             for number, line in enumerate(f, 1):
@@ -86,16 +90,96 @@ def read_pairs(path: Path) -> list[Pair]:
                     raise InputError(f"{path}, line {number}: needs the texts 'anchor' and 'positive', has {line.strip()[:80]}")
                 if not all(isinstance(t, str) for t in pair.negatives):
                     raise InputError(f"{path}, line {number}: 'negatives' must be a list of texts, has {str(hard)[:80]}")
-                pairs.append(pair)
+                "".join((pair.anchor, pair.positive, *pair.negatives)).encode()
+                yield pair._asdict()
     except json.JSONDecodeError as error:
         raise InputError(f"{path}, line {number}: not JSON ({error.msg}): a pair a line, see make_pairs.py") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error.reason}): convert it first, for example with iconv -t utf-8") from None
+    except UnicodeEncodeError:
+        raise InputError(f"{path}, line {number}: half a surrogate pair, which cannot be written as UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged: {error}") from None
-    if len(pairs) < 2:
-        raise InputError(f"{path} holds {len(pairs)} pairs: contrast needs two at least")
-    return pairs
+
+
+class Pairs:
+    """The pairs of some files, on disk: read once into the cache of `datasets` and mapped into memory from there."""
+
+    def __init__(self, paths: list[Path]):
+        import datasets
+
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"no file {path}: make pairs with make_pairs.py")
+        datasets.disable_progress_bars()
+        columns = {"anchor": datasets.Value("string"), "positive": datasets.Value("string")}
+        columns["negatives"] = datasets.List(datasets.Value("string"))
+        hashes, parts = [], []
+        for path in paths:
+            with open(path, "rb") as f:
+                hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
+            kept = {"features": datasets.Features(columns), "fingerprint": f"pairs-1-{hashes[-1]}"}
+            try:
+                parts.append(datasets.Dataset.from_generator(pair_rows, gen_kwargs={"path": str(path)}, **kept))
+            except datasets.exceptions.DatasetGenerationError as error:
+                raise error.__cause__ from None
+            except ValueError:  # what it says of a file without rows
+                parts.append(datasets.Dataset.from_dict({name: [] for name in columns}, features=kept["features"]))
+            if len(parts[-1]) < 2:
+                raise InputError(f"{path} holds {len(parts[-1])} pairs: contrast needs two at least")
+        self.sizes, self.name = [len(part) for part in parts], " + ".join(path.name for path in paths)
+        self.sha256 = hashes[0] if len(paths) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self._rows = datasets.concatenate_datasets(parts)
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __getitem__(self, rows: list[int]) -> list[Pair]:
+        found = self._rows[rows]
+        columns = zip(found["anchor"], found["positive"], found["negatives"], strict=True)
+        return [Pair(anchor, positive, tuple(negatives)) for anchor, positive, negatives in columns]
+
+
+def hold_out(size: int, n: int) -> np.ndarray:
+    """The rows of n pairs that are not trained on, a twentieth at most, sorted; none where that makes fewer than 16."""
+    n = min(n, size // 20)
+    return np.sort(np.random.default_rng(0).choice(size, n if n >= 16 else 0, replace=False))
+
+
+class Order:
+    """Which pairs each step takes: a function of the step's number alone, so that a run can go on from anywhere.
+
+    Every source is gone through in permutations, each of them drawn from (seed, source, number of the permutation). A batch
+    is filled from all sources, or from one if `one_source`, drawn in the shares of `weights`; without weights and with mixed
+    batches all files are one source.
+
+    sizes     pairs of each file
+    held      rows that are left out, counted over all files
+    """
+
+    def __init__(
+        self, sizes: list[int], held: np.ndarray, batch_size: int, steps: int, seed: int, weights: list[float] | None, one_source: bool
+    ):
+        ends = np.cumsum([0, *sizes])
+        whole = [np.arange(a, b) for a, b in itertools.pairwise(ends if weights or one_source else ends[[0, -1]])]
+        self.sources, self.seed = [np.setdiff1d(rows, held, assume_unique=True) for rows in whole], seed
+        shares = np.asarray(weights or [len(rows) for rows in self.sources], float)
+        draw = np.random.default_rng(seed)
+        draws = (1, batch_size) if one_source else (batch_size, 1)
+        counts = draws[1] * draw.multinomial(draws[0], shares / shares.sum(), size=steps)
+        self.taken = np.concatenate([np.zeros((1, len(self.sources)), np.int64), counts.cumsum(0)])  # of each source, before each step
+        self.permutation = functools.lru_cache(2 * len(self.sources))(self._permutation)
+
+    def _permutation(self, source: int, number: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, source, number)).permutation(self.sources[source])
+
+    def __call__(self, step: int) -> list[int]:
+        found = []
+        for source, (first, end) in enumerate(self.taken[step : step + 2].T.tolist()):
+            size = len(self.sources[source])
+            for number in range(first // size, -(-end // size)):
+                found += self.permutation(source, number)[max(first - number * size, 0) : end - number * size].tolist()
+        return found
 
 
 class Numbers(NamedTuple):
@@ -115,19 +199,20 @@ def info_nce(
     *,
     margin: float = 0.0,
     threshold: float | None = None,
-    block: int = 4096,
+    block: int | None = None,
 ) -> tuple[Tensor, float, float]:
     """Symmetric InfoNCE (van den Oord et al. 2018, arXiv 1807.03748; both directions as in CLIP, arXiv 2103.00020).
 
     anchors, positives (B, D) and negatives (M, D), all of norm 1. An anchor has to find its positive among all positives and
     all hard negatives, a positive its anchor among all anchors. Candidates that share a text with the pair are left out;
     with `threshold` also those whose cosine to what is to be found is above it. `margin` is taken off the cosine of each
-    pair (additive margin: Yang et al. 2019, arXiv 1902.08564). Similarities exist `block` rows at a time, in the backward
-    pass too, so that memory grows with B and not with its square.
+    pair (additive margin: Yang et al. 2019, arXiv 1902.08564). Similarities exist `block` rows at a time (default: 64 MiB of
+    them), in the backward pass too, so that memory grows with B and not with its square.
 
     Returns the loss in nats, the share of anchors whose positive comes first, and the mean number of negatives of an anchor.
     """
     candidates, n = torch.cat([positives, negatives]), len(anchors)
+    block = block or max(64, 2**24 // len(candidates))
     x, y, z = numbers
 
     def side(queries: Tensor, candidates: Tensor, at: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,14 +241,6 @@ def info_nce(
     return loss / (2 * n), hits.item() / n, found.item() / n
 
 
-def batch_rows(n_pairs: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """The pairs of a step: epochs are permutations drawn from (seed, epoch), so that a position is a step number."""
-    per_epoch = max(1, n_pairs // batch_size)
-    epoch, at = divmod(step, per_epoch)
-    order = torch.randperm(n_pairs, generator=torch.Generator().manual_seed(seed * 100_003 + epoch))
-    return order[at * batch_size : (at + 1) * batch_size].tolist()
-
-
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear up over the first `warmup` share of the steps, cosine down to zero."""
     up = max(1, round(steps * warmup))
@@ -181,15 +258,18 @@ Part = list[tuple[Tokens, list[int]]]  # texts of some pairs: anchors, positives
 
 def embed(encoder: Encoder, tokens: Tokens, rows: list[int]) -> Tensor:
     """Vectors (len(rows), D) with gradients, through the encoder's own way."""
-    if not rows:
-        return torch.zeros(0, encoder.contract.dims or encoder.decoder.config.hidden_size, device=encoder.device)
-    parts, order = [], []
+    plan = list(encoder.batches(tokens, rows, 4096 if encoder.device.type == "cpu" else None))  # bench/README.md
+    # where the base is dealt out, all processes run equally many batches, forwards and backwards: one too many counts nothing
+    missing = agree(len(plan), "max") - len(plan) if encoder.sharded else 0
     with autocast(encoder):
-        for chosen, batch in encoder.batches(tokens, rows):
-            parts.append(encoder.pool(encoder.run(batch), batch))
-            order += chosen
-    position = {row: i for i, row in enumerate(order)}
-    return torch.cat(parts)[torch.tensor([position[r] for r in rows], device=encoder.device)]
+        parts = [encoder.pool(encoder.run(batch), batch) for _, batch in plan]
+        for _ in range(missing):
+            batch = encoder.collate(tokens, [0])
+            parts.append(encoder.pool(encoder.run(batch), batch)[:0])
+    if not parts:
+        return torch.zeros(0, encoder.contract.dims or encoder.decoder.config.hidden_size, device=encoder.device)
+    position = {row: i for i, row in enumerate(itertools.chain(*(chosen for chosen, _ in plan)))}
+    return torch.cat(parts)[torch.tensor([position[r] for r in rows], dtype=torch.long, device=encoder.device)]
 
 
 def random_state(device: torch.device) -> list[Tensor]:
@@ -198,7 +278,7 @@ def random_state(device: torch.device) -> list[Tensor]:
 
 def set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
-    if len(states) > 1:
+    if len(states) > 1 and device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
 
 
@@ -256,7 +336,7 @@ def _take_on(vectors: list[Tensor], gradients: list[Tensor]) -> None:
 
 
 class Data(NamedTuple):
-    """All pairs as tokens."""
+    """The pairs of a batch as tokens."""
 
     anchors: Tokens
     positives: Tokens
@@ -277,9 +357,23 @@ def prepare(encoder: Encoder, pairs: list[Pair]) -> Data:
     )
 
 
-def batch_loss(data: Data, chosen: list[int], device: torch.device, temperature: Tensor | float, args: argparse.Namespace) -> Callable:
+def coming(encoder: Encoder, pairs: Pairs, order: Order, steps: range) -> Iterator[Data]:
+    """The batches of these steps, each read and tokenised in a thread while the one before it is trained on."""
+
+    def batch(step: int) -> Data:
+        return prepare(encoder, pairs[order(step)])
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = [pool.submit(batch, step) for step in steps[:1]]
+        for step in steps:
+            data = waiting.pop().result()
+            waiting += [pool.submit(batch, step + 1)] if step + 1 in steps else []
+            yield data
+
+
+def batch_loss(data: Data, device: torch.device, temperature: Tensor | float, args: argparse.Namespace) -> Callable:
     """The loss of a batch as a function of its vectors; with --matryoshka the mean over the shortened vectors and the whole."""
-    columns = ([data.numbers[i][0] for i in chosen], [data.numbers[i][1] for i in chosen], [n for i in chosen for n in data.numbers[i][2:]])
+    columns = ([n[0] for n in data.numbers], [n[1] for n in data.numbers], [x for n in data.numbers for x in n[2:]])
     numbers = Numbers(*(torch.tensor(c, dtype=torch.long, device=device) for c in columns))
 
     def loss_of(*vectors: Tensor) -> tuple[Tensor, float, float]:
@@ -292,41 +386,56 @@ def batch_loss(data: Data, chosen: list[int], device: torch.device, temperature:
     return loss_of
 
 
-def step_gradients(encoder: Encoder, data: Data, chosen: list[int], chunk: int, loss_of: Callable) -> tuple[tuple, int]:
-    """One batch's gradients, this process taking its share of it, `chunk` pairs at a time -> what loss_of returned, chunk.
+def recompute(encoder: Encoder, every: int) -> None:
+    """Gradient checkpointing: compute every n-th layer, the last one last, again in the backward pass; 0: keep them all."""
+    if every:
+        encoder.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+    for i, block in enumerate(reversed(encoder.blocks), 1):
+        block.gradient_checkpointing = every > 0 and i % every == 0
 
-    When memory runs out the chunk is halved and the batch begun again with the same random numbers.
+
+def spare(encoder: Encoder, state: dict, pairs: int) -> None:
+    """Memory ran out: take the next slower way. Every second layer again, then every one, then half the pairs at a time."""
+    if state["recompute"] != 1:
+        state["recompute"] = 1 if state["recompute"] else 2
+        recompute(encoder, state["recompute"])
+        told = f"--gradient-checkpointing {state['recompute']}"
+    elif state["chunk"] == 1:
+        raise InputError("a single pair does not fit into memory: lower --max-tokens")
+    else:
+        state["chunk"] = min(state["chunk"], pairs) // 2
+        told = f"--chunk-size {state['chunk']}"
+    print(f"out of memory: going on with {told}", file=sys.stderr)
+
+
+def step_gradients(encoder: Encoder, data: Data, state: dict, loss_of: Callable) -> tuple:
+    """One batch's gradients, this process taking its share of it, state["chunk"] pairs at a time -> what loss_of returned.
+
+    When memory runs out, `spare` finds another way and the batch is begun again with the same random numbers.
     """
     rank, world, _ = processes()
-    shares = [chosen[len(chosen) * r // world : len(chosen) * (r + 1) // world] for r in range(world)]
+    n = len(data.hard)
+    shares = [range(n * r // world, n * (r + 1) // world) for r in range(world)]
     sizes = [[len(s) for s in shares], [len(s) for s in shares], [sum(len(data.hard[i]) for i in s) for s in shares]]
-    state = random_state(encoder.device)
+    drawn = random_state(encoder.device)
     while True:
         parts = []
-        for at in range(0, len(shares[rank]), chunk):
-            rows = shares[rank][at : at + chunk]
+        for at in range(0, len(shares[rank]), state["chunk"]):
+            rows = list(shares[rank][at : at + state["chunk"]])
             parts.append([(data.anchors, rows), (data.positives, rows), (data.negatives, [j for i in rows for j in data.hard[i]])])
         try:
-            return backward(encoder, parts, sizes, loss_of), chunk
+            return backward(encoder, parts, sizes, loss_of)
         except RuntimeError as error:
-            if not out_of_memory(error) or world > 1:  # the other processes would wait for this one
+            if not out_of_memory(error):
                 raise
-        if chunk == 1:
-            raise InputError("a single pair does not fit into memory: lower --max-tokens, or add --gradient-checkpointing")
+        if world > 1:  # the others are waiting in the middle of the step
+            raise InputError("out of memory: add --chunk-size, or --gradient-checkpointing 2 or 1")
         for parameter in encoder.trainable().values():
             parameter.grad = None
-        set_random_state(state, encoder.device)
-        chunk = min(chunk, len(chosen)) // 2
-        print(f"out of memory: going on with --chunk-size {chunk}", file=sys.stderr)
-
-
-def any_process(flag: bool, device: torch.device) -> bool:
-    """Whether it is so in any process: all end at the same step."""
-    if processes()[1] == 1:
-        return flag
-    found = torch.tensor(int(flag), device=device)
-    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
-    return bool(found)
+        if encoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+        set_random_state(drawn, encoder.device)
+        spare(encoder, state, n)
 
 
 def sum_gradients(parameters: list[Tensor]) -> None:
@@ -339,12 +448,101 @@ def sum_gradients(parameters: list[Tensor]) -> None:
         parameter.grad.copy_(part.view_as(parameter))
 
 
-def attention_kernel(encoder: Encoder):
+def gather_states(device: torch.device) -> list[list[Tensor]]:
+    """The states of the random generators of all processes."""
+    _, world, group = processes()
+    found = [random_state(device)] * world
+    if world > 1:
+        torch.distributed.all_gather_object(found, random_state(device), group=group)
+    return found
+
+
+class LoRALinear(torch.autograd.Function):
+    """x W' + bias + scale (x A') B' in three matrix products forwards and five backwards, with nothing between them.
+
+    peft's layer takes the same products and passes over the whole output twice more in each direction, to scale and to add;
+    in a small model those passes take as long as the products. x (..., in), weight (out, in), a (rank, in), b (out, rank);
+    computed in the dtype of `weight`, which gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        a, b = a.to(weight.dtype), (scale * b).to(weight.dtype)
+        inner = flat @ a.T
+        out = F.linear(flat, weight, bias).addmm_(inner, b.T)
+        ctx.save_for_backward(flat, weight, a, b, inner)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple:
+        flat, weight, a, b, inner = ctx.saved_tensors
+        gradient = gradient.reshape(-1, len(weight)).to(weight.dtype)
+        back = gradient @ b
+        dx = (gradient @ weight).addmm_(back, a).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, back.T @ flat, ctx.scale * (gradient.T @ inner), None
+
+
+def fuse_adapter(encoder: Encoder) -> None:
+    """Let every plain LoRA layer of peft's compute through `LoRALinear`; others (DoRA, dropout, quantised) stay as they are."""
+    from peft.tuners.lora import Linear
+
+    def forward(layer, x: Tensor, *_, **__) -> Tensor:
+        base = layer.base_layer
+        if layer.disable_adapters or layer.merged:
+            return base(x)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return LoRALinear.apply(x, base.weight, base.bias, a, b, layer.scaling["default"])
+
+    for layer in encoder.decoder.modules():
+        plain = type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.use_dora["default"]
+        if plain and isinstance(layer.lora_dropout["default"], nn.Identity):
+            layer.forward = functools.partial(forward, layer)
+
+
+def make_encoder(args: argparse.Namespace, pairs: Pairs) -> Encoder:
+    """The base with a fresh adapter, in the state in which it is trained."""
+    encoder = Encoder.load(
+        args.model,
+        dtype=args.dtype,
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+        shard=args.fsdp,
+        **{k: getattr(args, k) for k in ("prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention", "quantize")},
+        data={"name": pairs.name, "sha256": pairs.sha256},
+    )
+    encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout, use_rslora=args.rslora, use_dora=args.dora)
+    encoder.share_head = args.lora_dropout == 0  # else every text draws its own mask for the prompt
+    if encoder.dtype == torch.bfloat16:  # peft casts each adapter's input up to its weights' float32, autocast casts it down again
+        for module in encoder.decoder.modules():
+            if hasattr(module, "cast_input_dtype_enabled"):
+                module.cast_input_dtype_enabled = False
+    fuse_adapter(encoder)
+    if args.fsdp:
+        encoder.shard()
+    recompute(encoder, args.gradient_checkpointing)
+    return encoder
+
+
+@contextlib.contextmanager
+def attention_kernel(encoder: Encoder) -> Iterator[None]:
     """On a CPU the fused kernel's backward is the slowest part of a step with short texts; plain matrix products are not.
 
-    Forward and backward belong inside: gradient checkpointing computes a layer again, and must do it the same way.
+    They stay in bfloat16 where the model is: PyTorch would otherwise compute them in float32. Forward and backward belong
+    inside: gradient checkpointing computes a layer again, and must do it the same way.
     """
-    return sdpa_kernel(SDPBackend.MATH) if encoder.device.type == "cpu" else contextlib.nullcontext()
+    if encoder.device.type != "cpu":
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # not of CUDA alone, whatever its name
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 # ---------------------------------------------------------------------------------------------------- checkpoints
@@ -359,17 +557,23 @@ def content_hash(tensors: dict[str, Tensor], state: dict) -> str:
 
 
 def save_checkpoint(
-    folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, state: dict, best: dict[str, Tensor]
+    folder: Path,
+    encoder: Encoder,
+    trained: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    best: dict[str, Tensor],
+    generators: list[list[Tensor]],
 ) -> None:
-    """The adapter as evaluation reads it, then everything needed to go on, in one file; the one before it is kept.
+    """Everything needed to go on, in one file, the one before it being kept; then the adapter as evaluation reads it.
 
-    state: step, and what the probe has seen; best: the weights with which it saw the best, where they are not the present ones
+    state         step, what the probe has seen, what it has cost
+    best          the weights with which the probe saw the best
+    generators    the states of every process's random generators
     """
     if not all(p.isfinite().all() for p in trained.values()):
         raise InputError(f"step {state['step']}: the adapter's weights are not finite any more, the last checkpoint stays: lower --lr")
-    tensors = {"rng/cpu": torch.get_rng_state()}
-    if encoder.device.type == "cuda":
-        tensors["rng/cuda"] = torch.cuda.get_rng_state(encoder.device)
+    tensors = {f"rng/{process}/{i}": found for process, states in enumerate(generators) for i, found in enumerate(states)}
     for name, parameter in trained.items():
         moments = optimizer.state[parameter]
         tensors |= {f"weight/{name}": parameter.detach().cpu()} | {f"{k}/{name}": v.cpu() for k, v in moments.items()}
@@ -377,13 +581,13 @@ def save_checkpoint(
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     metadata = {"state": json.dumps(state), "sha256": content_hash(tensors, state)}
     try:
-        encoder.save(folder)
         write_atomic(folder / f"{CHECKPOINT}.new", lambda path: save_file(tensors, path, metadata=metadata))
+        if (folder / CHECKPOINT).is_file():
+            os.replace(folder / CHECKPOINT, folder / PREVIOUS)
+        os.replace(folder / f"{CHECKPOINT}.new", folder / CHECKPOINT)
+        encoder.save(folder)  # cut off before it, `load_checkpoint` does it
     except SafetensorError as error:  # a full disk
         raise InputError(f"{folder} cannot be written ({error}): its last checkpoint stays, go on with --resume") from None
-    if (folder / CHECKPOINT).is_file():
-        os.replace(folder / CHECKPOINT, folder / PREVIOUS)
-    os.replace(folder / f"{CHECKPOINT}.new", folder / CHECKPOINT)
 
 
 def read_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -417,10 +621,12 @@ def load_checkpoint(
             moments = {k: tensors[f"{k}/{name}"].to(encoder.device) for k in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
     if not processes()[0]:
+        for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         encoder.save(folder)  # the files of this very step, should the last save have been cut off between the two
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and encoder.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors["rng/cuda"], encoder.device)
+    own = [tensors[name] for i in range(2) if (name := f"rng/{processes()[0]}/{i}") in tensors]
+    if own:  # else the run began with fewer processes
+        set_random_state(own, encoder.device)
     return state, {k.removeprefix("best/"): v for k, v in tensors.items() if k.startswith("best/")}
 
 
@@ -441,10 +647,8 @@ class Probe:
 
     def __call__(self, encoder: Encoder) -> float:
         """V-measure of the labelled texts, or the share of held-out anchors whose own positive is the nearest."""
-        counts = encoder.n_empty, encoder.n_cut
         with autocast(encoder):
             score = self._score(encoder)
-        encoder.n_empty, encoder.n_cut = counts
         encoder.decoder.train()
         return float(score)
 
@@ -478,13 +682,53 @@ def read_labelled(path: Path) -> tuple[list[str], list[str]]:
     return [rows[i][0] for i in order], [rows[i][1] for i in order]
 
 
-def hold_out(pairs: list[Pair], n: int) -> tuple[list[Pair], list[Pair]]:
-    """-> the pairs that are trained on, and n others, a twentieth at most; none where that makes fewer than 16."""
-    n = min(n, len(pairs) // 20)
-    if n < 16:
-        return pairs, []
-    held = set(torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))[:n].tolist())
-    return [p for i, p in enumerate(pairs) if i not in held], [pairs[i] for i in sorted(held)]
+# --------------------------------------------------------------------------------------------------------- what it costs
+
+
+def joules(device: torch.device) -> float | None:
+    """What the device has used since a moment of its own (NVML, through the package nvidia-ml-py), None where it does not tell."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except Exception:  # no package, no NVIDIA GPU, or one that does not count: it must not end a run
+        return None
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """GiB: what PyTorch held of a GPU at most, or what the process was resident with; None where the system does not tell."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    if sys.platform == "win32":
+        return None
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 2)
+
+
+def tracker(kind: str | None, args: argparse.Namespace, state: dict) -> Callable[[dict], None]:
+    """Where every step's numbers go besides metrics.jsonl: nowhere, into TensorBoard's files in --out, or to Weights & Biases."""
+    if kind == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(args.out / "tensorboard"), purge_step=state["step"] + 1)
+
+        def track(row):
+            for name in row.keys() - {"step"}:
+                if row[name] is not None:
+                    writer.add_scalar(name, row[name], row["step"])
+            writer.flush()
+
+        return track
+    if kind == "wandb":
+        import wandb
+
+        run = wandb.init(name=args.out.name, dir=str(args.out), id=state["id"], resume="allow", config=comparable(args))
+        return lambda row: run.log(row, step=row["step"])
+    return lambda row: None
 
 
 # ------------------------------------------------------------------------------------------------------------ the run
@@ -494,14 +738,14 @@ def check_arguments(found: dict, args: argparse.Namespace, pairs_hash: str, path
     """A run goes on under the arguments it began with, or not at all."""
     now = comparable(args) | {"pairs_sha256": pairs_hash}
     before = found["arguments"] | {"pairs_sha256": found["pairs_sha256"]}
-    free = {"resume", "checkpoint_every", "out", "device", "pairs"}
-    differing = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in now.items() if k not in free and before.get(k) != v]
+    free = {"resume", "checkpoint_every", "out", "device", "pairs", "track"}
+    differing = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in now.items() if k not in free and before.get(k, v) != v]
     if differing:
         raise InputError(f"{path}: the run began otherwise: {'; '.join(differing)}. Repeat its arguments, or start another --out")
 
 
 def comparable(args: argparse.Namespace) -> dict:
-    return {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    return {k: [str(x) for x in v] if k == "pairs" and v else str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
 
 
 def commit() -> str | None:
@@ -538,7 +782,9 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # what is trained, on what
     add("--model", default="tiny", help=f"{', '.join(PRESETS)}, a folder or a hub id (default tiny)")
-    add("--pairs", type=Path, help="JSONL of make_pairs.py, may be gzipped (default pairs/docstrings.jsonl, made if missing)")
+    add("--pairs", type=Path, nargs="+", help="JSONL of make_pairs.py, may be gzipped (default pairs/docstrings.jsonl, made if missing)")
+    add("--weights", type=float, nargs="+", help="share of each file of --pairs (default: all pairs alike)")
+    add("--same-source-batches", action="store_true", help="every batch from one file of --pairs: negatives that are harder to tell")
     add("--out", type=Path, help="folder of the run (default runs/MODEL)")
     # the embedding contract
     add("--prompt", default="cluster", help=f"{', '.join(PROMPTS)}, or a string with {{text}} (default cluster)")
@@ -547,6 +793,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--keep-bos", action="store_true", default=None, help="let BOS take part in pooling with --scope all")
     add("--max-tokens", type=int, help="a text is cut to this many tokens (default 512, or what the model holds)")
     add("--attention", choices=("causal", "bidirectional"), help="default causal")
+    add("--quantize", choices=QUANTIZATIONS, help="hold the base's weights in 4 or 8 bits (needs bitsandbytes)")
     # optimisation
     add("--batch-size", type=int, help="pairs a step (default: the preset's, 120 for other models)")
     add("--steps", type=int, help="length of training (default: --epochs)")
@@ -566,7 +813,15 @@ def build_parser() -> argparse.ArgumentParser:
     add("--rslora", action="store_true", help="scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)")
     add("--dora", action="store_true", help="magnitude and direction apart (Liu et al. 2024, arXiv 2402.09353)")
     add("--lora-dropout", type=float, default=0.0, help="default 0")
-    add("--gradient-checkpointing", action=argparse.BooleanOptionalAction, default=None, help="less memory, slower (default: the preset's)")
+    add(
+        "--gradient-checkpointing",
+        type=int,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="compute every N-th layer again, 1: all, 0: none (default: the preset's; more when memory runs out)",
+    )
+    add("--fsdp", action="store_true", help="under torchrun: each process holds a part of the base (FSDP2)")
     add("--seed", type=int, default=0, help="of the adapter's start, the order of pairs and dropout (default 0)")
     # the machine
     add("--dtype", default="auto", help="auto, float32, bfloat16: of the base and of autocast (default auto: bfloat16 where it is fast)")
@@ -576,6 +831,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--probe-every", type=int, default=50, help="steps between two probes (default 50)")
     add("--patience", type=int, help="end after so many probes without a better one (default: go on to the last step)")
     add("--checkpoint-every", type=int, default=50, help="steps (default 50)")
+    add("--track", choices=("tensorboard", "wandb"), help="write every step's numbers there as well (default: nowhere)")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out; starts afresh where there is none")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (off)")
     return parser
@@ -607,7 +863,7 @@ def read_record(path: Path) -> dict:
 def resolve(args: argparse.Namespace) -> argparse.Namespace:
     """Fill in what the preset decides, and refuse what cannot work, before anything is loaded."""
     preset = PRESETS.get(args.model)
-    defaults = {"batch_size": 120, "lr": 1e-4, "lora_rank": 64, "gradient_checkpointing": False}
+    defaults = {"batch_size": 120, "lr": 1e-4, "lora_rank": 64, "gradient_checkpointing": 0}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, getattr(preset, name) if preset else value)
@@ -631,7 +887,7 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--steps must be 1 or more, not {args.steps}")
     if args.batch_size < 2:
         raise InputError("--batch-size must be 2 or more: a pair's negatives are the others of its batch")
-    for name, least in (("hold_out", 0), ("probe_every", 1), ("patience", 1)):
+    for name, least in (("hold_out", 0), ("probe_every", 1), ("patience", 1), ("gradient_checkpointing", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise InputError(f"--{name.replace('_', '-')} must be {least} or more, not {getattr(args, name)}")
     if args.probe is not None and not args.probe.is_file():
@@ -642,6 +898,14 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--mask-above is a cosine between -1 and 1, not {args.mask_above}")
     if any(d < 1 for d in args.matryoshka or []):
         raise InputError(f"--matryoshka takes numbers of dimensions above 0, not {args.matryoshka}")
+    if args.weights and (len(args.weights) != len(args.pairs or [0]) or not all(0 < w < math.inf for w in args.weights)):
+        raise InputError(f"--weights takes a number above 0 for each of the {len(args.pairs or [0])} files of --pairs, not {args.weights}")
+    if args.same_source_batches and len(args.pairs or []) < 2:
+        raise InputError("--same-source-batches needs several files of --pairs, one for each source")
+    if args.fsdp and (processes()[1] == 1 or args.quantize):
+        raise InputError("--fsdp deals an unquantised base out to several processes: start them with torchrun, without --quantize")
+    if args.track and importlib.util.find_spec(args.track) is None:
+        raise InputError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
     if args.batch_size % processes()[1]:
         raise InputError(f"--batch-size {args.batch_size} must be a multiple of the {processes()[1]} processes")
     if args.dtype == "float16":
@@ -651,11 +915,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
     first = not processes()[0]
     if first:
         check_out(args.out, args.resume)
-    if args.pairs is None:
-        args.pairs = DEFAULT_PAIRS
-        if not args.pairs.exists() and first:
-            print(f"{args.pairs} is not there yet: making it from the docstrings of the installed packages")
-            subprocess.run([sys.executable, str(HERE / "make_pairs.py"), "docstrings", "--out", str(args.pairs)], check=True)
+    args.pairs = [Path(path) for path in args.pairs or [DEFAULT_PAIRS]]
+    if args.pairs == [DEFAULT_PAIRS] and not DEFAULT_PAIRS.exists() and first:
+        print(f"{DEFAULT_PAIRS} is not there yet: making it from the docstrings of the installed packages")
+        subprocess.run([sys.executable, str(HERE / "make_pairs.py"), "docstrings", "--out", str(DEFAULT_PAIRS)], check=True)
     if processes()[1] > 1:
         torch.distributed.barrier()
     return args
@@ -665,11 +928,12 @@ def check_out(out: Path, resume: bool) -> None:
     """A run is begun in a folder of its own, or gone on with where there is a checkpoint; nothing is overwritten."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: choose another --out")
-    found = {p.name for p in out.iterdir()} if out.is_dir() else set()
+    found = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.is_dir() else set()
     if found and not resume:
         what = "a run" if ARGUMENTS in found else "files"
         raise InputError(f"{out} already holds {what}: choose another --out" + (", or go on with --resume" if what == "a run" else ""))
-    if found - {ARGUMENTS, METRICS} and not found & {CHECKPOINT, PREVIOUS}:  # those two may stand there before the first checkpoint
+    early = {ARGUMENTS, METRICS, "tensorboard", "wandb"}  # may stand there before the first checkpoint
+    if found - early and not found & {CHECKPOINT, PREVIOUS}:
         raise InputError(f"{out} holds {', '.join(sorted(found)[:3])} but no {CHECKPOINT}: it cannot go on, choose another --out")
 
 
@@ -687,37 +951,28 @@ def main(args: argparse.Namespace) -> None:
     if rank:  # torchrun: all work, and the first one speaks and writes
         sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115, for good
     args = resolve(args)
-    pairs = read_pairs(args.pairs)
-    pairs_hash = hashlib.sha256(args.pairs.read_bytes()).hexdigest()
-    pairs, held = hold_out(pairs, 0 if args.probe else args.hold_out)
-    probe = Probe(held, args.probe)
-    if args.batch_size > len(pairs):
-        raise InputError(f"--batch-size {args.batch_size} is more than the {len(pairs)} pairs of {args.pairs}")
-    steps = args.steps or max(1, round(args.epochs * (len(pairs) // args.batch_size)))
+    if rank:  # the first process reads the files, the others find them read
+        torch.distributed.barrier()
+    pairs = Pairs(args.pairs)
+    if world > 1 and not rank:
+        torch.distributed.barrier()
+    held = hold_out(len(pairs), 0 if args.probe else args.hold_out)
+    probe = Probe(pairs[held.tolist()] if len(held) else [], args.probe)
+    n_pairs = len(pairs) - len(held)
+    if args.batch_size > (min(pairs.sizes) if args.same_source_batches else n_pairs):
+        which = "the smallest file of --pairs holds" if args.same_source_batches else f"the {n_pairs} pairs of {pairs.name}"
+        raise InputError(f"--batch-size {args.batch_size} is more than {which}")
+    steps = args.steps or max(1, round(args.epochs * (n_pairs // args.batch_size)))
+    order = Order(pairs.sizes, held, args.batch_size, steps, args.seed, args.weights, args.same_source_batches)
     resuming = args.resume and any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS))
     if resuming:
-        check_arguments(read_record(args.out / ARGUMENTS), args, pairs_hash, args.out)
+        check_arguments(read_record(args.out / ARGUMENTS), args, pairs.sha256, args.out)
         if (args.out / SUMMARY).is_file():
             print(f"{args.out} is finished: nothing to do")
             return
 
     torch.manual_seed(args.seed)
-    encoder = Encoder.load(
-        args.model,
-        dtype=args.dtype,
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-        **{k: getattr(args, k) for k in ("prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention")},
-        data={"name": args.pairs.name, "sha256": pairs_hash},
-    )
-    n_trained = encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout, use_rslora=args.rslora, use_dora=args.dora)
-    encoder.share_head = args.lora_dropout == 0  # else every text draws its own mask for the prompt
-    if args.gradient_checkpointing:
-        encoder.decoder.gradient_checkpointing_enable({"use_reentrant": False})
-    if encoder.dtype == torch.bfloat16:  # peft casts each adapter's input up to its weights' float32, autocast casts it down again
-        for module in encoder.decoder.modules():
-            if hasattr(module, "cast_input_dtype_enabled"):
-                module.cast_input_dtype_enabled = False
+    encoder = make_encoder(args, pairs)
     trained = encoder.trainable()
     if args.learn_temperature:
         trained["temperature"] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
@@ -726,25 +981,31 @@ def main(args: argparse.Namespace) -> None:
     if any(d > width for d in args.matryoshka or []):
         raise InputError(f"--matryoshka {args.matryoshka}: a vector of this model has {width} numbers")
 
-    data = prepare(encoder, pairs)
     torch.manual_seed(args.seed + rank)  # dropout differs between processes
     if not rank:
         args.out.mkdir(parents=True, exist_ok=True)
-    done, rows, state, best = 0, [], {"step": 0, "best": None, "best_step": 0, "stale": 0}, {}
+    rows, best = [], {}
+    state = {"step": 0, "best": None, "best_step": 0, "stale": 0, "skipped": 0, "n_empty": 0, "n_cut": 0}  # what a checkpoint says
+    state |= {"chunk": args.chunk_size or args.batch_size, "recompute": args.gradient_checkpointing}
+    state |= {"seconds": 0.0, "joules": 0.0, "id": secrets.token_hex(4)}
     if resuming:
-        state, best = load_checkpoint(args.out, encoder, trained, optimizer)
-        done = state["step"]
-        rows = kept_metrics(args.out / METRICS, done)
+        found, best = load_checkpoint(args.out, encoder, trained, optimizer)
+        state |= found
+        rows = kept_metrics(args.out / METRICS, state["step"])
+        recompute(encoder, state["recompute"])
+    done = state["step"]
     versions = {p: version(p) for p in ("torch", "transformers", "peft", "numpy")} | {"python": platform.python_version()}
-    record = {"arguments": comparable(args), "pairs_sha256": pairs_hash, "versions": versions, "commit": commit(), "command": sys.argv}
+    record = {"arguments": comparable(args), "pairs_sha256": pairs.sha256, "versions": versions, "commit": commit(), "command": sys.argv}
     if not rank:
         write_atomic(args.out / ARGUMENTS, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
         write_atomic(args.out / METRICS, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     c = encoder.contract
     base = encoder.untuned().fingerprint
+    n_trained = sum(p.numel() for p in trained.values())
     print(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {base}")
     print(f"prompt {c.prompts['document']['prefix']!r} ... {c.prompts['document']['suffix']!r}, pooling {c.pooling}, scope {c.scope}")
-    print(f"{len(pairs):,} pairs from {args.pairs}, {steps} steps of {args.batch_size}" + (f", going on after step {done}" if done else ""))
+    told = f"{n_pairs:,} pairs from {', '.join(map(str, args.pairs))}, {steps} steps of {args.batch_size}"
+    print(told + (f", going on after step {done}" if done else ""))
     for line in encoder.warnings():
         print(f"warning: {line}")
 
@@ -753,35 +1014,38 @@ def main(args: argparse.Namespace) -> None:
         signal.signal(number, lambda received, _: (stop.append(received), signal.signal(received, signal.SIG_DFL)))
 
     encoder.decoder.train()
-    began, chunk, bad, skipped = time.perf_counter(), args.chunk_size or args.batch_size, 0, 0
+    began, used, before, bad = time.perf_counter(), joules(encoder.device), dict(state), 0
     halt, last = False, True
+    track = tracker(None if rank else args.track, args, state)
     with (
         open(os.devnull if rank else args.out / METRICS, "a", encoding="utf-8") as log,
         tqdm(total=steps, initial=done, unit="step", file=sys.stderr) as bar,
     ):
         over = args.patience is not None and state["stale"] >= args.patience  # it was cut off before its summary
-        for step in range(steps if over else done, steps):
+        todo = range(steps if over else done, steps)
+        for step, data in zip(todo, coming(encoder, pairs, order, todo), strict=True):
             tick = time.perf_counter()
-            chosen = batch_rows(len(pairs), args.batch_size, step, args.seed)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
             optimizer.zero_grad(set_to_none=True)
             temperature = trained["temperature"].exp().clamp(min=0.01) if args.learn_temperature else args.temperature
-            loss_of = batch_loss(data, chosen, encoder.device, temperature, args)
+            loss_of = batch_loss(data, encoder.device, temperature, args)
             with attention_kernel(encoder):
-                (loss, accuracy, negatives), chunk = step_gradients(encoder, data, chosen, chunk, loss_of)
+                loss, accuracy, negatives = step_gradients(encoder, data, state, loss_of)
             sum_gradients([p for n, p in trained.items() if n != "temperature"])  # every process has the whole of that one
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
             row = {"step": step + 1, "loss": loss.item(), "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
-            row |= {"grad_norm": norm.item(), "negatives": negatives, "pairs_per_second": len(chosen) / (time.perf_counter() - tick)}
-            row["tokens"] = sum(len(t.ids[i]) for t in (data.anchors, data.positives) for i in chosen)
+            row |= {"grad_norm": norm.item(), "negatives": negatives, "pairs_per_second": args.batch_size / (time.perf_counter() - tick)}
+            row["tokens"] = sum(len(ids) for texts in data[:3] for ids in texts.ids)
+            state["n_empty"] += sum(texts.n_empty for texts in data[:3])
+            state["n_cut"] += sum(texts.n_cut for texts in data[:3])
             if args.learn_temperature:
                 row["temperature"] = temperature.item()
             if loss.isfinite() and norm.isfinite():
                 optimizer.step()
                 bad = 0
             else:
-                bad, skipped = bad + 1, skipped + 1
+                bad, state["skipped"] = bad + 1, state["skipped"] + 1
                 told = f"step {step + 1}: the loss is {row['loss']}, the gradient's norm {row['grad_norm']}"
                 if bad == 3:
                     raise InputError(f"{told}, for the third time in a row: lower --lr")
@@ -801,11 +1065,17 @@ def main(args: argparse.Namespace) -> None:
             rows.append(row)
             log.write(json.dumps(row) + "\n")
             log.flush()
-            halt = any_process(bool(stop), encoder.device)
-            if (halt or last or (step + 1) % args.checkpoint_every == 0) and not rank:
-                save_checkpoint(args.out, encoder, trained, optimizer, state, best)
+            track(row)
+            halt = agree(int(bool(stop)), "max") > 0
+            state["seconds"] = before["seconds"] + time.perf_counter() - began
+            state["joules"] = None if used is None else (before["joules"] or 0) + joules(encoder.device) - used
+            if halt or last or (step + 1) % args.checkpoint_every == 0:
+                generators = gather_states(encoder.device)
+                if not rank:
+                    save_checkpoint(args.out, encoder, trained, optimizer, state, best, generators)
             if halt or last:
                 break
+    watts_seconds = None if used is None else agree(state["joules"], "sum")
     if rank:
         return
     draw_curve(rows, args.out / "loss.png")
@@ -823,16 +1093,23 @@ def main(args: argparse.Namespace) -> None:
         "probe": {"what": probe.name, "best": state["best"]} if probe else None,
         "pairs": state["step"] * args.batch_size,
         "tokens": sum(r.get("tokens", 0) for r in rows),
-        "seconds": round(time.perf_counter() - began, 1),
-        "skipped_steps": skipped,
+        "seconds": round(state["seconds"], 1),
+        "gpu_hours": round(state["seconds"] * world / 3600, 4) if encoder.device.type == "cuda" else 0,
+        "energy_wh": watts_seconds and round(watts_seconds / 3600, 2),
+        "peak_memory_gib": peak_memory(encoder.device),
+        "texts_empty": state["n_empty"],
+        "texts_cut": state["n_cut"],
+        "skipped_steps": state["skipped"],
         "processes": world,
-        "chunk_size": chunk,
+        "chunk_size": state["chunk"],
+        "gradient_checkpointing": state["recompute"],
         "loss_last_tenth": sum(r["loss"] for r in tail) / max(1, len(tail)),
         "accuracy_last_tenth": sum(r["accuracy"] for r in tail) / max(1, len(tail)),
         "fingerprint": encoder.fingerprint,
     }
-    if encoder.device.type == "cuda":
-        summary["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(encoder.device) / 2**30, 2)
+    for n, what in ((state["n_empty"], "were empty"), (state["n_cut"], f"were cut to {c.max_tokens} tokens")):
+        if n:
+            print(f"warning: {n} texts {what}")
     write_atomic(args.out / SUMMARY, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
     seen = f", the best of them {state['best_step']} ({probe.name} {state['best']:.3f})" if probe else ""
     print(f"{args.out}: {state['step']} steps{seen}, in {summary['seconds']:.0f} s, fingerprint {encoder.fingerprint}")

@@ -1,12 +1,16 @@
 """Small random models of every supported class, made on the spot: real configs and tokenizers, no download."""
 
 import os
+import tempfile
 
 import pytest
 import torch
 
 if not torch.cuda.is_available():  # before anything imports the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["HF_DATASETS_CACHE"] = (
+    CACHE := tempfile.TemporaryDirectory()
+).name  # files of pairs are mapped from there: not from the user's own
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (

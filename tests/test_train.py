@@ -1,3 +1,5 @@
+import hashlib
+import importlib.util
 import itertools
 import json
 import math
@@ -7,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import train
 from encoder import Encoder
@@ -142,12 +147,36 @@ def test_duplicates_are_no_negatives():
     assert negatives == 0 and x.grad.abs().max() < 1e-6  # a batch of copies has nothing to tell apart
 
 
+def order(sizes, batch=3, steps=40, seed=1, held=(), weights=None, one_source=False):
+    return train.Order(sizes, np.array(held, np.int64), batch, steps, seed, weights, one_source)
+
+
 def test_batches_are_permutations_that_a_step_number_finds():
-    first = [train.batch_rows(10, 3, step, seed=1) for step in range(3)]
-    assert len({i for rows in first for i in rows}) == 9
-    assert [train.batch_rows(10, 3, step, seed=1) for step in range(3)] == first
-    assert train.batch_rows(10, 3, 3, seed=1) != first[0]  # the next epoch
-    assert train.batch_rows(10, 3, 0, seed=2) != first[0]
+    first = order([10])
+    found = [i for step in range(40) for i in first(step)]
+    assert all(sorted(found[at : at + 10]) == list(range(10)) for at in range(0, 120, 10))
+    assert found[:10] != found[10:20]
+    assert [i for step in (39, 7) for i in first(step)] == [i for step in (39, 7) for i in order([10])(step)]  # out of turn, and anew
+    assert order([10], seed=2)(0) != first(0)
+    kept = {i for step in range(40) for i in order([6, 4], held=[2, 7])(step)}
+    assert kept == set(range(10)) - {2, 7}
+
+
+def test_sources_are_mixed_by_their_weights():
+    drawn = [order([1000, 10], 20, 200, weights=[1, 3])(step) for step in range(200)]
+    assert {len(rows) for rows in drawn} == {20}
+    small = [i for rows in drawn for i in rows if i >= 1000]
+    assert len(small) == pytest.approx(3000, rel=0.05)
+    assert all(sorted(small[at : at + 10]) == list(range(1000, 1010)) for at in range(0, 2000, 10))  # each in permutations of its own
+    assert len({sum(i >= 1000 for i in rows) for rows in drawn}) > 3  # a draw, no quota
+
+
+def test_a_batch_from_one_source_is_from_one_source():
+    drawn = [order([300, 100], 20, 200, one_source=True)(step) for step in range(200)]
+    assert all(len({i >= 300 for i in rows}) == 1 for rows in drawn)
+    assert sum(rows[0] >= 300 for rows in drawn) == pytest.approx(50, abs=20)  # by size where no weights are given
+    drawn = [order([300, 100], 20, 200, weights=[1, 9], one_source=True)(step) for step in range(200)]
+    assert sum(rows[0] >= 300 for rows in drawn) == pytest.approx(180, abs=15)
 
 
 def test_learning_rate_rises_then_falls():
@@ -239,11 +268,13 @@ def test_memory_that_runs_out_halves_the_chunk(pairs, tmp_path, monkeypatch, cap
     monkeypatch.setattr(train, "embed", full)
     limit = 1
     run(*small(pairs, tmp_path / "halved"))
-    assert "going on with --chunk-size 1" in capsys.readouterr().err
+    told = [line.split("going on with ")[1] for line in capsys.readouterr().err.splitlines() if "out of memory" in line]
+    assert told == ["--gradient-checkpointing 2", "--gradient-checkpointing 1", "--chunk-size 2", "--chunk-size 1"]
     whole, halved = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "halved"))
     for name, weight in whole.items():
-        torch.testing.assert_close(halved[name], weight, rtol=1e-3, atol=1e-5)
-    assert json.loads((tmp_path / "halved" / "summary.json").read_text())["chunk_size"] == 1
+        torch.testing.assert_close(halved[name], weight, rtol=1e-3, atol=3e-4)  # Adam makes much of small differences
+    summary = json.loads((tmp_path / "halved" / "summary.json").read_text())
+    assert (summary["chunk_size"], summary["gradient_checkpointing"]) == (1, 1)
     limit = 0
     with pytest.raises(InputError, match="a single pair does not fit into memory"):
         run(*small(pairs, tmp_path / "never"))
@@ -382,7 +413,7 @@ def test_resume_starts_afresh_where_there_is_nothing(pairs, tmp_path):
         (b'{"anchor": "a", "positive": "b"}\nnot json\n', "line 2: not JSON"),
         (b'["a", "b"]\n', "line 1: needs"),
         (b'{"anchor": "\xff", "positive": "b"}\n', "not UTF-8"),
-        (b'{"anchor": "\\ud800", "positive": "b"}\n{"anchor": "c", "positive": "d"}\n' * 2, "text 0 holds half a surrogate pair"),
+        (b'{"anchor": "c", "positive": "d"}\n{"anchor": "\\ud800", "positive": "b"}\n' * 2, "line 2: half a surrogate pair"),
     ],
 )
 def test_bad_pairs(tmp_path, content, message):
@@ -508,9 +539,12 @@ def test_a_full_disk_leaves_the_last_checkpoint(pairs, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 6
 
 
+def many_rows(n: int) -> list[dict]:
+    return [{"anchor": f"Number {i} of the list", "positive": f"the list has {i}"} for i in range(n)]
+
+
 def many(path: Path, n: int = 400) -> Path:
-    rows = [{"anchor": f"Number {i} of the list", "positive": f"the list has {i}"} for i in range(n)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    path.write_text("".join(json.dumps(row) + "\n" for row in many_rows(n)))
     return path
 
 
@@ -523,7 +557,7 @@ def test_the_best_that_the_probe_saw_is_what_stays(tmp_path, monkeypatch, capsys
     assert (summary["steps"], summary["best_step"], summary["probe"]) == (4, 2, {"what": "held-out accuracy", "best": 0.5})
     assert "4 steps, the best of them 2" in capsys.readouterr().out
     state, tensors = train.read_checkpoint(tmp_path / "run")
-    assert state == {"step": 4, "best": 0.5, "best_step": 2, "stale": 2}
+    assert {k: state[k] for k in ("step", "best", "best_step", "stale")} == {"step": 4, "best": 0.5, "best_step": 2, "stale": 2}
     encoder = Encoder.load(str(tmp_path / "run"))
     assert encoder.fingerprint == summary["fingerprint"]
     for name, weight in encoder.peft.named_parameters():
@@ -542,10 +576,12 @@ def test_a_run_in_bfloat16_is_probed(tmp_path):
 
 
 def test_the_probe_looks_at_what_is_not_trained_on(tmp_path):
-    pairs = train.read_pairs(many(tmp_path / "many.jsonl"))
-    kept, held = train.hold_out(pairs, 256)
-    assert len(held) == 20 and len(kept) == 380 and not set(kept) & set(held)
-    assert train.hold_out(pairs, 0) == (pairs, []) and train.hold_out(pairs[:100], 256) == (pairs[:100], [])
+    pairs = train.Pairs([many(tmp_path / "many.jsonl")])
+    rows = train.hold_out(len(pairs), 256)
+    assert len(rows) == len(set(rows.tolist())) == 20
+    assert not len(train.hold_out(400, 0)) and not len(train.hold_out(100, 256)) and len(train.hold_out(10**6, 256)) == 256
+    held = pairs[rows.tolist()]
+    assert held[0].anchor == f"Number {rows[0]} of the list"
     encoder = Encoder.load("tiny", prompt="cluster")
     accuracy = train.Probe(held, None)(encoder)
     assert 0 < accuracy <= 1 and encoder.decoder.training and encoder.n_empty == 0
@@ -561,27 +597,207 @@ def test_the_probe_looks_at_what_is_not_trained_on(tmp_path):
             train.Probe([], labelled)
 
 
-@pytest.mark.slow
-def test_two_processes_train_as_one(pairs, tmp_path):
-    rows = [json.loads(line) | {"negatives": ["A river."] * (i % 3)} for i, line in enumerate(pairs.read_text().splitlines())]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def test_files_are_read_once_and_mapped(tmp_path, monkeypatch):
+    """What lies on disk under a content's hash is not read again; changed content is."""
+    path, other = many(tmp_path / "many.jsonl", 50), tmp_path / "other.jsonl"
+    other.write_text(
+        '{"anchor": "x", "positive": "y", "negative": "z"}\n' + '{"anchor": "x", "positive": "w", "negatives": ["u", "v"]}\n' * 2
+    )
+    pairs = train.Pairs([path, other])
+    assert (len(pairs), pairs.sizes, pairs.name) == (53, [50, 3], "many.jsonl + other.jsonl")
+    assert pairs[[52, 7, 50]] == [
+        train.Pair("x", "w", ("u", "v")),
+        train.Pair("Number 7 of the list", "the list has 7"),
+        train.Pair("x", "y", ("z",)),
+    ]
+    assert train.Pairs([path]).sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != pairs.sha256
+    read, calls = train.pair_rows, []
+    monkeypatch.setattr(train, "pair_rows", lambda path: calls.append(path) or read(path))
+    train.Pairs([path, other])
+    assert not calls
+    many(path, 40)
+    assert train.Pairs([path]).sizes == [40] and calls == [str(path)]
+
+
+def test_runs_on_several_files(pairs, tmp_path):
+    other = many(tmp_path / "many.jsonl", 30)
+    for more, message in (
+        (("--weights", 1, 0), "a number above 0 for each of the 2 files"),
+        (("--weights", 1), "each of the 2 files"),
+        (("--same-source-batches", "--batch-size", 26), "more than the smallest file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*small(pairs, tmp_path / "run", "--pairs", pairs, other, *more))
+    with pytest.raises(InputError, match="needs several files"):
+        run(*small(pairs, tmp_path / "run", "--same-source-batches"))
+    run(*small(pairs, tmp_path / "run", "--pairs", pairs, other, "--weights", 1, 2, "--same-source-batches"))
+    contract = json.loads((tmp_path / "run" / "embedding.json").read_text())
+    assert contract["data"]["name"] == "pairs.jsonl + many.jsonl"
+    (tmp_path / "run" / "summary.json").unlink()
+    run("--out", tmp_path / "run", "--resume")
+    with pytest.raises(InputError, match="weights was"):
+        run("--out", tmp_path / "run", "--resume", "--weights", 1, 1)
+
+
+def test_a_learned_query_is_trained_and_saved_with_the_adapter(pairs, tmp_path):
+    flags = ("--pooling", "query", "--scope", "all", "--lr", "1e-2")
+    run(*small(pairs, tmp_path / "run", *flags))
+    query = load_file(tmp_path / "run" / "pooling.safetensors")["query"]
+    assert query.shape == (1, 384) and query.abs().max() > 0.01
+    encoder = Encoder.load(str(tmp_path / "run"))
+    assert torch.equal(encoder.query, query)
+    assert encoder.fingerprint == json.loads((tmp_path / "run" / "summary.json").read_text())["fingerprint"]
+    mean = Encoder.load("tiny", prompt="cluster", pooling="mean", scope="all").encode(["The cat sat."])
+    assert abs(encoder.untuned().encode(["The cat sat."]) - mean).max() < 1e-5  # nothing learned: the mean
+    assert abs(encoder.encode(["The cat sat."]) - mean).max() > 1e-3
+    (tmp_path / "run" / "summary.json").unlink()
+    run("--out", tmp_path / "run", "--resume")
+    assert torch.equal(load_file(tmp_path / "run" / "pooling.safetensors")["query"], query)
+    before = encoder.fingerprint
+    save_file({"query": query + 1}, tmp_path / "run" / "pooling.safetensors")
+    assert Encoder.load(str(tmp_path / "run")).fingerprint != before
+    (tmp_path / "run" / "pooling.safetensors").unlink()
+    with pytest.raises(InputError, match=r"pooling\.safetensors is missing or damaged"):
+        Encoder.load(str(tmp_path / "run"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_fused_adapter_is_that_of_peft(bias):
+    """Double precision, by finite differences and against peft's own layer; the base gets no gradient."""
+    torch.manual_seed(0)
+    base = torch.nn.Linear(6, 5, bias=bias).double()
+    model = get_peft_model(torch.nn.Sequential(base), LoraConfig(r=3, lora_alpha=6, target_modules=["0"]))
+    layer = model.base_model.model[0]
+    a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    for weight in (a, b):
+        weight.data = torch.randn_like(weight, dtype=torch.float64)
+    weight, offset = base.weight, base.bias
+    x = torch.randn(2, 4, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, a, b: train.LoRALinear.apply(x, weight, offset, a, b, 2.0), (x, a, b))
+    expected = layer(x)
+    wanted = torch.autograd.grad(expected.square().sum(), (x, a, b))
+    train.fuse_adapter(types.SimpleNamespace(decoder=model))
+    assert "forward" in vars(layer)
+    found = layer(x)
+    torch.testing.assert_close(found, expected)
+    for mine, its in zip(torch.autograd.grad(found.square().sum(), (x, a, b)), wanted, strict=True):
+        torch.testing.assert_close(mine, its)
+    assert not weight.requires_grad
+    with model.disable_adapter():
+        torch.testing.assert_close(layer(x), base(x))
+
+
+def test_adapters_that_are_more_than_a_product_stay_as_they_are(llama):
+    for options in ({"dropout": 0.1}, {"use_dora": True}):
+        encoder = Encoder.load(llama)
+        encoder.add_adapter(2, **options)
+        train.fuse_adapter(encoder)
+        assert not any("forward" in vars(m) for m in encoder.decoder.modules())
+
+
+@pytest.mark.parametrize("every", [2, 1])
+def test_every_nth_layer_is_computed_again(model, every):
+    encoder = Encoder.load(model, prompt="cluster")
+    train.recompute(encoder, every)
+    assert [b.gradient_checkpointing for b in encoder.blocks] == {2: [False, True, False], 1: [True] * 3}[every]
+    train.recompute(encoder, 0)
+    assert not any(b.gradient_checkpointing for b in encoder.blocks)
+
+
+def test_what_is_not_installed_is_named(pairs, tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name in ("bitsandbytes", "wandb") else find(name, *a))
+    with pytest.raises(InputError, match="quantize nf4 needs the package bitsandbytes: pip install"):
+        run(*small(pairs, tmp_path / "run", "--quantize", "nf4"))
+    with pytest.raises(InputError, match="--track wandb needs the package wandb: pip install wandb"):
+        run(*small(pairs, tmp_path / "run", "--track", "wandb"))
+    with pytest.raises(InputError, match="start them with torchrun"):
+        run(*small(pairs, tmp_path / "run", "--fsdp"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_step_is_tracked(pairs, tmp_path, monkeypatch):
+    """With a stand-in for wandb, whose package is optional: same numbers, and a resumed run goes on under the same id."""
+    seen, begun = [], []
+
+    class Run:
+        def log(self, row, step):
+            seen.append((step, row["loss"]))
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **k: begun.append(k) or Run(), __spec__=1))
+    run(*small(pairs, tmp_path / "run", "--track", "wandb", "--checkpoint-every", 4))
+    rows = [json.loads(x) for x in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert seen == [(row["step"], row["loss"]) for row in rows]
+    os.replace(tmp_path / "run" / "checkpoint.previous.safetensors", tmp_path / "run" / "checkpoint.safetensors")
+    (tmp_path / "run" / "summary.json").unlink()
+    run("--out", tmp_path / "run", "--resume")
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 5, 6, 5, 6] and begun[0]["id"] == begun[1]["id"]
+    assert begun[0]["config"]["batch_size"] == 4
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantised_base_is_trained_and_read_as_such(pairs, tmp_path, quantize):
+    pytest.importorskip("bitsandbytes")
+    run(*small(pairs, tmp_path / "run", "--quantize", quantize, "--dtype", "bfloat16"))
+    encoder = Encoder.load(str(tmp_path / "run"), dtype="bfloat16")
+    assert encoder.contract.quantize == quantize
+    assert encoder.fingerprint == json.loads((tmp_path / "run" / "summary.json").read_text())["fingerprint"]
+    plain = Encoder.load("tiny", prompt="cluster", dtype="bfloat16").encode(["The cat sat."])
+    moved = 1 - (encoder.untuned().encode(["The cat sat."]) * plain).sum()
+    assert 1e-6 < moved < 0.2
+    assert encoder.merge() == 0 and not encoder.merged
+
+
+def torchrun(*flags, n: int = 2) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name, command in (("one", []), ("two", ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29593"])):
-        flags = [str(f) for f in small(pairs, tmp_path / name, "--steps", 5, "--learn-temperature", "--chunk-size", 2)]
-        subprocess.run([sys.executable, *command, str(HERE / "train.py"), *flags], check=True, env=environment, capture_output=True)
-    one, two = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("one", "two"))
-    for name, weight in one.items():
-        torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-6)
+    return subprocess.run(
+        [*command, str(HERE / "train.py"), *map(str, flags)], env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [(), ("--fsdp", "--gradient-checkpointing", 2)])
+def test_two_processes_train_as_one(pairs, tmp_path, more):
+    """Hard negatives that only some pairs have, a learned query, chunks; the base whole in each process, or dealt out."""
+    rows = [json.loads(line) | {"negatives": ["A river."] * (i % 3)} for i, line in enumerate(pairs.read_text().splitlines())]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows + many_rows(20)))
+    flags = ("--steps", 5, "--learn-temperature", "--chunk-size", 2, "--pooling", "query", "--hold-out", 0, "--batch-size", 8)
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text(
+        "".join(json.dumps({"text": f"The {a} {i}.", "label": a}) + "\n" for a in ("cat sat", "rate rose") for i in range(5))
+    )
+    flags += ("--probe", labelled, "--probe-every", 5)
+    run(*small(pairs, tmp_path / "one", *flags))
+    done = torchrun(*small(pairs, tmp_path / "two", *flags, *more))
+    assert done.returncode == 0, done.stderr
+    for name in ("adapter_model", "pooling"):
+        one, two = (load_file(tmp_path / n / f"{name}.safetensors") for n in ("one", "two"))
+        for name, weight in one.items():
+            torch.testing.assert_close(two[name], weight, rtol=1e-4, atol=1e-4)  # of steps of 1e-2
     losses = [[json.loads(x)["loss"] for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("one", "two")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == 5
     assert json.loads((tmp_path / "two" / "summary.json").read_text())["processes"] == 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_killed_run_leaves_a_usable_adapter_and_goes_on(pairs, tmp_path, number):
-    """A process of its own, killed once it has written some steps; then resumed to the end, equal to the whole run."""
-    flags = [str(f) for f in small(pairs, tmp_path / "run", "--steps", 40, "--checkpoint-every", 5)]
+def test_two_processes_go_on_to_the_bit(pairs, tmp_path):
+    """Dropout draws other masks in each process: both generators come back."""
+    flags = ("--lora-dropout", 0.3, "--checkpoint-every", 3)
+    assert torchrun(*small(pairs, tmp_path / "run", *flags)).returncode == 0
+    whole = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    os.replace(tmp_path / "run" / "checkpoint.previous.safetensors", tmp_path / "run" / "checkpoint.safetensors")
+    (tmp_path / "run" / "summary.json").unlink()
+    assert torchrun("--out", tmp_path / "run", "--resume").returncode == 0
+    parts = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert all(torch.equal(whole[k], parts[k]) for k in whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_in_hand(pairs, tmp_path, number):
+    """A process of its own, told to stop once it has written some steps: a usable adapter, no traceback."""
+    flags = [str(f) for f in small(pairs, tmp_path / "run", "--steps", 4000, "--checkpoint-every", 5)]
     process = subprocess.Popen(
         [sys.executable, str(HERE / "train.py"), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
@@ -591,13 +807,43 @@ def test_a_killed_run_leaves_a_usable_adapter_and_goes_on(pairs, tmp_path, numbe
         time.sleep(0.02)
     process.send_signal(number)
     error = process.communicate(timeout=120)[1]
-    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
-    assert "Traceback" not in error
-    assert not list((tmp_path / "run").glob(".*tmp*")) or number == signal.SIGKILL
+    assert process.returncode == 128 + number
+    assert "Traceback" not in error and not list((tmp_path / "run").glob(".*tmp*"))
     Encoder.load(str(tmp_path / "run"))
-    subprocess.run([sys.executable, str(HERE / "train.py"), *flags, "--resume"], check=True, capture_output=True)
-    run(*small(pairs, tmp_path / "whole", "--steps", 40, "--checkpoint-every", 5))
+
+
+KILLED = """
+import os, runpy, signal, sys
+left = int(sys.argv.pop(1))
+def hook(event, arguments):  # every file that the run opens, renames or removes is a moment
+    global left
+    if event in ("open", "os.rename", "os.remove") and RUN in str(arguments[0]):
+        left -= 1
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+RUN = sys.argv[sys.argv.index("--out") + 1]
+sys.addaudithook(hook)
+sys.argv[0] = "train.py"
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(pairs, tmp_path):
+    """kill -9 at random moments, of which many lie within the writing of a checkpoint, with dropout and a learned temperature."""
+    flags = [
+        str(f) for f in small(pairs, tmp_path / "run", "--steps", 12, "--checkpoint-every", 2, "--lora-dropout", 0.2, "--learn-temperature")
+    ]
+    rng, kills = random.Random(0), 0
+    moments = [rng.randint(1, 25) for _ in range(8)] + [10**9]
+    for moment in moments:
+        command = [sys.executable, "-c", KILLED, str(moment), str(HERE / "train.py"), *flags, "--resume"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        kills += done.returncode != 0
+    assert kills >= 5
+    run(*small(pairs, tmp_path / "whole", *flags[len(small(pairs, "")) :]))
     whole, parts = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "run"))
     assert all(torch.equal(whole[k], parts[k]) for k in whole)
-    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
-    assert steps == list(range(1, 41))
+    steps = [json.loads(line)["step"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(1, 13))
