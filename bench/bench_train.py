@@ -1,0 +1,299 @@
+"""Training: ours beside sentence-transformers' trainer and the plain loop of the paper's code, on the same pairs, LoRA and batch.
+
+    python bench/bench_train.py                                           # on a CPU: the bundled model
+    python bench/bench_train.py --models llama-3.2-1b mistral-7b --recompute       # shapes for a GPU, random weights
+    python bench/bench_train.py --cap 24 --models mistral-7b --recompute --sides ours    # in 24 GiB of a larger GPU
+
+Sides: ours, with what `train.py` does by default; sentence-transformers 6 with its plain and its cached loss, both symmetric,
+and with PyTorch's fused and its plain attention, the fastest of which is its best; a plain loop as published code has it
+(`AutoModelForCausalLM`, padding, logits computed, every hidden state kept). Every side is a process of its own that holds its
+model throughout, one at a time works. Their losses on the first batch have to agree before anything is timed. The sides
+alternate A B C C B A; a ratio is the median of the rounds' ratios. A step's time runs from the end of the step before to its
+own end: tokenising belongs to it. Memory is the most that was allocated on a GPU, or resident on a CPU, once it runs.
+
+Pairs are drawn from the embedded tasks' sentences, each text 20 to 100 tokens, behind and before the clustering prompt.
+"""
+
+import argparse
+import gc
+import json
+import multiprocessing
+import platform
+import sys
+import tempfile
+import time
+from contextlib import nullcontext
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from bench_encode import LENGTHS, SHAPES, make_model, make_texts
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+from encoder import pick_device, pick_dtype
+from prompts import get_prompt
+
+PROMPT = get_prompt("cluster").roles()["document"]
+TEMPERATURE, RANK, LR = 0.05, 64, 1e-4
+
+
+def lora_config(model: nn.Module):
+    from peft import LoraConfig
+
+    targets = sorted({n.split(".")[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in n})
+    return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=0.0, bias="none")
+
+
+def rendered(pairs: str) -> list[dict]:
+    """The pairs with the prompt around each text, for those who know no prompt with an end."""
+    rows = map(json.loads, Path(pairs).read_text().splitlines())
+    return [{k: PROMPT["prefix"] + v + PROMPT["suffix"] for k, v in row.items()} for row in rows]
+
+
+class Ours:
+    def __init__(self, folder, pairs, args, device, dtype):
+        flags = ["--model", folder, "--pairs", pairs, "--batch-size", args.batch_size, "--lora-rank", RANK, "--lr", LR, "--dtype", dtype]
+        flags += ["--device", device, *(["--gradient-checkpointing", 1] if args.recompute else [])]
+        self.args = train.parse([str(f) for f in flags])
+        self.args.gradient_checkpointing, self.args.lora_alpha = int(args.recompute), RANK
+        self.pairs = train.Pairs([Path(pairs)])
+        self.encoder = train.make_encoder(self.args, self.pairs)
+        self.trained = self.encoder.trainable()
+        self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LR)
+        self.state = {"chunk": args.batch_size, "recompute": self.args.gradient_checkpointing}
+        self.encoder.decoder.train()
+
+    def steps(self, n: int, rows: int) -> tuple[float, float]:
+        order = train.Order([rows], np.array([], int), self.args.batch_size, n, 0, None, False)
+        losses, ends = [], []
+        for data in train.coming(self.encoder, self.pairs, order, range(n)):
+            self.optimizer.zero_grad(set_to_none=True)
+            loss_of = train.batch_loss(data, self.encoder.device, TEMPERATURE, self.args)
+            with train.attention_kernel(self.encoder):
+                loss, _, _ = train.step_gradients(self.encoder, data, self.state, loss_of)
+            nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
+            self.optimizer.step()
+            losses.append(loss.item())
+            ends.append(time.perf_counter())
+        return ends[-1] - ends[0], losses[0]
+
+
+class SentenceTransformers:
+    def __init__(self, folder, pairs, args, device, dtype, cached=None, attention="sdpa"):
+        from datasets import Dataset
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer import losses
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+        body = Transformer(folder, max_seq_length=1024, model_kwargs={"dtype": dtype, "attn_implementation": attention})
+        pool = Pooling(body.get_embedding_dimension(), pooling_mode="lasttoken")
+        self.model, self.args, self.device, self.dtype = SentenceTransformer(modules=[body, pool], device=device), args, device, dtype
+        self.model.add_adapter(lora_config(body.model))
+        if args.recompute:
+            body.model.gradient_checkpointing_enable({"use_reentrant": False})
+        settings = {"scale": 1 / TEMPERATURE, "directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
+        if cached:
+            self.loss = losses.CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=cached, **settings)
+        else:
+            self.loss = losses.MultipleNegativesRankingLoss(self.model, **settings)
+        self.data = Dataset.from_list(rendered(pairs))
+        self.scratch = tempfile.TemporaryDirectory()
+
+    def steps(self, n: int, rows: int) -> tuple[float, float]:
+        from sentence_transformers.sentence_transformer.trainer import SentenceTransformerTrainer
+        from sentence_transformers.sentence_transformer.training_args import SentenceTransformerTrainingArguments
+
+        ends, losses = [], []
+
+        class Clock(TrainerCallback):
+            def on_step_end(self, *_, **__):
+                ends.append(time.perf_counter())
+
+        settings = {"max_steps": n, "per_device_train_batch_size": self.args.batch_size, "bf16": self.dtype == "bfloat16"}
+        quiet = {"save_strategy": "no", "logging_strategy": "no", "report_to": "none", "disable_tqdm": True}
+        trainer = SentenceTransformerTrainer(
+            model=self.model,
+            args=SentenceTransformerTrainingArguments(
+                output_dir=self.scratch.name, learning_rate=LR, use_cpu=self.device == "cpu", **settings, **quiet
+            ),
+            train_dataset=self.data.select(range(rows)),
+            loss=self.loss,
+            callbacks=[Clock()],
+        )
+        hook = self.loss.register_forward_hook(lambda _, __, out: losses.append((out["loss"] if isinstance(out, dict) else out).item()))
+        trainer.train()
+        hook.remove()
+        return ends[-1] - ends[0], losses[0]
+
+
+class PlainLoop:
+    def __init__(self, folder, pairs, args, device, dtype):
+        from peft import get_peft_model
+
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.model, self.args, self.device, self.dtype = get_peft_model(model, lora_config(model)).to(device), args, device, dtype
+        if args.recompute:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=LR)
+        self.rows = rendered(pairs)
+        self.model.train()
+
+    def vectors(self, texts):
+        inputs = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+        with torch.autocast(self.device.split(":")[0], torch.bfloat16) if self.dtype == "bfloat16" else nullcontext():
+            return F.normalize(self.model(**inputs, output_hidden_states=True).hidden_states[-1][:, -1].float(), dim=-1)
+
+    def steps(self, n: int, rows: int) -> tuple[float, float]:
+        losses, ends, size = [], [], self.args.batch_size
+        order = np.concatenate([np.random.default_rng(i).permutation(rows) for i in range(-(-n * size // rows))])
+        for step in range(n):
+            chosen = [self.rows[i] for i in order[step * size : (step + 1) * size]]
+            similarity = self.vectors([r["anchor"] for r in chosen]) @ self.vectors([r["positive"] for r in chosen]).T / TEMPERATURE
+            at = torch.arange(size, device=similarity.device)
+            loss = (F.cross_entropy(similarity, at) + F.cross_entropy(similarity.T, at)) / 2
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            losses.append(loss.item())
+            ends.append(time.perf_counter())
+        return ends[-1] - ends[0], losses[0]
+
+
+SIDES = {
+    "ours": (Ours, {}),
+    "sentence-transformers, sdpa": (SentenceTransformers, {}),
+    "sentence-transformers, eager": (SentenceTransformers, {"attention": "eager"}),
+    "sentence-transformers, cached loss, 32 a chunk": (SentenceTransformers, {"cached": 32}),
+    "plain loop": (PlainLoop, {}),
+}
+
+
+def work(name: str, pipe, folder: str, pairs: str, args: argparse.Namespace, device: str, dtype: str) -> None:
+    """A side in a process of its own: does what comes through the pipe, and sends back seconds, loss and memory."""
+    torch.manual_seed(0)
+    if args.cap and device != "cpu":
+        torch.cuda.set_per_process_memory_fraction(args.cap * 2**30 / torch.cuda.mem_get_info(device)[1])
+    make, settings = SIDES[name]
+    try:
+        side = make(folder, pairs, args, device, dtype, **settings)
+        reset_peak(device)
+        while (asked := pipe.recv()) is not None:
+            pipe.send((*side.steps(*asked), peak(device)))
+            if device == "cpu":
+                gc.collect()
+            else:
+                torch.cuda.empty_cache()
+    except torch.OutOfMemoryError as error:
+        pipe.send(f"out of memory: {str(error).split('.')[0]}")
+
+
+def reset_peak(device: str) -> None:
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> float:
+    """GiB."""
+    if device != "cpu":
+        return torch.cuda.max_memory_allocated() / 2**30
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 2**20
+
+
+def case(name: str, args: argparse.Namespace, device: str, dtype: str) -> list[dict]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, pairs = make_model(name, Path(scratch) / "model"), Path(scratch) / "pairs.jsonl"
+        LENGTHS["pairs"] = (20, 100)
+        texts = make_texts(AutoTokenizer.from_pretrained(folder), "pairs", 2 * 20 * args.batch_size)
+        rows = [{"anchor": a, "positive": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
+        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        context, sides = multiprocessing.get_context("spawn"), {}
+        for side in args.sides:
+            pipe, other = context.Pipe()
+            process = context.Process(target=work, args=(side, other, folder, str(pairs), args, device, dtype), daemon=True)
+            process.start()
+            other.close()
+            sides[side] = pipe
+
+        def ask(side: str, n: int, rows: int):
+            sides[side].send((n, rows))
+            try:
+                found = sides[side].recv()
+            except EOFError:
+                found = "it ended with an error, see above"
+            if isinstance(found, str):
+                print(f"{name}, {side}: {found}", flush=True)
+                del sides[side]
+                return None
+            return found
+
+        losses = {side: found[1] for side in list(sides) if (found := ask(side, 1, args.batch_size))}
+        for side, loss in losses.items():
+            if abs(loss - losses["ours"]) > (0.02 if dtype == "bfloat16" else 1e-3) * losses["ours"]:
+                raise SystemExit(f"{side} has a loss of {loss:.4f} on the first batch, ours is {losses['ours']:.4f}")
+        print(f"{name}: losses on the first batch {', '.join(f'{x:.4f}' for x in losses.values())}", flush=True)
+        times, memory = {side: [] for side in sides}, {}
+        for r in range(args.rounds):
+            for side in list(sides) if r % 2 == 0 else list(reversed(sides)):
+                if found := ask(side, args.steps + 1, len(rows)):
+                    times[side].append(found[0] / args.steps)
+                    memory[side] = found[2]
+        for pipe in sides.values():
+            pipe.send(None)
+        done = [side for side in times if len(times[side]) == args.rounds]
+        first = np.array(times["ours"])
+        found = []
+        for side in done:
+            speed = {"pairs_per_second": args.batch_size / float(np.median(times[side])), "peak_gib": memory[side]}
+            found.append({"model": name, "side": side, "times_ours": float(np.median(np.array(times[side]) / first)), **speed})
+            print(
+                f"  {side:48} {found[-1]['pairs_per_second']:8.1f} pairs/s  ours is {found[-1]['times_ours']:5.2f} x"
+                f"  {memory[side]:6.2f} GiB, ours {memory['ours'] / memory[side]:4.0%} of it",
+                flush=True,
+            )
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    add = parser.add_argument
+    add("--models", nargs="+", choices=("tiny", *SHAPES), help="default: tiny on a CPU, else llama-3.2-1b and mistral-7b")
+    add("--sides", nargs="+", choices=tuple(SIDES), default=list(SIDES), help="default: all")
+    add("--batch-size", type=int, default=120)
+    add("--steps", type=int, default=3, help="of each side in a round, and one before that is not counted (default 3)")
+    add("--rounds", type=int, default=3)
+    add("--recompute", action="store_true", help="gradient checkpointing, on all sides")
+    add("--cap", type=float, help="GiB that a process may take of the GPU")
+    add("--dtype", help="default auto: bfloat16 where it is fast")
+    add("--device")
+    add("--json", type=Path)
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    dtype = str(pick_dtype(args.dtype or "auto", device)).removeprefix("torch.")
+    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    versions = {p: version(p) for p in ("torch", "transformers", "peft")} | {"python": platform.python_version()}
+    about = {"date": str(date.today()), "device": where, "dtype": dtype, "batch_size": args.batch_size, "versions": versions}
+    print(json.dumps(about))
+    if "ours" not in args.sides:
+        args.sides.insert(0, "ours")
+    models = args.models or (["tiny"] if device.type == "cpu" else ["llama-3.2-1b", "mistral-7b"])
+    result = about | {"rows": [row for name in models for row in case(name, args, str(device), dtype)]}
+    print(json.dumps(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
