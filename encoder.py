@@ -91,7 +91,7 @@ class Preset:
     batch_size: int
     lr: float
     lora_rank: int = 64
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: int = 0
 
 
 PRESETS = {
@@ -99,10 +99,10 @@ PRESETS = {
     "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", 120, 2e-4),
     "pythia-160m": Preset("EleutherAI/pythia-160m", 120, 2e-4),
     "qwen3-0.6b": Preset("Qwen/Qwen3-0.6B", 120, 1e-4),
-    "gemma-3-1b": Preset("google/gemma-3-1b-pt", 120, 1e-4, gradient_checkpointing=True),
-    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B", 120, 1e-4, gradient_checkpointing=True),
-    "qwen3-4b": Preset("Qwen/Qwen3-4B", 120, 5e-5, gradient_checkpointing=True),
-    "mistral-7b": Preset("mistralai/Mistral-7B-v0.1", 64, 5e-5, lora_rank=16, gradient_checkpointing=True),
+    "gemma-3-1b": Preset("google/gemma-3-1b-pt", 120, 1e-4, gradient_checkpointing=1),
+    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B", 120, 1e-4, gradient_checkpointing=1),
+    "qwen3-4b": Preset("Qwen/Qwen3-4B", 120, 5e-5, gradient_checkpointing=1),
+    "mistral-7b": Preset("mistralai/Mistral-7B-v0.1", 120, 5e-5, lora_rank=16, gradient_checkpointing=1),
 }
 
 

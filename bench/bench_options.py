@@ -1,0 +1,167 @@
+"""What each option of training brings: every option over several seeds, on the same number of pairs, scored on labelled texts.
+
+    python bench/bench_options.py --data labelled/*.jsonl.gz --out /tmp/options --jobs 2
+    python bench/bench_options.py --data labelled/*.jsonl.gz --out /tmp/options --only base "batch 32" --seeds 0 1
+
+--data   JSONL files with the column text and one or more of label and domain; each column of labels is a set of its own,
+         2,048 rows of a fixed shuffle (V-measure x 100, as evaluate.py --data)
+--mix    files of pairs for the options that draw from several sources; those options are left out without it
+
+All runs train the bundled model on the docstring pairs, with the learning rate scaled by the square root of the batch size. What
+is there already in --out is not done again: an interrupted call is given again. The table is printed from what is there.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent.parent
+ROWS, PAIRS, BATCH, LR = 2048, 7680, 96, 2e-3
+# option -> what is added to the base's flags; the base is batch 96, temperature 0.05, prompt cluster, position-mean, all steps
+OPTIONS = {
+    "base": [],
+    "batch 32": ["--batch-size", "32"],
+    "batch 512": ["--batch-size", "512", "--chunk-size", "128"],
+    "batch 2048": ["--batch-size", "2048", "--chunk-size", "128"],
+    "temperature 0.02": ["--temperature", "0.02"],
+    "temperature 0.1": ["--temperature", "0.1"],
+    "temperature learned": ["--learn-temperature"],
+    "prompt none": ["--prompt", "none"],
+    "pooling last": ["--pooling", "last"],
+    "pooling mean": ["--pooling", "mean"],
+    "one hard negative": ["--pairs", "MINED"],
+    "matryoshka 64 128": ["--matryoshka", "64", "128"],
+    "best of probes": ["--hold-out", "256", "--probe-every", "10"],
+    "patience 2": ["--hold-out", "256", "--probe-every", "10", "--patience", "2"],
+    "pooling query": ["--pooling", "query"],
+    "mixed sources": ["--pairs", "MIX"],
+    "mixed sources, one a batch": ["--pairs", "MIX", "--same-source-batches"],
+}
+DIMS = {"base": 64, "matryoshka 64 128": 64}  # read shortened as well
+
+
+def call(script: str, *flags, log: Path) -> None:
+    with open(log, "a") as f:
+        subprocess.run([sys.executable, HERE / script, *map(str, flags)], check=True, stdout=f, stderr=f)
+
+
+def prepare(args: argparse.Namespace) -> list[Path]:
+    """The labelled sets as evaluate.py reads them: text and label, a file each."""
+    files = []
+    for path in sorted(args.data):
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        random.Random(0).shuffle(rows)
+        for column in (c for c in ("label", "domain") if c in rows[0]):
+            files.append(args.out / "sets" / f"{path.name.split('.')[0]}-{column}.jsonl")
+            files[-1].parent.mkdir(parents=True, exist_ok=True)
+            files[-1].write_text("".join(json.dumps({"text": r["text"], "label": r[column]}) + "\n" for r in rows[:ROWS]))
+    return files
+
+
+def prepare_mix(args: argparse.Namespace) -> None:
+    """The files of --mix, 6,000 pairs of each drawn at random, texts cut to 64 words: long ones would take most of the time."""
+    for path in args.mix:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
+            rows = [json.loads(line) for line in f]
+        rows = random.Random(0).sample(rows, min(6000, len(rows)))
+        cut = [{k: " ".join(row[k].split()[:64]) for k in ("anchor", "positive")} for row in rows]
+        out = args.out / "mix" / f"{path.name.split('.')[0]}.jsonl"
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text("".join(json.dumps(row) + "\n" for row in cut))
+
+
+def one(args: argparse.Namespace, files: list[Path], option: str, seed: int) -> None:
+    """Train and score, unless it was done before."""
+    name = f"{option.replace(' ', '-')}-{seed}"
+    run, log = args.out / name, args.out / f"{name}.log"
+    files_of = {"MINED": [args.out / "mined.jsonl"], "MIX": sorted((args.out / "mix").glob("*.jsonl"))}
+    flags = [str(x) for flag in OPTIONS[option] for x in files_of.get(flag, [flag])]
+    batch = int(flags[flags.index("--batch-size") + 1]) if "--batch-size" in flags else BATCH
+    base = ["--model", "tiny", "--pairs", args.out / "pairs.jsonl", "--batch-size", batch, "--lr", LR * (batch / BATCH) ** 0.5]
+    base += ["--steps", round(PAIRS / batch), "--pooling", "position-mean", "--scope", "all", "--hold-out", 0, "--seed", seed]
+    if not (run / "summary.json").exists():
+        call("train.py", *base, *flags, "--out", run, "--resume", log=log)
+    for dims in (None, DIMS.get(option)):
+        scores = args.out / (f"{name}.json" if dims is None else f"{name}-dims{dims}.json")
+        if not scores.exists():
+            more = ["--dims", dims, "--override-contract"] if dims else []
+            call("evaluate.py", "--model", run, "--data", *files, "--dtype", "auto", *more, "--out", scores, log=log)
+
+
+def table(args: argparse.Namespace) -> str:
+    def read(name: str, kept: str = "") -> dict[int, float]:
+        found = {}
+        for seed in args.seeds:
+            path = args.out / f"{name.replace(' ', '-')}-{seed}{kept}.json"
+            if path.exists():
+                cells = json.loads(path.read_text())["results"]
+                found[seed] = 100 * statistics.mean(c["score"] for c in cells)
+        return found
+
+    def spread(values: list[float]) -> str:
+        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+    lines, base = (
+        ["| option | mean V-measure | against base, by seed | seconds of training | seeds |", "|---|---|---|---|---|"],
+        read("base"),
+    )
+    for option in OPTIONS:
+        for kept in ("", *([f"-dims{DIMS[option]}"] if option in DIMS else [])):
+            found = read(option, kept)
+            if not found:
+                continue
+            shared = [found[s] - base[s] for s in found if s in base]
+            change = spread(shared) if shared and (option, kept) != ("base", "") else ""
+            seconds = [json.loads((args.out / f"{option.replace(' ', '-')}-{s}" / "summary.json").read_text())["seconds"] for s in found]
+            told = f", read at {kept[5:]} numbers" if kept else ""
+            lines.append(f"| {option}{told} | {spread(list(found.values()))} | {change} | {statistics.mean(seconds):.0f} | {len(found)} |")
+    return "\n".join(lines)
+
+
+def main(args: argparse.Namespace) -> None:
+    args.out.mkdir(parents=True, exist_ok=True)
+    os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))  # more threads than cores spin
+    options = args.only or [option for option, flags in OPTIONS.items() if args.mix or "MIX" not in flags]
+    files = prepare(args)
+    prepare_mix(args)
+    pairs, mined = args.out / "pairs.jsonl", args.out / "mined.jsonl"
+    if not pairs.exists():
+        call("make_pairs.py", "docstrings", "--out", pairs, log=args.out / "pairs.log")
+    if any("MINED" in OPTIONS[o] for o in options) and not mined.exists():
+        one(args, files, "base", args.seeds[0])
+        call(
+            "make_pairs.py",
+            "mine",
+            "--pairs",
+            pairs,
+            "--model",
+            args.out / f"base-{args.seeds[0]}",
+            "--negatives",
+            1,
+            "--out",
+            mined,
+            log=args.out / "pairs.log",
+        )
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for done in [pool.submit(one, args, files, option, seed) for seed in args.seeds for option in options]:
+            done.result()
+            print(table(args), flush=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--data", nargs="+", type=Path, required=True, help="labelled JSONL files, may be gzipped")
+    parser.add_argument("--mix", nargs="+", type=Path, default=[], help="files of pairs from different sources")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for runs and scores")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=OPTIONS, help="default: all options")
+    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1)")
+    main(parser.parse_args())
