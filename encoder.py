@@ -677,7 +677,8 @@ class Encoder:
         self.source, self.base_hash, self.adapter_hash = source, base_hash, None
         self.device, self.dtype = device, dtype
         self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
-        self.query: nn.Parameter | None = None  # (1, D) of pooling `query`; zero, as at the start, makes it the mean
+        width = model.config.hidden_size
+        self.query = nn.Parameter(torch.zeros(1, width, device=device), requires_grad=False)  # of pooling `query`: zero makes it the mean
         self.sharded = False  # every process must run as many batches as the others
         self.blocks = model.layers
         # how a batch is run, never what comes out: no padding, the shared head once, of the last layer what is read
@@ -698,8 +699,6 @@ class Encoder:
         if c.dims is not None and c.dims > self.decoder.config.hidden_size:
             raise InputError(f"dims {c.dims} is more than the {self.decoder.config.hidden_size} numbers of this model's vectors")
         self._prompt_ids = {role: tuple(self._plain_ids([p["prefix"], p["suffix"]])) for role, p in c.prompts.items()}
-        if c.pooling == "query" and self.query is None:
-            self.query = nn.Parameter(torch.zeros(1, self.decoder.config.hidden_size, device=self.device), requires_grad=False)
         around = max(len(a) + len(b) for a, b in self._prompt_ids.values()) + c.bos + c.eos
         positions = getattr(self.decoder.config, "max_position_embeddings", None)
         if positions and around + c.max_tokens > positions:
@@ -800,14 +799,12 @@ class Encoder:
         targets = sorted({n.split(".")[-1] for n, m in self.blocks.named_modules() if isinstance(m, nn.Linear)})
         config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none", **options)
         self.peft = _wrap(self.decoder, config)
-        if self.query is not None:
-            self.query.requires_grad_()
+        self.query.requires_grad_(self.contract.pooling == "query")
         return sum(p.numel() for p in self.trainable().values())
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is trained by name: the adapter, and the query of pooling `query`."""
-        own = {} if self.query is None else {"query": self.query}
-        return {n: p for n, p in (*self.peft.named_parameters(), *own.items()) if p.requires_grad}
+        return {n: p for n, p in (*self.peft.named_parameters(), ("query", self.query)) if p.requires_grad}
 
     def shard(self) -> None:
         """Deal the base's weights out to torchrun's processes, a block at a time (FSDP2); the adapter stays whole in each.
@@ -832,7 +829,7 @@ class Encoder:
         folder.mkdir(parents=True, exist_ok=True)
         weights = {k: v.detach().cpu().contiguous() for k, v in get_peft_model_state_dict(self.peft).items()}
         write_atomic(folder / ADAPTER_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-        if self.query is not None:
+        if self.contract.pooling == "query":
             query = {"query": self.query.detach().cpu()}
             write_atomic(folder / QUERY_FILE, lambda path: save_file(query, path, metadata={"format": "pt"}))
         with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as scratch:
@@ -857,7 +854,7 @@ class Encoder:
         if found.unexpected_keys or lost:
             raise InputError(f"{run / ADAPTER_FILE} does not fit its base: missing {lost[:3]}, unexpected {found.unexpected_keys[:3]}")
         self.peft.requires_grad_(False).eval()
-        if self.query is not None:
+        if self.contract.pooling == "query":
             try:
                 self.query.data.copy_(load_file(run / QUERY_FILE)["query"])
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
@@ -875,7 +872,7 @@ class Encoder:
             raise InputError("the adapter is merged into the base: load the run again to read the base alone")
         other = self.reread(data=None)
         other.adapter_on, other.adapter_hash = False, None
-        other.query = None if self.query is None else nn.Parameter(torch.zeros_like(self.query), requires_grad=False)
+        other.query = nn.Parameter(torch.zeros_like(self.query), requires_grad=False)
         return other
 
     @torch.no_grad()

@@ -43,6 +43,8 @@ def plain(model: str, encoder: Encoder, text: str, view: View) -> np.ndarray:
         y = (w[:, None] * x[chosen]).sum(0) / w.sum()
     elif view.pooling == "last":
         y = x[chosen[-1]]
+    elif view.pooling == "query":
+        y = (x[chosen] @ encoder.query[0].double() / x.shape[1] ** 0.5).softmax(0) @ x[chosen]
     else:
         w = out.attentions[-1][0, :, -1, chosen].double()  # (H, n)
         y = (w / w.sum(1, keepdim=True)).mean(0) @ x[chosen]
@@ -51,6 +53,7 @@ def plain(model: str, encoder: Encoder, text: str, view: View) -> np.ndarray:
 
 def test_every_reading_equals_a_plain_forward_pass(model):
     encoder = Encoder.load(model, prompt="cluster", dtype="float32")
+    encoder.query.data.normal_(generator=torch.Generator().manual_seed(0))
     found = encoder.encode(TEXTS[:3], views=VIEWS)
     for view, vectors in zip(VIEWS, found, strict=True):
         for text, vector in zip(TEXTS, vectors, strict=False):
@@ -72,6 +75,7 @@ def test_sliding_windows_reach_the_attention_pooling(models_dir):
 def test_a_vector_does_not_depend_on_its_batch(model, attention):
     """Alone, in a batch, with any neighbours, in any order: the same to 1e-5."""
     encoder = Encoder.load(model, prompt="cluster", attention=attention)
+    encoder.query.data.normal_(generator=torch.Generator().manual_seed(0))
     views = [View(p, s) for p in POOLINGS for s in SCOPES]
     alone = [np.concatenate(arrays) for arrays in zip(*(encoder.encode([t], views=views) for t in TEXTS), strict=True)]
     for order in (range(len(TEXTS)), reversed(range(len(TEXTS)))):

@@ -28,6 +28,8 @@ def both(model, texts=MANY, views=None, changes=None, **settings):
     settings = {"prompt": LONG, "max_tokens": 20} | settings
     plain, fast = Encoder.load(model, **settings), Encoder.load(model, **settings)
     plain.share_head = plain.trim = False
+    for encoder in (plain, fast):
+        encoder.query.data.normal_(generator=torch.Generator().manual_seed(0))
     for name, value in (changes or {}).items():
         setattr(fast, name, value)
     views = views or [fast.contract.view()]
