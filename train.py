@@ -21,7 +21,8 @@ Leaves behind, in --out (default runs/MODEL):
     summary.json                                      steps, the best of them, pairs, tokens, what it cost; there once it is finished
 
 Some pairs are held out, and every so often a probe counts how many of their anchors find their positives (or, with --probe,
-how well labelled texts cluster). The adapter that is left in --out is the best that the probe has seen.
+how well labelled texts cluster). The adapter that is left in --out is the best that the probe has seen, or the latest of
+those that cannot be told from it.
 """
 
 import argparse
@@ -645,6 +646,13 @@ class Probe:
     def __bool__(self) -> bool:
         return bool(self.pairs or self.texts)
 
+    def noise(self, score: float) -> float:
+        """Standard error of an accuracy. A later adapter no more than this below the best one seen is kept in its place:
+        the learning rate falls, so of two that cannot be told apart the later one is the better guess (Breiman et al. 1984,
+        Classification and Regression Trees, 3.4.3, choose by the same rule). V-measure has none to be had: the best is kept.
+        """
+        return math.sqrt(score * (1 - score) / len(self.pairs)) if self.pairs else 0.0
+
     def __call__(self, encoder: Encoder) -> float:
         """V-measure of the labelled texts, or the share of held-out anchors whose own positive is the nearest."""
         with autocast(encoder):
@@ -985,7 +993,16 @@ def main(args: argparse.Namespace) -> None:
     if not rank:
         args.out.mkdir(parents=True, exist_ok=True)
     rows, best = [], {}
-    state = {"step": 0, "best": None, "best_step": 0, "stale": 0, "skipped": 0, "n_empty": 0, "n_cut": 0}  # what a checkpoint says
+    state = {
+        "step": 0,
+        "best": None,
+        "kept": None,
+        "best_step": 0,
+        "stale": 0,
+        "skipped": 0,
+        "n_empty": 0,
+        "n_cut": 0,
+    }  # what a checkpoint says
     state |= {"chunk": args.chunk_size or args.batch_size, "recompute": args.gradient_checkpointing}
     state |= {"seconds": 0.0, "joules": 0.0, "id": secrets.token_hex(4)}
     if resuming:
@@ -1059,8 +1076,10 @@ def main(args: argparse.Namespace) -> None:
             if probe and (last or (step + 1) % args.probe_every == 0):
                 row["probe"] = probe(encoder)
                 better = state["best"] is None or row["probe"] > state["best"]
-                state |= {"best": row["probe"], "best_step": step + 1, "stale": 0} if better else {"stale": state["stale"] + 1}
-                best = {n: p.detach().cpu().clone() for n, p in trained.items()} if better else best
+                state |= {"best": row["probe"], "stale": 0} if better else {"stale": state["stale"] + 1}
+                if row["probe"] >= state["best"] - probe.noise(state["best"]):
+                    state |= {"kept": row["probe"], "best_step": step + 1}
+                    best = {n: p.detach().cpu().clone() for n, p in trained.items()}
                 last = last or (args.patience is not None and state["stale"] >= args.patience)
             rows.append(row)
             log.write(json.dumps(row) + "\n")
@@ -1090,7 +1109,7 @@ def main(args: argparse.Namespace) -> None:
     summary = {
         "steps": state["step"],
         "best_step": state["best_step"] or state["step"],
-        "probe": {"what": probe.name, "best": state["best"]} if probe else None,
+        "probe": {"what": probe.name, "best": state["best"], "kept": state["kept"]} if probe else None,
         "pairs": state["step"] * args.batch_size,
         "tokens": sum(r.get("tokens", 0) for r in rows),
         "seconds": round(state["seconds"], 1),
@@ -1111,7 +1130,7 @@ def main(args: argparse.Namespace) -> None:
         if n:
             print(f"warning: {n} texts {what}")
     write_atomic(args.out / SUMMARY, lambda path: path.write_text(json.dumps(summary, indent=2) + "\n"))
-    seen = f", the best of them {state['best_step']} ({probe.name} {state['best']:.3f})" if probe else ""
+    seen = f", kept step {state['best_step']} ({probe.name} {state['kept']:.3f}, the best was {state['best']:.3f})" if probe else ""
     print(f"{args.out}: {state['step']} steps{seen}, in {summary['seconds']:.0f} s, fingerprint {encoder.fingerprint}")
     print(f"python evaluate.py --task clustering --model {os.path.relpath(args.out)}")
 
