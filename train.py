@@ -65,7 +65,8 @@ from prompts import PROMPTS, InputError
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_PAIRS = HERE / "pairs" / "docstrings.jsonl"
-CHECKPOINT, PREVIOUS = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+CHECKPOINT, PREVIOUS, NEW = "checkpoint.safetensors", "checkpoint.previous.safetensors", ".checkpoint.safetensors.tmp"
+COLDEST = 0.01  # that a temperature is learned down to: as in CLIP, arXiv 2103.00020, 2.5
 ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
 
 
@@ -85,12 +86,13 @@ def pair_rows(path: str) -> Iterator[dict]:
                     continue
                 row = json.loads(line)
                 row = row if isinstance(row, dict) else {}
-                hard = row.get("negatives", [row["negative"]] if row.get("negative") is not None else []) or []
-                pair = Pair(row.get("anchor"), row.get("positive"), tuple(hard) if isinstance(hard, list) else (None,))
+                one, hard = row.get("negative"), row.get("negatives")
+                hard = [] if hard is None else hard if isinstance(hard, list) else [None]
+                pair = Pair(row.get("anchor"), row.get("positive"), (*([] if one is None else [one]), *hard))
                 if not all(isinstance(t, str) for t in (pair.anchor, pair.positive)):
                     raise InputError(f"{path}, line {number}: needs the texts 'anchor' and 'positive', has {line.strip()[:80]}")
                 if not all(isinstance(t, str) for t in pair.negatives):
-                    raise InputError(f"{path}, line {number}: 'negatives' must be a list of texts, has {str(hard)[:80]}")
+                    raise InputError(f"{path}, line {number}: 'negative' must be a text, 'negatives' a list, has {line.strip()[:80]}")
                 "".join((pair.anchor, pair.positive, *pair.negatives)).encode()
                 yield pair._asdict()
     except json.JSONDecodeError as error:
@@ -101,6 +103,10 @@ def pair_rows(path: str) -> Iterator[dict]:
         raise InputError(f"{path}, line {number}: half a surrogate pair, which cannot be written as UTF-8") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged: {error}") from None
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:  # JSON of thousands of digits or brackets
+        raise InputError(f"{path}, line {number}: cannot be read ({str(error)[:80]})") from None
 
 
 class Pairs:
@@ -119,21 +125,35 @@ class Pairs:
         for path in paths:
             with open(path, "rb") as f:
                 hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
+            if len(set(hashes)) < len(hashes):
+                raise InputError(f"{path} holds the same pairs as another file of --pairs: give it once, or --weights")
+            found = len(list(itertools.islice(pair_rows(str(path)), 2)))
+            if found < 2:
+                raise InputError(f"{path} holds {found} pairs: contrast needs two at least")
             kept = {"features": datasets.Features(columns), "fingerprint": f"pairs-1-{hashes[-1]}"}
             try:
                 parts.append(datasets.Dataset.from_generator(pair_rows, gen_kwargs={"path": str(path)}, **kept))
             except datasets.exceptions.DatasetGenerationError as error:
                 raise error.__cause__ from None
-            except ValueError:  # what it says of a file without rows
-                parts.append(datasets.Dataset.from_dict({name: [] for name in columns}, features=kept["features"]))
-            if len(parts[-1]) < 2:
-                raise InputError(f"{path} holds {len(parts[-1])} pairs: contrast needs two at least")
+            except ValueError as error:  # Arrow's
+                where = Path(datasets.config.HF_DATASETS_CACHE) / "generator"
+                raise InputError(f"the cache of {path} is damaged ({str(error)[:80]}): delete {where}") from None
         self.sizes, self.name = [len(part) for part in parts], " + ".join(path.name for path in paths)
         self.sha256 = hashes[0] if len(paths) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
         self._rows = datasets.concatenate_datasets(parts)
 
     def __len__(self) -> int:
         return sum(self.sizes)
+
+    def copies(self, rows: np.ndarray) -> np.ndarray:
+        """The rows of all pairs that are found among these, themselves included, sorted."""
+        import pyarrow as pa
+        from pyarrow.compute import is_in
+
+        found = self._rows[rows.tolist()]
+        table = self._rows.data
+        same = [is_in(table.column(name), value_set=pa.array(found[name], pa.string())).to_numpy() for name in ("anchor", "positive")]
+        return np.flatnonzero(same[0] & same[1])
 
     def __getitem__(self, rows: list[int]) -> list[Pair]:
         found = self._rows[rows]
@@ -224,10 +244,11 @@ def info_nce(
                 out = out | (candidates[at] @ candidates.T > threshold)
         out[own] = False
         similarity = queries @ candidates.T
+        hits = (similarity.detach().masked_fill(out, -torch.inf).argmax(1) == at).sum()
         if margin:
             similarity = similarity - margin * F.one_hot(at, len(candidates))
         similarity = (similarity / temperature).masked_fill(out, -torch.inf)
-        return F.cross_entropy(similarity, at, reduction="sum"), (similarity.argmax(1) == at).sum(), (~out).sum() - len(at)
+        return F.cross_entropy(similarity, at, reduction="sum"), hits, (~out).sum() - len(at)
 
     def rows(at: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         a, p = x[at, None], y[at, None]
@@ -372,13 +393,16 @@ def coming(encoder: Encoder, pairs: Pairs, order: Order, steps: range) -> Iterat
             yield data
 
 
-def batch_loss(data: Data, device: torch.device, temperature: Tensor | float, args: argparse.Namespace) -> Callable:
-    """The loss of a batch as a function of its vectors; with --matryoshka the mean over the shortened vectors and the whole."""
+def batch_loss(data: Data, device: torch.device, learned: Tensor | None, args: argparse.Namespace) -> Callable:
+    """The loss of a batch as a function of its vectors; with --matryoshka the mean over the shortened vectors and the whole.
+
+    learned     logarithm of the temperature, where it is not args.temperature
+    """
     columns = ([n[0] for n in data.numbers], [n[1] for n in data.numbers], [x for n in data.numbers for x in n[2:]])
     numbers = Numbers(*(torch.tensor(c, dtype=torch.long, device=device) for c in columns))
 
     def loss_of(*vectors: Tensor) -> tuple[Tensor, float, float]:
-        found = []
+        temperature, found = args.temperature if learned is None else learned.exp(), []
         for dims in (*(args.matryoshka or []), None):
             unit = [F.normalize(v.float()[:, :dims], dim=-1) for v in vectors]
             found.append(info_nce(*unit, numbers, temperature, margin=args.margin, threshold=args.mask_above))
@@ -409,7 +433,7 @@ def spare(encoder: Encoder, state: dict, pairs: int) -> None:
     print(f"out of memory: going on with {told}", file=sys.stderr)
 
 
-def step_gradients(encoder: Encoder, data: Data, state: dict, loss_of: Callable) -> tuple:
+def step_gradients(encoder: Encoder, data: Data, state: dict, loss_of: Callable, optimizer: torch.optim.Optimizer) -> tuple:
     """One batch's gradients, this process taking its share of it, state["chunk"] pairs at a time -> what loss_of returned.
 
     When memory runs out, `spare` finds another way and the batch is begun again with the same random numbers.
@@ -430,9 +454,11 @@ def step_gradients(encoder: Encoder, data: Data, state: dict, loss_of: Callable)
             if not out_of_memory(error):
                 raise
         if world > 1:  # the others are waiting in the middle of the step
-            raise InputError("out of memory: add --chunk-size, or --gradient-checkpointing 2 or 1")
-        for parameter in encoder.trainable().values():
-            parameter.grad = None
+            told = "out of memory: add --chunk-size, or --gradient-checkpointing 2 or 1"
+            if rank:  # its other words are not shown
+                print(f"train.py, process {rank}: {told}", file=sys.__stderr__)
+            raise InputError(told)
+        optimizer.zero_grad(set_to_none=True)
         if encoder.device.type == "cuda":
             torch.cuda.empty_cache()
         set_random_state(drawn, encoder.device)
@@ -582,12 +608,13 @@ def save_checkpoint(
     tensors = {k: v.contiguous() for k, v in tensors.items()}
     metadata = {"state": json.dumps(state), "sha256": content_hash(tensors, state)}
     try:
-        write_atomic(folder / f"{CHECKPOINT}.new", lambda path: save_file(tensors, path, metadata=metadata))
+        save_file(tensors, folder / NEW, metadata=metadata)
         if (folder / CHECKPOINT).is_file():
             os.replace(folder / CHECKPOINT, folder / PREVIOUS)
-        os.replace(folder / f"{CHECKPOINT}.new", folder / CHECKPOINT)
+        os.replace(folder / NEW, folder / CHECKPOINT)
         encoder.save(folder)  # cut off before it, `load_checkpoint` does it
     except SafetensorError as error:  # a full disk
+        (folder / NEW).unlink(missing_ok=True)
         raise InputError(f"{folder} cannot be written ({error}): its last checkpoint stays, go on with --resume") from None
 
 
@@ -604,6 +631,8 @@ def read_checkpoint(folder: Path) -> tuple[dict, dict[str, Tensor]]:
             if content_hash(tensors, state) == metadata["sha256"]:
                 if damaged:
                     print(f"warning: {damaged[0]} is damaged: going on from the one before, step {state['step']}", file=sys.stderr)
+                    if not processes()[0]:  # or it would take the good one's place
+                        damaged[0].unlink()
                 return state, tensors
         except (SafetensorError, ValueError, KeyError, TypeError):
             pass
@@ -622,8 +651,6 @@ def load_checkpoint(
             moments = {k: tensors[f"{k}/{name}"].to(encoder.device) for k in ("exp_avg", "exp_avg_sq")}
             optimizer.state[parameter] = {"step": tensors[f"step/{name}"], **moments}
     if not processes()[0]:
-        for left in folder.glob(".*.tmp"):  # by a kill in the middle of writing
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
         encoder.save(folder)  # the files of this very step, should the last save have been cut off between the two
     own = [tensors[name] for i in range(2) if (name := f"rng/{processes()[0]}/{i}") in tensors]
     if own:  # else the run began with fewer processes
@@ -661,29 +688,38 @@ class Probe:
         return float(score)
 
     def _score(self, encoder: Encoder) -> float:
+        def encode(texts: list[str], role: str = "document") -> np.ndarray:
+            vectors = encoder.encode(texts, role)
+            if not np.isfinite(vectors).all():
+                raise InputError("the probe's vectors are not finite any more, the last checkpoint stays: lower --lr")
+            return vectors
+
         if self.texts:
             from sklearn.cluster import MiniBatchKMeans
             from sklearn.metrics import v_measure_score
 
             clusters = MiniBatchKMeans(len(set(self.labels)), batch_size=500, n_init="auto", random_state=0)  # as mteb's
-            return v_measure_score(self.labels, clusters.fit_predict(encoder.encode(self.texts)))
+            return v_measure_score(self.labels, clusters.fit_predict(encode(self.texts)))
         positives = [pair.positive for pair in self.pairs]
-        similarity = encoder.encode([pair.anchor for pair in self.pairs], "query") @ encoder.encode(positives).T
+        similarity = encode([pair.anchor for pair in self.pairs], "query") @ encode(positives).T
         return sum(positives[j] == p for j, p in zip(similarity.argmax(1), positives, strict=True)) / len(positives)
 
 
 def read_labelled(path: Path) -> tuple[list[str], list[str]]:
     """Texts and labels of a JSONL file with the columns text and label, the first 2,048 of a fixed shuffle."""
-    rows = []
+    rows, number = [], 0
     try:
         with open(path, encoding="utf-8-sig") as f:
-            for line in filter(str.strip, f):
+            for line in f:
+                number += 1
+                if not line.strip():
+                    continue
                 row = json.loads(line)
+                if not isinstance(row["text"], str) or row["label"] is None:
+                    raise TypeError(f"text is {str(row['text'])[:40]!r}, label {row['label']!r}")
                 rows.append((row["text"], str(row["label"])))
-                if not isinstance(row["text"], str):
-                    raise TypeError(f"text is {row['text']!r}")
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}, line {len(rows) + 1}: needs 'text' and 'label' ({type(error).__name__}: {error})") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}, line {number}: needs 'text' and 'label' ({type(error).__name__}: {error})") from None
     if len({label for _, label in rows}) < 2:
         raise InputError(f"{path}: V-measure needs two labels at least")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[:2048]
@@ -742,18 +778,20 @@ def tracker(kind: str | None, args: argparse.Namespace, state: dict) -> Callable
 # ------------------------------------------------------------------------------------------------------------ the run
 
 
-def check_arguments(found: dict, args: argparse.Namespace, pairs_hash: str, path: Path) -> None:
-    """A run goes on under the arguments it began with, or not at all."""
-    now = comparable(args) | {"pairs_sha256": pairs_hash}
-    before = found["arguments"] | {"pairs_sha256": found["pairs_sha256"]}
-    free = {"resume", "checkpoint_every", "out", "device", "pairs", "track"}
+def check_arguments(found: dict, record: dict, path: Path) -> None:
+    """A run goes on under the arguments, on the data and the base that it began with, or not at all."""
+    now, before = ({k: v for k, v in (r | r["arguments"]).items() if k != "arguments"} for r in (record, found))
+    free = {"resume", "checkpoint_every", "out", "device", "pairs", "probe", "track", "versions", "commit", "command"}
     differing = [f"{k} was {before.get(k)!r}, is {v!r}" for k, v in now.items() if k not in free and before.get(k, v) != v]
     if differing:
         raise InputError(f"{path}: the run began otherwise: {'; '.join(differing)}. Repeat its arguments, or start another --out")
 
 
 def comparable(args: argparse.Namespace) -> dict:
-    return {k: [str(x) for x in v] if k == "pairs" and v else str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+    def plain(value):
+        return [plain(x) for x in value] if isinstance(value, list) else str(value.resolve()) if isinstance(value, Path) else value
+
+    return {k: plain(v) for k, v in vars(args).items()}
 
 
 def commit() -> str | None:
@@ -770,7 +808,8 @@ def draw_curve(rows: list[dict], path: Path) -> None:
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [r["step"] for r in rows]
     axis.plot(steps, [math.nan if r["loss"] is None else r["loss"] for r in rows], color="tab:blue", linewidth=1)
-    axis.set(xlabel="step", ylabel="InfoNCE loss, nats", title=f"{path.parent.name}: training loss and in-batch accuracy")
+    axis.set(xlabel="step", ylabel="InfoNCE loss, nats")
+    axis.set_title(f"{path.parent.name}: training loss and in-batch accuracy", parse_math=False)
     right = axis.twinx()
     right.plot(steps, [r["accuracy"] for r in rows], color="tab:orange", linewidth=1)
     probed = [(r["step"], r["probe"]) for r in rows if "probe" in r]
@@ -863,7 +902,7 @@ def default_out(args: argparse.Namespace) -> Path:
 def read_record(path: Path) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return {"arguments": dict(found["arguments"]), "pairs_sha256": found["pairs_sha256"]}
+        return found | {"arguments": dict(found["arguments"])}
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{path} is damaged: the run cannot go on, start another --out") from None
 
@@ -906,6 +945,10 @@ def resolve(args: argparse.Namespace) -> argparse.Namespace:
         raise InputError(f"--mask-above is a cosine between -1 and 1, not {args.mask_above}")
     if any(d < 1 for d in args.matryoshka or []):
         raise InputError(f"--matryoshka takes numbers of dimensions above 0, not {args.matryoshka}")
+    if args.learn_temperature and args.temperature < COLDEST:
+        raise InputError(f"--learn-temperature starts from {COLDEST} or above, --temperature is {args.temperature}")
+    if args.steps and args.steps > 10**7:
+        raise InputError(f"--steps {args.steps} is more than 10 million")
     if args.weights and (len(args.weights) != len(args.pairs or [0]) or not all(0 < w < math.inf for w in args.weights)):
         raise InputError(f"--weights takes a number above 0 for each of the {len(args.pairs or [0])} files of --pairs, not {args.weights}")
     if args.same_source_batches and len(args.pairs or []) < 2:
@@ -936,6 +979,8 @@ def check_out(out: Path, resume: bool) -> None:
     """A run is begun in a folder of its own, or gone on with where there is a checkpoint; nothing is overwritten."""
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: choose another --out")
+    for left in out.glob(".*.tmp") if resume else ():  # by a kill in the middle of writing
+        shutil.rmtree(left) if left.is_dir() else left.unlink()
     found = {p.name for p in out.iterdir() if not p.name.startswith(".")} if out.is_dir() else set()
     if found and not resume:
         what = "a run" if ARGUMENTS in found else "files"
@@ -966,25 +1011,37 @@ def main(args: argparse.Namespace) -> None:
         torch.distributed.barrier()
     held = hold_out(len(pairs), 0 if args.probe else args.hold_out)
     probe = Probe(pairs[held.tolist()] if len(held) else [], args.probe)
+    if args.patience and not probe:
+        raise InputError(f"--patience needs a probe, and {len(pairs)} pairs are too few to hold any out: give --probe labelled.jsonl")
+    held = pairs.copies(held) if len(held) else held
     n_pairs = len(pairs) - len(held)
-    if args.batch_size > (min(pairs.sizes) if args.same_source_batches else n_pairs):
-        which = "the smallest file of --pairs holds" if args.same_source_batches else f"the {n_pairs} pairs of {pairs.name}"
-        raise InputError(f"--batch-size {args.batch_size} is more than {which}")
+    if args.batch_size > n_pairs:
+        raise InputError(f"--batch-size {args.batch_size} is more than the {n_pairs} pairs of {pairs.name}")
     steps = args.steps or max(1, round(args.epochs * (n_pairs // args.batch_size)))
     order = Order(pairs.sizes, held, args.batch_size, steps, args.seed, args.weights, args.same_source_batches)
+    if args.batch_size > (smallest := min(map(len, order.sources))) and args.same_source_batches:
+        raise InputError(f"--batch-size {args.batch_size} is more than the {smallest} pairs of the smallest file of --pairs")
+    versions = {p: version(p) for p in ("torch", "transformers", "peft", "numpy")} | {"python": platform.python_version()}
+    record = {"arguments": comparable(args), "pairs_sha256": pairs.sha256, "versions": versions, "commit": commit(), "command": sys.argv}
+    record |= {"probe_sha256": hashlib.sha256(args.probe.read_bytes()).hexdigest() if args.probe else None}
     resuming = args.resume and any((args.out / name).is_file() for name in (CHECKPOINT, PREVIOUS))
     if resuming:
-        check_arguments(read_record(args.out / ARGUMENTS), args, pairs.sha256, args.out)
+        check_arguments(read_record(args.out / ARGUMENTS), record, args.out)
         if (args.out / SUMMARY).is_file():
             print(f"{args.out} is finished: nothing to do")
             return
 
     torch.manual_seed(args.seed)
     encoder = make_encoder(args, pairs)
+    record |= {"base": encoder.untuned().fingerprint, "computed_in": str(encoder.dtype)}
+    if resuming:
+        check_arguments(read_record(args.out / ARGUMENTS), record, args.out)
     trained = encoder.trainable()
     if args.learn_temperature:
         trained["temperature"] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
-    optimizer = torch.optim.AdamW(trained.values(), lr=args.lr, weight_decay=args.weight_decay)
+    groups = [{"params": [p for n, p in trained.items() if n != "temperature"]}]
+    groups += [{"params": [trained["temperature"]], "weight_decay": 0.0}] if args.learn_temperature else []
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
     width = encoder.decoder.config.hidden_size
     if any(d > width for d in args.matryoshka or []):
         raise InputError(f"--matryoshka {args.matryoshka}: a vector of this model has {width} numbers")
@@ -1011,15 +1068,12 @@ def main(args: argparse.Namespace) -> None:
         rows = kept_metrics(args.out / METRICS, state["step"])
         recompute(encoder, state["recompute"])
     done = state["step"]
-    versions = {p: version(p) for p in ("torch", "transformers", "peft", "numpy")} | {"python": platform.python_version()}
-    record = {"arguments": comparable(args), "pairs_sha256": pairs.sha256, "versions": versions, "commit": commit(), "command": sys.argv}
     if not rank:
         write_atomic(args.out / ARGUMENTS, lambda path: path.write_text(json.dumps(record, indent=2) + "\n"))
         write_atomic(args.out / METRICS, lambda path: path.write_text("".join(json.dumps(row) + "\n" for row in rows)))
     c = encoder.contract
-    base = encoder.untuned().fingerprint
     n_trained = sum(p.numel() for p in trained.values())
-    print(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {base}")
+    print(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {record['base']}")
     print(f"prompt {c.prompts['document']['prefix']!r} ... {c.prompts['document']['suffix']!r}, pooling {c.pooling}, scope {c.scope}")
     told = f"{n_pairs:,} pairs from {', '.join(map(str, args.pairs))}, {steps} steps of {args.batch_size}"
     print(told + (f", going on after step {done}" if done else ""))
@@ -1045,10 +1099,9 @@ def main(args: argparse.Namespace) -> None:
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
             optimizer.zero_grad(set_to_none=True)
-            temperature = trained["temperature"].exp().clamp(min=0.01) if args.learn_temperature else args.temperature
-            loss_of = batch_loss(data, encoder.device, temperature, args)
+            loss_of = batch_loss(data, encoder.device, trained.get("temperature"), args)
             with attention_kernel(encoder):
-                loss, accuracy, negatives = step_gradients(encoder, data, state, loss_of)
+                loss, accuracy, negatives = step_gradients(encoder, data, state, loss_of, optimizer)
             sum_gradients([p for n, p in trained.items() if n != "temperature"])  # every process has the whole of that one
             norm = torch.nn.utils.clip_grad_norm_(trained.values(), args.clip)
             row = {"step": step + 1, "loss": loss.item(), "accuracy": accuracy, "lr": optimizer.param_groups[0]["lr"]}
@@ -1057,9 +1110,11 @@ def main(args: argparse.Namespace) -> None:
             state["n_empty"] += sum(texts.n_empty for texts in data[:3])
             state["n_cut"] += sum(texts.n_cut for texts in data[:3])
             if args.learn_temperature:
-                row["temperature"] = temperature.item()
+                row["temperature"] = trained["temperature"].exp().item()
             if loss.isfinite() and norm.isfinite():
                 optimizer.step()
+                if args.learn_temperature:
+                    trained["temperature"].data.clamp_(min=math.log(COLDEST))
                 bad = 0
             else:
                 bad, state["skipped"] = bad + 1, state["skipped"] + 1
@@ -1074,7 +1129,8 @@ def main(args: argparse.Namespace) -> None:
             state["step"] = step + 1
             last = step + 1 == steps
             if probe and (last or (step + 1) % args.probe_every == 0):
-                row["probe"] = probe(encoder)
+                score = probe(encoder)
+                row["probe"] = agree(0.0 if rank else score, "sum")  # one score for all, to the last bit
                 better = state["best"] is None or row["probe"] > state["best"]
                 state |= {"best": row["probe"], "stale": 0} if better else {"stale": state["stale"] + 1}
                 if row["probe"] >= state["best"] - probe.noise(state["best"]):
@@ -1143,5 +1199,8 @@ if __name__ == "__main__":
         sys.exit(2)
     except subprocess.CalledProcessError as error:  # make_pairs.py has said why
         sys.exit(error.returncode)
+    except Exception:
+        sys.stderr = sys.__stderr__  # of whichever process
+        raise
     except KeyboardInterrupt:  # before the first step; later the loop ends in its own way
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""What each option of training brings: every option over several seeds, on the same number of pairs, scored on labelled texts.
+"""What each option of training brings: every option over several seeds, on 7,680 pairs or 8,192, scored on labelled texts.
 
     python bench/bench_options.py --data labelled/*.jsonl.gz --out /tmp/options --jobs 2
     python bench/bench_options.py --data labelled/*.jsonl.gz --out /tmp/options --only base "batch 32" --seeds 0 1
@@ -130,6 +130,8 @@ def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // args.jobs))  # more threads than cores spin
     options = args.only or [option for option, flags in OPTIONS.items() if args.mix or "MIX" not in flags]
+    if not args.mix and any("MIX" in OPTIONS[option] for option in options):
+        sys.exit("bench_options.py: the options with mixed sources need --mix")
     files = prepare(args)
     prepare_mix(args)
     pairs, mined = args.out / "pairs.jsonl", args.out / "mined.jsonl"

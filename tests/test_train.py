@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -107,7 +108,8 @@ def test_a_hard_negative_stands_beside_the_positives_by_hand():
 
 def test_a_margin_is_taken_off_the_pair_by_hand():
     a = torch.eye(2)
-    loss, _, _ = train.info_nce(a, a, NONE, apart(2), 0.5, margin=0.25)
+    loss, accuracy, _ = train.info_nce(a, a, NONE, apart(2), 0.5, margin=0.25)
+    assert accuracy == train.info_nce(a, a, NONE, apart(2), 0.5, margin=0.99)[1] == 1  # what is found, whatever the loss asks for
     assert loss.item() == pytest.approx(-math.log(math.exp(1.5) / (math.exp(1.5) + 1)), abs=1e-6)
 
 
@@ -274,9 +276,46 @@ def test_memory_that_runs_out_halves_the_chunk(pairs, tmp_path, monkeypatch, cap
         torch.testing.assert_close(halved[name], weight, rtol=1e-3, atol=3e-4)  # Adam makes much of small differences
     summary = json.loads((tmp_path / "halved" / "summary.json").read_text())
     assert (summary["chunk_size"], summary["gradient_checkpointing"]) == (1, 1)
+    take_on, calls = train._take_on, []
+
+    def full_later(*args):  # in the backward pass, as usual: the temperature's graph must not be used twice
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        take_on(*args)
+
+    monkeypatch.setattr(train, "embed", embed)
+    run(*small(pairs, tmp_path / "plain", "--learn-temperature"))
+    monkeypatch.setattr(train, "_take_on", full_later)
+    run(*small(pairs, tmp_path / "later", "--learn-temperature"))
+    plain, later = (
+        [json.loads(x)["temperature"] for x in (tmp_path / n / "metrics.jsonl").read_text().splitlines()] for n in ("plain", "later")
+    )
+    assert plain == pytest.approx(later, rel=1e-5)
+    monkeypatch.setattr(train, "embed", full)
     limit = 0
     with pytest.raises(InputError, match="a single pair does not fit into memory"):
         run(*small(pairs, tmp_path / "never"))
+
+
+def test_a_batch_that_is_begun_again_draws_the_same_masks(pairs, tmp_path, monkeypatch, capsys):
+    """Memory runs out in the middle of a step, after dropout has drawn; the step is repeated with fewer layers kept."""
+    flags = ("--lora-dropout", 0.3, "--steps", 2)
+    run(*small(pairs, tmp_path / "whole", *flags))
+    embed, calls = train.embed, []
+
+    def full(*args):
+        calls.append(embed(*args))
+        if len(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return calls[-1]
+
+    monkeypatch.setattr(train, "embed", full)
+    run(*small(pairs, tmp_path / "again", *flags))
+    assert "going on with --gradient-checkpointing 2" in capsys.readouterr().err
+    whole, again = (load_file(tmp_path / n / "adapter_model.safetensors") for n in ("whole", "again"))
+    for name, weight in whole.items():
+        torch.testing.assert_close(again[name], weight, rtol=1e-3, atol=1e-5)
 
 
 def test_training_and_encoding_give_the_same_vectors(model):
@@ -394,8 +433,40 @@ def test_resume_never_trains_over_what_is_there(pairs, tmp_path):
 def test_a_diverging_run_ends_with_an_error_and_saves_nothing(pairs, tmp_path):
     with pytest.raises(InputError, match=r"step 4: the loss is .*third time in a row: lower --lr"):
         run(*small(pairs, tmp_path / "run", "--lr", "1e30"))
+    labelled = tmp_path / "labelled.jsonl"
+    labelled.write_text('{"text": "a cat", "label": 1}\n{"text": "rates rose", "label": 2}\n')
+    with pytest.raises(InputError, match="the probe's vectors are not finite"):
+        run(*small(pairs, tmp_path / "probed", "--lr", "1e30", "--probe", labelled, "--probe-every", 1))
     assert not (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_resume_needs_the_base_and_the_probe_that_the_run_began_with(pairs, llama, tmp_path):
+    base, labelled = shutil.copytree(llama, tmp_path / "base"), tmp_path / "labelled.jsonl"
+    labelled.write_text('{"text": "a cat", "label": 1}\n{"text": "rates rose", "label": 2}\n')
+    run(*small(pairs, tmp_path / "run", "--steps", 1, "--model", base, "--probe", labelled))
+    (tmp_path / "run" / "summary.json").unlink()
+    labelled.write_text(labelled.read_text() + '{"text": "a dog", "label": 1}\n')
+    with pytest.raises(InputError, match="probe_sha256 was"):
+        run("--out", tmp_path / "run", "--resume")
+    labelled.write_text("".join(labelled.read_text().splitlines(True)[:2]))
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+    with pytest.raises(InputError, match="base was"):
+        run("--out", tmp_path / "run", "--resume")
+
+
+def test_resume_clears_what_a_kill_left_in_the_middle_of_writing(pairs, tmp_path):
+    """Before the first checkpoint was whole: it begins anew."""
+    run(*small(pairs, tmp_path / "run", "--steps", 1))
+    for path in (tmp_path / "run").iterdir():
+        if path.name not in ("arguments.json", "metrics.jsonl"):
+            path.unlink()
+    (tmp_path / "run" / train.NEW).write_bytes(b"half")
+    (tmp_path / "run" / ".adapter.tmp").mkdir()
+    run(*small(pairs, tmp_path / "run", "--steps", 1, "--resume"))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 1
+    assert not list((tmp_path / "run").glob(".*"))
 
 
 def test_resume_starts_afresh_where_there_is_nothing(pairs, tmp_path):
@@ -409,6 +480,9 @@ def test_resume_starts_afresh_where_there_is_nothing(pairs, tmp_path):
         (b"", "holds 0 pairs"),
         (b'{"anchor": "a", "positive": "b"}\n', "holds 1 pairs"),
         (b'{"anchor": "a"}\n', "line 1: needs the texts 'anchor' and 'positive'"),
+        (b'{"anchor": "a", "positive": "b", "negatives": 0}\n', "line 1: 'negative' must be a text"),
+        (b'{"anchor": "a", "positive": "b", "x": ' + b"9" * 5000 + b"}\n", "line 1: cannot be read"),
+        (b"[" * 200_000, "line 1: cannot be read"),
         (b'{"anchor": "a", "positive": "b"}\nnot json\n', "line 2: not JSON"),
         (b'["a", "b"]\n', "line 1: needs"),
         (b'{"anchor": "\xff", "positive": "b"}\n', "not UTF-8"),
@@ -437,6 +511,9 @@ def test_bad_arguments(pairs, tmp_path):
         (("--lora-alpha", 0), "--lora-alpha must be above 0"),
         (("--seed", -1), "--seed must be 0 or more"),
         (("--patience", 0), "--patience must be 1 or more"),
+        (("--patience", 2), "--patience needs a probe, and 24 pairs are too few"),
+        (("--steps", 10**12), "more than 10 million"),
+        (("--learn-temperature", "--temperature", 0.005), "starts from 0.01 or above"),
         (("--hold-out", -1), "--hold-out must be 0 or more"),
         (("--probe", tmp_path / "none.jsonl"), "no file .*none.jsonl: --probe takes"),
         (("--chunk-size", 0), "--chunk-size must be 1 or more"),
@@ -511,6 +588,10 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(pairs, tmp_path, capsy
     run("--out", tmp_path / "run", "--resume")
     told = capsys.readouterr().err
     assert "checkpoint.safetensors is damaged: going on from the one before, step 4" in told
+    for name in ("checkpoint.safetensors", "checkpoint.previous.safetensors"):  # the damaged one took nobody's place
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        (tmp_path / name / ("checkpoint.safetensors" if "previous" in name else "checkpoint.previous.safetensors")).unlink()
+        assert train.read_checkpoint(tmp_path / name)[0]["step"] in (4, 6)
     again = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert all(torch.equal(whole[k], again[k]) for k in whole)
     (tmp_path / "run" / "summary.json").unlink()
@@ -580,6 +661,10 @@ def test_the_probe_looks_at_what_is_not_trained_on(tmp_path):
     assert len(rows) == len(set(rows.tolist())) == 20
     assert not len(train.hold_out(400, 0)) and not len(train.hold_out(100, 256)) and len(train.hold_out(10**6, 256)) == 256
     held = pairs[rows.tolist()]
+    assert pairs.copies(rows).tolist() == rows.tolist()
+    twice = tmp_path / "twice.jsonl"
+    twice.write_text((tmp_path / "many.jsonl").read_text() * 2)
+    assert train.Pairs([twice]).copies(rows).tolist() == [*rows, *(rows + 400)]  # neither is trained on
     assert held[0].anchor == f"Number {rows[0]} of the list"
     encoder = Encoder.load("tiny", prompt="cluster")
     accuracy = train.Probe(held, None)(encoder)
@@ -610,12 +695,20 @@ def test_files_are_read_once_and_mapped(tmp_path, monkeypatch):
         train.Pair("x", "y", ("z",)),
     ]
     assert train.Pairs([path]).sha256 == hashlib.sha256(path.read_bytes()).hexdigest() != pairs.sha256
-    read, calls = train.pair_rows, []
-    monkeypatch.setattr(train, "pair_rows", lambda path: calls.append(path) or read(path))
+    read, seen = train.pair_rows, []
+    monkeypatch.setattr(train, "pair_rows", lambda path: (seen.append(row) or row for row in read(path)))
     train.Pairs([path, other])
-    assert not calls
+    assert len(seen) == 4  # two of each, to see that there are some
     many(path, 40)
-    assert train.Pairs([path]).sizes == [40] and calls == [str(path)]
+    assert train.Pairs([path]).sizes == [40] and len(seen) > 40
+    (arrow,) = Path(os.environ["HF_DATASETS_CACHE"]).glob(f"generator/*{train.Pairs([path]).sha256}*/**/*.arrow")
+    content = arrow.read_bytes()
+    arrow.write_bytes(content[:100])
+    with pytest.raises(InputError, match=r"the cache of .*many\.jsonl is damaged .*: delete .*generator"):
+        train.Pairs([path])
+    arrow.write_bytes(content)
+    with pytest.raises(InputError, match="the same pairs as another file"):
+        train.Pairs([path, other, path])
 
 
 def test_runs_on_several_files(pairs, tmp_path):
@@ -623,7 +716,7 @@ def test_runs_on_several_files(pairs, tmp_path):
     for more, message in (
         (("--weights", 1, 0), "a number above 0 for each of the 2 files"),
         (("--weights", 1), "each of the 2 files"),
-        (("--same-source-batches", "--batch-size", 26), "more than the smallest file"),
+        (("--same-source-batches", "--batch-size", 26), "more than the 24 pairs of the smallest file"),
     ):
         with pytest.raises(InputError, match=message):
             run(*small(pairs, tmp_path / "run", "--pairs", pairs, other, *more))
@@ -843,7 +936,7 @@ def test_a_run_killed_again_and_again_ends_as_if_nothing_had_happened(pairs, tmp
         str(f) for f in small(pairs, tmp_path / "run", "--steps", 12, "--checkpoint-every", 2, "--lora-dropout", 0.2, "--learn-temperature")
     ]
     rng, kills = random.Random(0), 0
-    moments = [rng.randint(1, 25) for _ in range(8)] + [10**9]
+    moments = [*rng.sample(range(1, 26), 9), 10**9]
     for moment in moments:
         command = [sys.executable, "-c", KILLED, str(moment), str(HERE / "train.py"), *flags, "--resume"]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
