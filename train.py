@@ -1050,18 +1050,9 @@ def main(args: argparse.Namespace) -> None:
     if not rank:
         args.out.mkdir(parents=True, exist_ok=True)
     rows, best = [], {}
-    state = {
-        "step": 0,
-        "best": None,
-        "kept": None,
-        "best_step": 0,
-        "stale": 0,
-        "skipped": 0,
-        "n_empty": 0,
-        "n_cut": 0,
-    }  # what a checkpoint says
-    state |= {"chunk": args.chunk_size or args.batch_size, "recompute": args.gradient_checkpointing}
-    state |= {"seconds": 0.0, "joules": 0.0, "id": secrets.token_hex(4)}
+    state = {"step": 0, "seconds": 0.0, "joules": 0.0, "skipped": 0, "n_empty": 0, "n_cut": 0}  # goes into every checkpoint
+    state |= {"best": None, "kept": None, "best_step": 0, "stale": 0}  # what the probe has seen
+    state |= {"chunk": args.chunk_size or args.batch_size, "recompute": args.gradient_checkpointing, "id": secrets.token_hex(4)}
     if resuming:
         found, best = load_checkpoint(args.out, encoder, trained, optimizer)
         state |= found
@@ -1150,7 +1141,7 @@ def main(args: argparse.Namespace) -> None:
                     save_checkpoint(args.out, encoder, trained, optimizer, state, best, generators)
             if halt or last:
                 break
-    watts_seconds = None if used is None else agree(state["joules"], "sum")
+    energy = agree(state["joules"] or 0.0, "sum")
     if rank:
         return
     draw_curve(rows, args.out / "loss.png")
@@ -1170,7 +1161,7 @@ def main(args: argparse.Namespace) -> None:
         "tokens": sum(r.get("tokens", 0) for r in rows),
         "seconds": round(state["seconds"], 1),
         "gpu_hours": round(state["seconds"] * world / 3600, 4) if encoder.device.type == "cuda" else 0,
-        "energy_wh": watts_seconds and round(watts_seconds / 3600, 2),
+        "energy_wh": None if used is None else round(energy / 3600, 2),
         "peak_memory_gib": peak_memory(encoder.device),
         "texts_empty": state["n_empty"],
         "texts_cut": state["n_cut"],
