@@ -126,7 +126,7 @@ class Pairs:
             with open(path, "rb") as f:
                 hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
             if len(set(hashes)) < len(hashes):
-                raise InputError(f"{path} holds the same pairs as another file of --pairs: give it once, or --weights")
+                raise InputError(f"{path} holds the same pairs as another file of --pairs: give it once")
             found = len(list(itertools.islice(pair_rows(str(path)), 2)))
             if found < 2:
                 raise InputError(f"{path} holds {found} pairs: contrast needs two at least")
