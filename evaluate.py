@@ -425,8 +425,9 @@ def rows_of(args: argparse.Namespace, task_type: str) -> Iterator[list[Scored]]:
         if run:  # the base under the run's own contract: the difference is what training brought
             base = encoder.untuned()
             yield [scored_row(SharedPasses(base), base, f"{base.contract.base}, untuned, same contract")]
-        told = f"{os.path.relpath(spec)}: adapter merged into the base, 1 - cosine {encoder.merge():.0e} at most"
-        print(told, file=sys.stderr)
+        drift = encoder.merge()
+        told = f"merged into the base, 1 - cosine {drift:.0e} at most" if encoder.merged else "beside its quantised base, not merged"
+        print(f"{os.path.relpath(spec)}: adapter {told}", file=sys.stderr)
         if args.compile:
             encoder.compile()
         yield [scored_row(SharedPasses(encoder), encoder, os.path.relpath(spec))]
@@ -553,7 +554,12 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", type=Path, metavar="PATH", help="your own labelled files or folders, see above")
     # how untuned bases are read; runs have a contract
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} (default: by type of task)")
-    add("--pooling", nargs="+", choices=POOLINGS[:-1], help="default: last for a prompt that ends behind the text, else mean")
+    add(
+        "--pooling",
+        nargs="+",
+        choices=[p for p in POOLINGS if p != "query"],
+        help="default: last for a prompt that ends behind the text, else mean",
+    )
     add("--scope", nargs="+", choices=SCOPES, help="tokens that are pooled (default: all for last, else text)")
     add("--layers", nargs="+", type=int, help="layers that are averaged: -1 after the final norm, k after block k (default -1)")
     add("--keep-bos", action="store_true", help="let BOS take part in pooling with --scope all")

@@ -487,8 +487,8 @@ def gather_states(device: torch.device) -> list[list[Tensor]]:
 class LoRALinear(torch.autograd.Function):
     """x W' + bias + scale (x A') B' in three matrix products forwards and five backwards, with nothing between them.
 
-    peft's layer takes the same products and passes over the whole output twice more in each direction, to scale and to add;
-    in a small model those passes take as long as the products. x (..., in), weight (out, in), a (rank, in), b (out, rank);
+    peft's layer takes the same products and passes over the whole output twice more in each direction, to scale and to add
+    (bench/README.md has what that costs). x (..., in), weight (out, in), a (rank, in), b (out, rank);
     computed in the dtype of `weight`, which gets no gradient.
     """
 
@@ -731,13 +731,15 @@ def read_labelled(path: Path) -> tuple[list[str], list[str]]:
 
 def joules(device: torch.device) -> float | None:
     """What the device has used since a moment of its own (NVML, through the package nvidia-ml-py), None where it does not tell."""
-    try:
-        import pynvml
+    if device.type != "cuda" or importlib.util.find_spec("pynvml") is None:
+        return None
+    import pynvml
 
+    try:
         pynvml.nvmlInit()
         handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
         return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
-    except Exception:  # no package, no NVIDIA GPU, or one that does not count: it must not end a run
+    except pynvml.NVMLError:  # older devices do not count
         return None
 
 

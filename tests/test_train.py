@@ -827,6 +827,31 @@ def test_every_step_is_tracked(pairs, tmp_path, monkeypatch):
     assert begun[0]["config"]["batch_size"] == 4
 
 
+def test_energy_is_counted_where_the_device_tells_it(pairs, tmp_path, monkeypatch):
+    """With a stand-in for NVML, which counts in millijoules; one watt-hour is 3,600 joules."""
+    assert train.joules(torch.device("cpu")) is None
+
+    class NVMLError(Exception):
+        pass
+
+    def consumption(handle):
+        if handle != "GPU-0a1b":
+            raise NVMLError
+        return 7_200_000
+
+    nvml = types.SimpleNamespace(nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=str, NVMLError=NVMLError, __spec__=1)
+    nvml.nvmlDeviceGetTotalEnergyConsumption = consumption
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="0a1b"))
+    assert train.joules(torch.device("cuda:0")) == 7200
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="other"))
+    assert train.joules(torch.device("cuda:0")) is None
+    told = iter([100.0, 1000.0, 3700.0])
+    monkeypatch.setattr(train, "joules", lambda device: next(told))
+    run(*small(pairs, tmp_path / "run", "--steps", 2))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["energy_wh"] == 1
+
+
 @pytest.mark.parametrize("quantize", ["nf4", "int8"])
 def test_a_quantised_base_is_trained_and_read_as_such(pairs, tmp_path, quantize):
     pytest.importorskip("bitsandbytes")
