@@ -109,10 +109,8 @@ def table(args: argparse.Namespace) -> str:
     def spread(values: list[float]) -> str:
         return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
-    lines, base = (
-        ["| option | mean V-measure | against base, by seed | seconds of training | seeds |", "|---|---|---|---|---|"],
-        read("base"),
-    )
+    lines = ["| option | mean V-measure | against base, by seed | seconds of training | seeds |", "|---|---|---|---|---|"]
+    base = read("base")
     for option in OPTIONS:
         for kept in ("", *([f"-dims{DIMS[option]}"] if option in DIMS else [])):
             found = read(option, kept)
@@ -139,19 +137,8 @@ def main(args: argparse.Namespace) -> None:
         call("make_pairs.py", "docstrings", "--out", pairs, log=args.out / "pairs.log")
     if any("MINED" in OPTIONS[o] for o in options) and not mined.exists():
         one(args, files, "base", args.seeds[0])
-        call(
-            "make_pairs.py",
-            "mine",
-            "--pairs",
-            pairs,
-            "--model",
-            args.out / f"base-{args.seeds[0]}",
-            "--negatives",
-            1,
-            "--out",
-            mined,
-            log=args.out / "pairs.log",
-        )
+        source = ["--pairs", pairs, "--model", args.out / f"base-{args.seeds[0]}", "--negatives", 1]
+        call("make_pairs.py", "mine", *source, "--out", mined, log=args.out / "pairs.log")
     with ThreadPoolExecutor(args.jobs) as pool:
         for done in [pool.submit(one, args, files, option, seed) for seed in args.seeds for option in options]:
             done.result()
