@@ -1,7 +1,7 @@
 """Prompts: what stands before and after a text, so that the last token holds the answer.
 
 A prompt is a prefix and a suffix around the text, for each of the two roles a text can play (a search query, or a
-document, which is everything else). This module knows strings only: how they become token ids is `encoder.py`'s business.
+document, which is everything else). This module knows strings only: `encoder/` turns them into token ids.
 
     from prompts import get_prompt
     get_prompt("cluster")                       # a preset
@@ -10,11 +10,9 @@ document, which is everything else). This module knows strings only: how they be
 
 from dataclasses import dataclass
 
+from files.console import InputError
+
 ROLES = ("query", "document")
-
-
-class InputError(ValueError):
-    """Something the user gave that the user can mend. Scripts print it in one line and exit with status 2."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ PROMPTS = {
             'additional but less central details. With this in mind, this sentence: "{text}" means in one word:',
             "Knowledge Enhancement, Zhang et al. 2024, arXiv 2404.03921",
         ),
-        Prompt("summarise", 'This sentence: "{text}" can be summarized as', "PromptSUM, Zhang et al. 2024, arXiv 2404.03921"),
+        Prompt("summarize", 'This sentence: "{text}" can be summarized as', "PromptSUM, Zhang et al. 2024, arXiv 2404.03921"),
         Prompt("cluster", 'This sentence: "{text}" belongs to the following cluster:', ROTH),
         Prompt("classify", 'This sentence: "{text}" can be classified as:', ROTH),
         Prompt(
@@ -73,7 +71,7 @@ PROMPTS = {
             "emotion",
             'Classify the emotion expressed in the given Twitter message "{text}" into one of the six emotions: '
             "anger, fear, joy, love, sadness, and surprise:",
-            ROTH + "; 'message' and the last colon are this project's",
+            ROTH + "; the word 'message' and the last colon are this project's",
         ),
     )
 }
@@ -86,7 +84,7 @@ TASK_PROMPTS = {
     "PairClassification": "prompt-eol",
     "STS": "prompt-eol",
     "BitextMining": "prompt-eol",
-    "Summarization": "summarise",
+    "Summarization": "summarize",
     "Retrieval": "retrieve",
     "Reranking": "retrieve",
     "InstructionRetrieval": "retrieve",
@@ -95,7 +93,7 @@ TASK_PROMPTS = {
 
 
 def get_prompt(prompt: str | Prompt) -> Prompt:
-    """A preset by its exact name, or a template of the user's own. Raises InputError and lists the choices."""
+    """A preset by its exact name, or a template with `{text}` in it. Raises InputError and lists the choices."""
     if isinstance(prompt, Prompt):
         return prompt
     if not isinstance(prompt, str):

@@ -1,0 +1,80 @@
+"""What a script says and how it ends: errors of the user, the guard around `main`, lines, progress.
+
+Under torchrun every process runs the whole script. Ordinary lines and progress come from the first process alone; errors and
+tracebacks come from whichever process they happen in.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+PROGRESS_SECONDS = 30.0  # between two lines of progress where standard error is no terminal
+
+
+class InputError(ValueError):
+    """Something the user gave that the user can correct. Scripts print it in one line and exit with status 2."""
+
+
+def process_rank() -> int:
+    """Number of this process among those that torchrun started; 0 without torchrun."""
+    return int(os.environ.get("RANK", 0))
+
+
+def say(text: str, *, error: bool = False) -> None:
+    """Print a line, from the first process only; `error`: to standard error."""
+    if process_rank() == 0:
+        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+
+
+def warn(text: str) -> None:
+    """Print a line that begins with "warning:" to standard error, from the first process only."""
+    say(f"warning: {text}", error=True)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run a script's `main`: an InputError or OSError is one line and exit status 2, Ctrl-C is exit status 130."""
+    try:
+        main()
+    except (InputError, OSError) as error:
+        process = f", process {process_rank()}" if process_rank() else ""
+        print(f"{Path(sys.argv[0]).name}{process}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class Progress:
+    """Progress of a long job on standard error: a bar in a terminal, elsewhere a line every `PROGRESS_SECONDS`.
+
+    total      of the job, in `unit`s
+    initial    how much of it was done before
+    disable    show nothing; also so in every process but the first
+    """
+
+    def __init__(self, total: int, what: str, unit: str, *, initial: int = 0, disable: bool = False):
+        self.total, self.what, self.unit, self.done, self.bar = total, what, unit, initial, None
+        self.disable = disable or process_rank() > 0
+        self.spoke = time.monotonic()
+        if not self.disable and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, initial=initial, desc=what, unit=unit, leave=False, file=sys.stderr)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+    def update(self, n: int = 1, note: str = "") -> None:
+        """`n` more units are done; `note` stands behind the count."""
+        self.done += n
+        if self.bar is not None:
+            self.bar.set_postfix_str(note, refresh=False)
+            self.bar.update(n)
+        elif not self.disable and time.monotonic() - self.spoke >= PROGRESS_SECONDS:
+            self.spoke = time.monotonic()
+            say(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s" + (f", {note}" if note else ""), error=True)
