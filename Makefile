@@ -6,7 +6,7 @@ OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 TEXT := The bank raised its interest rate again this month.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check clean-demo
+.PHONY: help setup demo test test-slow check check-pins clean-demo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -22,19 +22,23 @@ $(VENV)/ready: requirements.txt constraints.txt
 demo: setup clean-demo ## pairs, training, the table before and after, a picture of attention: offline, under 10 minutes
 	$(OFFLINE) $(PY) make_pairs.py docstrings --out demo/pairs.jsonl
 	$(OFFLINE) $(PY) train.py --pairs demo/pairs.jsonl --out runs/demo --steps 80 --pooling position-mean --scope all
-	$(OFFLINE) $(PY) evaluate.py --embedded --baselines tfidf --model tiny runs/demo --prompt none cluster \
+	$(OFFLINE) $(PY) evaluate.py --bundled --baselines tfidf --model tiny runs/demo --prompt none cluster \
 	  --pooling mean last position-mean --scope all text --out demo/results.json
 	$(OFFLINE) $(PY) attention.py --model runs/demo --text "$(TEXT)" --out demo/attention
 
 clean-demo:
 	rm -rf demo runs/demo
 
-test: setup ## the test suite, under 5 minutes, offline
+test: setup ## the test suite, under 3 minutes, offline
 	$(OFFLINE) $(PY) -m pytest -q
 
-test-slow: setup ## tests that kill processes, and whole runs of the scripts
+test-slow: setup ## tests that kill processes or run several
 	$(OFFLINE) $(PY) -m pytest -q -m slow
 
 check: setup ## ruff: style and likely mistakes
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+
+# --isolated leaves out local wheels and indexes: a pin must resolve for anybody
+check-pins: setup ## the pinned versions resolve from the public package index alone
+	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt

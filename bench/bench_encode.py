@@ -2,7 +2,7 @@
 
     python bench/bench_encode.py                             # on a CPU: the bundled model and the SmolLM2-135M shape
     python bench/bench_encode.py --models qwen3-0.6b mistral-7b --dtype bfloat16     # shapes for a GPU, random weights
-    python bench/bench_encode.py --ablate                    # ours with each trick off as well
+    python bench/bench_encode.py --ablate                    # ours with each execution option off as well
     python bench/bench_encode.py --stream 1000000            # memory while a million short lines go through one layer
 
 Sides: ours; sentence-transformers on the same weights, at its best (the same dtype, the fastest of several batch sizes, its
@@ -10,7 +10,7 @@ unpadding where it has it), at its defaults (32 texts a batch, the dtype of the 
 `AutoModelForCausalLM` as published evaluation loops have it (32 texts a batch in the order given, padding, every hidden state
 kept, logits computed).
 
-Texts are drawn from the embedded tasks and cut to length: `short` 10 to 20 tokens, `long` 150 to 300, `mixed` half of each.
+Texts are drawn from the bundled tasks and cut to length: `short` 10 to 20 tokens, `long` 150 to 300, `mixed` half of each.
 Prompts stand before the text: none, 8 tokens, 30 tokens. Every side's vectors must agree with ours in float32, one text at a
 time (cosine above 0.99999 in float32, above 0.999 in bfloat16), before anything is timed. Sides alternate A B B A; a ratio is
 the median of the rounds' ratios. tokens/s counts every token of every sequence, however often it was really computed.
@@ -35,7 +35,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaC
 HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
-from encoder import Encoder, pick_device, pick_dtype  # noqa: E402, the folder above
+from encoder import Encoder  # noqa: E402, the folder above
+from encoder.runtime import pick_device, pick_dtype  # noqa: E402
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMOLLM = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -92,12 +93,12 @@ def make_texts(tokenizer, workload: str, n: int) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------- sides
 
 
-def ours(folder: str, prompt: str, pooling: str, dtype, device, **tricks):
+def ours(folder: str, prompt: str, pooling: str, dtype, device, **options):
     settings = {"pooling": pooling, "scope": "all", "keep_bos": pooling == "mean" or None}
     encoder = Encoder.load(folder, prompt=prompt + "{text}", dtype=dtype, device=str(device), **settings)
-    if tricks.pop("compile", False):
+    if options.pop("compile", False):
         encoder.compile()
-    for name, value in tricks.items():
+    for name, value in options.items():
         setattr(encoder, name, value)
     return encoder.encode
 
@@ -155,10 +156,10 @@ def peak_memory(encode, texts: list[str], device: torch.device) -> float | None:
     if device.type != "cuda":
         return None
     torch.cuda.synchronize()
-    held = torch.cuda.memory_allocated()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     encode(texts)
-    return (torch.cuda.max_memory_allocated() - held) / 2**20
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
 def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
@@ -199,7 +200,7 @@ def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, 
     texts = make_texts(tokenizer, workload, args.texts or (1024 if name == "tiny" else 512) // (8 if workload != "short" else 1))
     tokens = sum(len(ids) for ids in tokenizer([prompt + t for t in texts])["input_ids"])
     settings = (folder, prompt, pooling)
-    plain = ours(*settings, "float32", device, share_head=False, trim=False)
+    plain = ours(*settings, "float32", device, share_prefix=False, trim_last_layer=False)
     checked = texts[:: max(1, len(texts) // 24)]
     expected = np.concatenate([plain([t]) for t in checked])
     del plain
@@ -208,9 +209,9 @@ def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, 
     if args.compile:
         sides["ours, compiled"] = ours(*settings, dtype, device, compile=True)
     if args.ablate:
-        sides["ours, prompt not shared"] = ours(*settings, dtype, device, share_head=False)
+        sides["ours, prompt not shared"] = ours(*settings, dtype, device, share_prefix=False)
         if pooling == "last":
-            sides["ours, whole last layer"] = ours(*settings, dtype, device, trim=False)
+            sides["ours, whole last layer"] = ours(*settings, dtype, device, trim_last_layer=False)
     try:
         found = {size: sentence_transformer(*settings, dtype, device, size) for size in args.batch_sizes}
         for encode in found.values():

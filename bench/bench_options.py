@@ -1,18 +1,18 @@
-"""What each option of training brings: every option over several seeds, on 7,680 pairs or 8,192, scored on labelled texts.
+"""What each option of training brings: every option with several seeds, on 7,680 pairs or 8,192, scored on labelled texts.
 
-    python bench/bench_options.py --data labelled/*.jsonl.gz --out /tmp/options --jobs 2
-    python bench/bench_options.py --data labelled/*.jsonl.gz --out /tmp/options --only base "batch 32" --seeds 0 1
+    python bench/bench_options.py --data labelled/*.jsonl.gz --out options --jobs 2
+    python bench/bench_options.py --data labelled/*.jsonl.gz --out options --only base "batch 32" --seeds 0 1
 
---data   JSONL files with the column text and one or more of label and domain; each column of labels is a set of its own,
-         2,048 rows of a fixed shuffle (V-measure x 100, as evaluate.py --data)
---mix    files of pairs for the options that draw from several sources; those options are left out without it
+--data   JSONL files with the field text and one or both of label and domain; each field of labels makes a set of its own, of the
+         first 2,048 rows of a fixed shuffle (scored by V-measure x 100, as in evaluate.py --data)
+--mix    files of pairs for the options that mix several sources; without it those options are left out
 
-All runs train the bundled model on the docstring pairs, with the learning rate scaled by the square root of the batch size. What
-is there already in --out is not done again: an interrupted call is given again. The table is printed from what is there.
+All runs train the bundled model on the docstring pairs, with the learning rate scaled by the square root of the batch size.
+Runs and scores that exist in --out are not made again, so that an interrupted call can be repeated. The table is printed after
+every run, from what there is.
 """
 
 import argparse
-import gzip
 import json
 import os
 import random
@@ -22,9 +22,13 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from files.reading import read_jsonl
+
+ROOT = Path(__file__).resolve().parent.parent
 ROWS, PAIRS, BATCH, LR = 2048, 7680, 96, 2e-3
-# option -> what is added to the base's flags; the base is batch 96, temperature 0.05, prompt cluster, position-mean, all steps
+# option -> flags in addition to those of the base: batch 96, temperature 0.05, prompt cluster, position-mean, the last step kept
 OPTIONS = {
     "base": [],
     "batch 32": ["--batch-size", "32"],
@@ -38,26 +42,25 @@ OPTIONS = {
     "pooling mean": ["--pooling", "mean"],
     "one hard negative": ["--pairs", "MINED"],
     "matryoshka 64 128": ["--matryoshka", "64", "128"],
-    "best of probes": ["--hold-out", "256", "--probe-every", "10"],
-    "patience 2": ["--hold-out", "256", "--probe-every", "10", "--patience", "2"],
+    "best of validations": ["--hold-out", "256", "--validate-every", "10"],
+    "patience 2": ["--hold-out", "256", "--validate-every", "10", "--patience", "2"],
     "pooling query": ["--pooling", "query"],
     "mixed sources": ["--pairs", "MIX"],
     "mixed sources, one a batch": ["--pairs", "MIX", "--same-source-batches"],
 }
-DIMS = {"base": 64, "matryoshka 64 128": 64}  # read shortened as well
+DIMS = {"base": 64, "matryoshka 64 128": 64}  # these are also scored on the first numbers of their vectors
 
 
 def call(script: str, *flags, log: Path) -> None:
     with open(log, "a") as f:
-        subprocess.run([sys.executable, HERE / script, *map(str, flags)], check=True, stdout=f, stderr=f)
+        subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True, stdout=f, stderr=f)
 
 
-def prepare(args: argparse.Namespace) -> list[Path]:
-    """The labelled sets as evaluate.py reads them: text and label, a file each."""
+def labelled_sets(args: argparse.Namespace) -> list[Path]:
+    """Write the labelled sets as evaluate.py reads them: text and label, one file each."""
     files = []
     for path in sorted(args.data):
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
+        rows = [row for _, row in read_jsonl(path)]
         random.Random(0).shuffle(rows)
         for column in (c for c in ("label", "domain") if c in rows[0]):
             files.append(args.out / "sets" / f"{path.name.split('.')[0]}-{column}.jsonl")
@@ -66,11 +69,10 @@ def prepare(args: argparse.Namespace) -> list[Path]:
     return files
 
 
-def prepare_mix(args: argparse.Namespace) -> None:
-    """The files of --mix, 6,000 pairs of each drawn at random, texts cut to 64 words: long ones would take most of the time."""
+def write_mixed_sources(args: argparse.Namespace) -> None:
+    """Write 6,000 random pairs of each file of --mix, with texts cut to 64 words: long ones would take most of the time."""
     for path in args.mix:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8") as f:
-            rows = [json.loads(line) for line in f]
+        rows = [row for _, row in read_jsonl(path)]
         rows = random.Random(0).sample(rows, min(6000, len(rows)))
         cut = [{k: " ".join(row[k].split()[:64]) for k in ("anchor", "positive")} for row in rows]
         out = args.out / "mix" / f"{path.name.split('.')[0]}.jsonl"
@@ -78,8 +80,8 @@ def prepare_mix(args: argparse.Namespace) -> None:
         out.write_text("".join(json.dumps(row) + "\n" for row in cut))
 
 
-def one(args: argparse.Namespace, files: list[Path], option: str, seed: int) -> None:
-    """Train and score, unless it was done before."""
+def train_and_score(args: argparse.Namespace, files: list[Path], option: str, seed: int) -> None:
+    """Train with one option and score the run on all labelled sets, unless that was done before."""
     name = f"{option.replace(' ', '-')}-{seed}"
     run, log = args.out / name, args.out / f"{name}.log"
     files_of = {"MINED": [args.out / "mined.jsonl"], "MIX": sorted((args.out / "mix").glob("*.jsonl"))}
@@ -96,31 +98,34 @@ def one(args: argparse.Namespace, files: list[Path], option: str, seed: int) -> 
             call("evaluate.py", "--model", run, "--data", *files, "--dtype", "auto", *more, "--out", scores, log=log)
 
 
+def read_scores(args: argparse.Namespace, option: str, suffix: str = "") -> dict[int, float]:
+    """Seed -> mean V-measure x 100 over the labelled sets, of the runs that were scored."""
+    scores = {}
+    for seed in args.seeds:
+        path = args.out / f"{option.replace(' ', '-')}-{seed}{suffix}.json"
+        if path.exists():
+            scores[seed] = 100 * statistics.mean(cell["score"] for cell in json.loads(path.read_text())["results"])
+    return scores
+
+
+def with_deviation(values: list[float]) -> str:
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+
+
 def table(args: argparse.Namespace) -> str:
-    def read(name: str, kept: str = "") -> dict[int, float]:
-        found = {}
-        for seed in args.seeds:
-            path = args.out / f"{name.replace(' ', '-')}-{seed}{kept}.json"
-            if path.exists():
-                cells = json.loads(path.read_text())["results"]
-                found[seed] = 100 * statistics.mean(c["score"] for c in cells)
-        return found
-
-    def spread(values: list[float]) -> str:
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
-
     lines = ["| option | mean V-measure | against base, by seed | seconds of training | seeds |", "|---|---|---|---|---|"]
-    base = read("base")
+    base = read_scores(args, "base")
     for option in OPTIONS:
-        for kept in ("", *([f"-dims{DIMS[option]}"] if option in DIMS else [])):
-            found = read(option, kept)
-            if not found:
+        for dims in (None, *([DIMS[option]] if option in DIMS else [])):
+            scores = read_scores(args, option, f"-dims{dims}" if dims else "")
+            if not scores:
                 continue
-            shared = [found[s] - base[s] for s in found if s in base]
-            change = spread(shared) if shared and (option, kept) != ("base", "") else ""
-            seconds = [json.loads((args.out / f"{option.replace(' ', '-')}-{s}" / "summary.json").read_text())["seconds"] for s in found]
-            told = f", read at {kept[5:]} numbers" if kept else ""
-            lines.append(f"| {option}{told} | {spread(list(found.values()))} | {change} | {statistics.mean(seconds):.0f} | {len(found)} |")
+            differences = [scores[seed] - base[seed] for seed in scores if seed in base]
+            change = with_deviation(differences) if differences and (option, dims) != ("base", None) else ""
+            summaries = [args.out / f"{option.replace(' ', '-')}-{seed}" / "summary.json" for seed in scores]
+            seconds = statistics.mean(json.loads(path.read_text())["seconds"] for path in summaries)
+            name = f"{option}, first {dims} numbers" if dims else option
+            lines.append(f"| {name} | {with_deviation(list(scores.values()))} | {change} | {seconds:.0f} | {len(scores)} |")
     return "\n".join(lines)
 
 
@@ -130,17 +135,17 @@ def main(args: argparse.Namespace) -> None:
     options = args.only or [option for option, flags in OPTIONS.items() if args.mix or "MIX" not in flags]
     if not args.mix and any("MIX" in OPTIONS[option] for option in options):
         sys.exit("bench_options.py: the options with mixed sources need --mix")
-    files = prepare(args)
-    prepare_mix(args)
+    files = labelled_sets(args)
+    write_mixed_sources(args)
     pairs, mined = args.out / "pairs.jsonl", args.out / "mined.jsonl"
     if not pairs.exists():
         call("make_pairs.py", "docstrings", "--out", pairs, log=args.out / "pairs.log")
     if any("MINED" in OPTIONS[o] for o in options) and not mined.exists():
-        one(args, files, "base", args.seeds[0])
+        train_and_score(args, files, "base", args.seeds[0])
         source = ["--pairs", pairs, "--model", args.out / f"base-{args.seeds[0]}", "--negatives", 1]
         call("make_pairs.py", "mine", *source, "--out", mined, log=args.out / "pairs.log")
     with ThreadPoolExecutor(args.jobs) as pool:
-        for done in [pool.submit(one, args, files, option, seed) for seed in args.seeds for option in options]:
+        for done in [pool.submit(train_and_score, args, files, option, seed) for seed in args.seeds for option in options]:
             done.result()
             print(table(args), flush=True)
 
@@ -148,9 +153,9 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", nargs="+", type=Path, required=True, help="labelled JSONL files, may be gzipped")
-    parser.add_argument("--mix", nargs="+", type=Path, default=[], help="files of pairs from different sources")
+    parser.add_argument("--mix", nargs="+", type=Path, default=[], help="files of pairs from different sources (default: none)")
     parser.add_argument("--out", type=Path, required=True, help="a folder for runs and scores")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds of every option (default 0 1 2)")
     parser.add_argument("--only", nargs="+", choices=OPTIONS, help="default: all options")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side (default 1)")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time (default 1)")
     main(parser.parse_args())

@@ -1,17 +1,17 @@
-"""Training: ours beside sentence-transformers' trainer and the plain loop of the paper's code, on the same pairs, LoRA and batch.
+"""Training speed and memory: ours, sentence-transformers' trainer and a plain loop, on the same pairs, LoRA and batch.
 
     python bench/bench_train.py                                           # on a CPU: the bundled model
-    python bench/bench_train.py --models llama-3.2-1b mistral-7b --recompute       # shapes for a GPU, random weights
-    python bench/bench_train.py --cap 24 --models mistral-7b --recompute --sides ours    # in 24 GiB of a larger GPU
+    python bench/bench_train.py --models llama-3.2-1b mistral-7b --gradient-checkpointing          # for a GPU, random weights
+    python bench/bench_train.py --cap 24 --models mistral-7b --gradient-checkpointing --sides ours    # in 24 GiB of a larger GPU
 
-Sides: ours, with what `train.py` does by default; sentence-transformers 6 with its plain and its cached loss, both symmetric,
-and with PyTorch's fused and its plain attention, the fastest of which is its best; a plain loop as published code has it
-(`AutoModelForCausalLM`, padding, logits computed, every hidden state kept). Every side is a process of its own that holds its
-model throughout, one at a time works. Their losses on the first batch have to agree before anything is timed. The sides
-alternate A B C C B A; a ratio is the median of the rounds' ratios. A step's time runs from the end of the step before to its
-own end: tokenising belongs to it. Memory is the most that was allocated on a GPU, or resident on a CPU, once it runs.
+Sides: ours with the defaults of `train.py`; sentence-transformers 6 with its plain and its cached loss, both symmetric, and with
+PyTorch's fused and its plain attention, the fastest of which is its best; a plain loop as in published code
+(`AutoModelForCausalLM`, padding, logits computed, every hidden state kept). Every side is a process that keeps its model
+throughout; only one works at a time. Their losses on the first batch have to agree before anything is timed. The sides alternate
+A B C C B A, and a ratio is the median of the rounds' ratios. A step's time runs from the end of the step before to its own end,
+so that it includes tokenizing. Memory is the peak of what was allocated on a GPU, or resident on a CPU, after loading.
 
-Pairs are drawn from the embedded tasks' sentences, each text 20 to 100 tokens, behind and before the clustering prompt.
+Pairs are drawn from the sentences of the bundled tasks, each text 20 to 100 tokens long, inside the clustering prompt.
 """
 
 import argparse
@@ -37,8 +37,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from encoder import pick_device, pick_dtype
+from encoder.runtime import pick_device, pick_dtype
 from prompts import get_prompt
+from training.checkpoint import TrainingState
+from training.contrastive import LossSettings, attention_kernel, batch_gradients, batch_loss
+from training.pair_data import PairDataset, PairSampler, prefetch
 
 PROMPT = get_prompt("cluster").roles()["document"]
 TEMPERATURE, RANK, LR = 0.05, 64, 1e-4
@@ -51,8 +54,8 @@ def lora_config(model: nn.Module):
     return LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets, lora_dropout=0.0, bias="none")
 
 
-def rendered(pairs: str) -> list[dict]:
-    """The pairs with the prompt around each text, for those who know no prompt with an end."""
+def pairs_in_prompts(pairs: str) -> list[dict]:
+    """The pairs with the prompt around each text, for sides that cannot put anything after a text."""
     rows = map(json.loads, Path(pairs).read_text().splitlines())
     return [{k: PROMPT["prefix"] + v + PROMPT["suffix"] for k, v in row.items()} for row in rows]
 
@@ -60,30 +63,36 @@ def rendered(pairs: str) -> list[dict]:
 class Ours:
     def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None):
         flags = ["--model", folder, "--pairs", pairs, "--batch-size", args.batch_size, "--lora-rank", RANK, "--lr", LR, "--dtype", dtype]
-        flags += ["--temperature", TEMPERATURE, "--device", device, *(["--gradient-checkpointing", 1] if args.recompute else [])]
+        flags += [
+            "--temperature",
+            TEMPERATURE,
+            "--device",
+            device,
+            *(["--gradient-checkpointing", 1] if args.gradient_checkpointing else []),
+        ]
         self.args = train.parse([str(f) for f in flags])
-        self.args.gradient_checkpointing, self.args.lora_alpha = int(args.recompute), RANK
-        self.pairs = train.Pairs([Path(pairs)])
+        self.args.gradient_checkpointing, self.args.lora_alpha = int(args.gradient_checkpointing), RANK
+        self.pairs = PairDataset([Path(pairs)])
         self.encoder = train.make_encoder(self.args, self.pairs)
         if not fused:
             for module in self.encoder.decoder.modules():
                 vars(module).pop("forward", None)
         if tokens:
             batches = self.encoder.batches
-            self.encoder.batches = lambda texts, rows, _: batches(texts, rows, tokens)
+            self.encoder.batches = lambda tokenized, rows, _: batches(tokenized, rows, tokens)
         self.trained = self.encoder.trainable()
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LR)
-        self.state = {"chunk": args.batch_size, "recompute": self.args.gradient_checkpointing}
+        self.state = TrainingState(args.batch_size, self.args.gradient_checkpointing)
         self.encoder.decoder.train()
 
     def steps(self, n: int, rows: int) -> tuple[float, float]:
-        order = train.Order([rows], np.array([], int), self.args.batch_size, n, 0, None, False)
+        sampler = PairSampler([rows], np.array([], int), self.args.batch_size, n, seed=0)
         losses, ends = [], []
-        for data in train.coming(self.encoder, self.pairs, order, range(n)):
+        for batch in prefetch(self.encoder, self.pairs, sampler, range(n)):
             self.optimizer.zero_grad(set_to_none=True)
-            loss_of = train.batch_loss(data, self.encoder.device, None, self.args)
-            with train.attention_kernel(self.encoder):
-                loss, _, _ = train.step_gradients(self.encoder, data, self.state, loss_of, self.optimizer)
+            loss_of = batch_loss(batch, self.encoder.device, LossSettings(TEMPERATURE))
+            with attention_kernel(self.encoder):
+                loss = batch_gradients(self.encoder, batch, self.state, loss_of, self.optimizer).loss
             nn.utils.clip_grad_norm_(self.trained.values(), 1.0)
             self.optimizer.step()
             losses.append(loss.item())
@@ -102,14 +111,14 @@ class SentenceTransformers:
         pool = Pooling(body.get_embedding_dimension(), pooling_mode="lasttoken")
         self.model, self.args, self.device, self.dtype = SentenceTransformer(modules=[body, pool], device=device), args, device, dtype
         self.model.add_adapter(lora_config(body.model))
-        if args.recompute:
+        if args.gradient_checkpointing:
             body.model.gradient_checkpointing_enable({"use_reentrant": False})
         settings = {"scale": 1 / TEMPERATURE, "directions": ("query_to_doc", "doc_to_query"), "partition_mode": "per_direction"}
         if cached:
             self.loss = losses.CachedMultipleNegativesRankingLoss(self.model, mini_batch_size=cached, **settings)
         else:
             self.loss = losses.MultipleNegativesRankingLoss(self.model, **settings)
-        self.data = Dataset.from_list(rendered(pairs))
+        self.data = Dataset.from_list(pairs_in_prompts(pairs))
         self.scratch = tempfile.TemporaryDirectory()
 
     def steps(self, n: int, rows: int) -> tuple[float, float]:
@@ -145,12 +154,12 @@ class PlainLoop:
 
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.model, self.args, self.device, self.dtype = get_peft_model(model, lora_config(model)).to(device), args, device, dtype
-        if args.recompute:
+        if args.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
         self.optimizer = torch.optim.AdamW([p for p in self.model.parameters() if p.requires_grad], lr=LR)
-        self.rows = rendered(pairs)
+        self.rows = pairs_in_prompts(pairs)
         self.model.train()
 
     def vectors(self, texts):
@@ -188,16 +197,16 @@ SIDES = {
 
 
 def work(name: str, pipe, folder: str, pairs: str, args: argparse.Namespace, device: str, dtype: str) -> None:
-    """A side in a process of its own: does what comes through the pipe, and sends back seconds, loss and memory."""
+    """A side in its own process: takes (steps, rows of the pairs) from the pipe, and sends back seconds, first loss and memory."""
     torch.manual_seed(0)
     if args.cap and device != "cpu":
         torch.cuda.set_per_process_memory_fraction(args.cap * 2**30 / torch.cuda.mem_get_info(device)[1])
     make, settings = SIDES[name]
     try:
         side = make(folder, pairs, args, device, dtype, **settings)
-        reset_peak(device)
-        while (asked := pipe.recv()) is not None:
-            pipe.send((*side.steps(*asked), peak(device)))
+        reset_peak_memory(device)
+        while (request := pipe.recv()) is not None:
+            pipe.send((*side.steps(*request), peak_memory(device)))
             if device == "cpu":
                 gc.collect()
             else:
@@ -206,14 +215,45 @@ def work(name: str, pipe, folder: str, pairs: str, args: argparse.Namespace, dev
         pipe.send(f"out of memory: {str(error).split('.')[0]}")
 
 
-def reset_peak(device: str) -> None:
+class Workers:
+    """The processes of all sides. One that fails is reported and left out from then on."""
+
+    def __init__(self, sides: list[str], *work_args):
+        context, self.pipes, self.processes = multiprocessing.get_context("spawn"), {}, []
+        for side in sides:
+            self.pipes[side], other_end = context.Pipe()
+            self.processes.append(context.Process(target=work, args=(side, other_end, *work_args), daemon=True))
+            self.processes[-1].start()
+            other_end.close()
+
+    def ask(self, side: str, steps: int, rows: int) -> tuple[float, float, float] | None:
+        """Seconds, first loss and peak memory in GiB; None where the side has failed."""
+        try:
+            self.pipes[side].send((steps, rows))
+            answer = self.pipes[side].recv()
+        except (EOFError, BrokenPipeError):
+            answer = "it ended with an error, see above"
+        if isinstance(answer, str):
+            print(f"{side}: {answer}", flush=True)
+            del self.pipes[side]
+            return None
+        return answer
+
+    def close(self) -> None:
+        for pipe in self.pipes.values():
+            pipe.send(None)
+        for process in self.processes:
+            process.join(30)
+
+
+def reset_peak_memory(device: str) -> None:
     if device == "cpu":
         Path("/proc/self/clear_refs").write_text("5")
     else:
         torch.cuda.reset_peak_memory_stats()
 
 
-def peak(device: str) -> float:
+def peak_memory(device: str) -> float:
     """GiB."""
     if device != "cpu":
         return torch.cuda.max_memory_allocated() / 2**30
@@ -221,62 +261,52 @@ def peak(device: str) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def case(name: str, args: argparse.Namespace, device: str, dtype: str) -> list[dict]:
+def write_pairs(path: Path, tokenizer, n: int) -> None:
+    LENGTHS["pairs"] = (20, 100)
+    texts = make_texts(tokenizer, "pairs", 2 * n)
+    rows = [{"anchor": a, "positive": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def check_losses(losses: dict[str, float], dtype: str) -> None:
+    for side, loss in losses.items():
+        if abs(loss - losses["ours"]) > (0.02 if dtype == "bfloat16" else 1e-3) * losses["ours"]:
+            raise SystemExit(f"{side} has a loss of {loss:.4f} on the first batch, ours is {losses['ours']:.4f}")
+    print(f"losses on the first batch {', '.join(f'{loss:.4f}' for loss in losses.values())}", flush=True)
+
+
+def compare(model: str, args: argparse.Namespace, device: str, dtype: str) -> list[dict]:
+    """Time all sides on one model: a row for each side that has not failed; none where ours has."""
+    print(model, flush=True)
+    n_pairs = 20 * args.batch_size
     with tempfile.TemporaryDirectory() as scratch:
-        folder, pairs = make_model(name, Path(scratch) / "model"), Path(scratch) / "pairs.jsonl"
-        LENGTHS["pairs"] = (20, 100)
-        texts = make_texts(AutoTokenizer.from_pretrained(folder), "pairs", 2 * 20 * args.batch_size)
-        rows = [{"anchor": a, "positive": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
-        pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        context, sides = multiprocessing.get_context("spawn"), {}
-        for side in args.sides:
-            pipe, other = context.Pipe()
-            process = context.Process(target=work, args=(side, other, folder, str(pairs), args, device, dtype), daemon=True)
-            process.start()
-            other.close()
-            sides[side] = pipe
-
-        def ask(side: str, n: int, rows: int):
-            sides[side].send((n, rows))
-            try:
-                found = sides[side].recv()
-            except EOFError:
-                found = "it ended with an error, see above"
-            if isinstance(found, str):
-                print(f"{name}, {side}: {found}", flush=True)
-                del sides[side]
-                return None
-            return found
-
-        losses = {side: found[1] for side in list(sides) if (found := ask(side, 1, args.batch_size))}
+        folder, pairs = make_model(model, Path(scratch) / "model"), Path(scratch) / "pairs.jsonl"
+        write_pairs(pairs, AutoTokenizer.from_pretrained(folder), n_pairs)
+        workers = Workers(args.sides, folder, str(pairs), args, device, dtype)
+        losses = {side: answer[1] for side in args.sides if (answer := workers.ask(side, 1, args.batch_size))}
         if "ours" not in losses:
             return []
-        for side, loss in losses.items():
-            if abs(loss - losses["ours"]) > (0.02 if dtype == "bfloat16" else 1e-3) * losses["ours"]:
-                raise SystemExit(f"{side} has a loss of {loss:.4f} on the first batch, ours is {losses['ours']:.4f}")
-        print(f"{name}: losses on the first batch {', '.join(f'{x:.4f}' for x in losses.values())}", flush=True)
-        times, memory = {side: [] for side in sides}, {}
+        check_losses(losses, dtype)
+        times, memory = {side: [] for side in losses}, {}
         for r in range(args.rounds):
-            for side in list(sides) if r % 2 == 0 else list(reversed(sides)):
-                if found := ask(side, args.steps + 1, len(rows)):
-                    times[side].append(found[0] / args.steps)
-                    memory[side] = found[2]
-        for pipe in sides.values():
-            pipe.send(None)
-        done = [side for side in times if len(times[side]) == args.rounds]
-        if "ours" not in done:
-            return []
-        first = np.array(times["ours"])
-        found = []
-        for side in done:
-            speed = {"pairs_per_second": args.batch_size / float(np.median(times[side])), "peak_gib": memory[side]}
-            found.append({"model": name, "side": side, "times_ours": float(np.median(np.array(times[side]) / first)), **speed})
-            print(
-                f"  {side:48} {found[-1]['pairs_per_second']:8.1f} pairs/s  ours is {found[-1]['times_ours']:5.2f} x"
-                f"  {memory[side]:6.2f} GiB, ours {memory['ours'] / memory[side]:4.0%} of it",
-                flush=True,
-            )
-        return found
+            for side in list(workers.pipes) if r % 2 == 0 else list(reversed(workers.pipes)):
+                if answer := workers.ask(side, args.steps + 1, n_pairs):
+                    times[side].append(answer[0] / args.steps)
+                    memory[side] = answer[2]
+        workers.close()
+    if "ours" not in workers.pipes:
+        return []
+    rows = []
+    for side in workers.pipes:
+        pairs_per_second = args.batch_size / float(np.median(times[side]))
+        ratio = float(np.median(np.array(times[side]) / np.array(times["ours"])))
+        rows.append({"model": model, "side": side, "times_ours": ratio, "pairs_per_second": pairs_per_second, "peak_gib": memory[side]})
+        print(
+            f"  {side:48} {pairs_per_second:8.1f} pairs/s  ours is {ratio:5.2f} x"
+            f"  {memory[side]:6.2f} GiB, ours {memory['ours'] / memory[side]:4.0%} of it",
+            flush=True,
+        )
+    return rows
 
 
 def main() -> None:
@@ -284,15 +314,15 @@ def main() -> None:
     add = parser.add_argument
     add("--models", nargs="+", choices=("tiny", *SHAPES), help="default: tiny on a CPU, else llama-3.2-1b and mistral-7b")
     rivals = [side for side in SIDES if not side.startswith("ours,")]
-    add("--sides", nargs="+", choices=tuple(SIDES), default=rivals, help="default: ours as it is, and all others")
-    add("--batch-size", type=int, default=120)
-    add("--steps", type=int, default=3, help="of each side in a round, and one before that is not counted (default 3)")
-    add("--rounds", type=int, default=3)
-    add("--recompute", action="store_true", help="gradient checkpointing, on all sides")
-    add("--cap", type=float, help="GiB that a process may take of the GPU")
-    add("--dtype", help="default auto: bfloat16 where it is fast")
-    add("--device")
-    add("--json", type=Path)
+    add("--sides", nargs="+", choices=tuple(SIDES), default=rivals, help="default: ours with its defaults, and all others")
+    add("--batch-size", type=int, default=120, help="pairs per step (default 120)")
+    add("--steps", type=int, default=3, help="timed steps of each side in a round, after one that is not timed (default 3)")
+    add("--rounds", type=int, default=3, help="rounds, in alternating order of the sides (default 3)")
+    add("--gradient-checkpointing", action="store_true", help="compute every layer again in the backward pass, on all sides")
+    add("--cap", type=float, help="GiB of the GPU that a process may use (default: all)")
+    add("--dtype", help="float32 or bfloat16 (default auto: bfloat16 where it is fast)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
+    add("--json", type=Path, help="write the last line, indented, to this file too (default: do not)")
     args = parser.parse_args()
     device = pick_device(args.device)
     dtype = str(pick_dtype(args.dtype or "auto", device)).removeprefix("torch.")
@@ -303,7 +333,7 @@ def main() -> None:
     if "ours" not in args.sides:
         args.sides.insert(0, "ours")
     models = args.models or (["tiny"] if device.type == "cpu" else ["llama-3.2-1b", "mistral-7b"])
-    result = about | {"rows": [row for name in models for row in case(name, args, str(device), dtype)]}
+    result = about | {"rows": [row for name in models for row in compare(name, args, str(device), dtype)]}
     print(json.dumps(result))
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n")

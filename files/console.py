@@ -39,7 +39,8 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (InputError, OSError) as error:
         process = f", process {process_rank()}" if process_rank() else ""
-        print(f"{Path(sys.argv[0]).name}{process}: {error}", file=sys.stderr)
+        message = " ".join(line.strip() for line in str(error).splitlines())
+        print(f"{Path(sys.argv[0]).name}{process}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,8 +8,10 @@ import csv
 import gzip
 import json
 import math
+import re
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -26,32 +28,44 @@ def open_text(path: Path, newline: str | None = None) -> IO[str]:
     return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline=newline)
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line number and object of every line of a JSONL file that is not blank.
-
-    Raises InputError, with the line, for what is no JSON object.
-    """
-    number = 0
+@contextmanager
+def errors_of(path: Path) -> Iterator[None]:
+    """Turns what can go wrong while a text file is read into InputError."""
     try:
-        with open_text(path) as f:
-            for number, line in enumerate(f, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise InputError(f"{path}, line {number}: needs a JSON object, has {line.strip()[:80]}")
-                    yield number, row
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
+        yield
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 ({error.reason}): {NOT_UTF8}") from None
     except FileNotFoundError:
         raise InputError(f"no file {path}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise InputError(f"{path} is damaged: {error}") from None
-    except InputError:
-        raise
-    except (ValueError, RecursionError) as error:  # JSON of thousands of digits or brackets
-        raise InputError(f"{path}, line {number}: cannot be read ({str(error)[:80]})") from None
+
+
+def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
+    """Line number and object of every line of a JSONL file that is not blank.
+
+    Raises InputError, with the line, for what is no JSON object.
+    """
+    with errors_of(path), open_text(path) as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+                raise InputError(f"{path}, line {number}: cannot be read ({str(error)[:80]})") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}, line {number}: needs a JSON object, has {line.strip()[:80]}")
+            yield number, row
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a text file, separated by blank lines. Raises InputError where the file cannot be read."""
+    with errors_of(path), open_text(path) as f:
+        documents = [document.strip() for document in re.split(r"\n\s*\n", f.read())]
+    return [document for document in documents if document]
 
 
 def read_table(path: Path) -> list[dict]:

@@ -3,14 +3,16 @@
 import os
 import tempfile
 
+# models this small gain nothing from threads, and lose much where other work has the cores; scripts that tests start as well
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # before anything imports the kernels
+if not torch.cuda.is_available():  # set before anything imports the kernels
     os.environ.setdefault("TRITON_INTERPRET", "1")
-os.environ["HF_DATASETS_CACHE"] = (
-    CACHE := tempfile.TemporaryDirectory()
-).name  # files of pairs are mapped from there: not from the user's own
+# pairs are mapped from a cache of files: tests leave the user's alone
+os.environ["HF_DATASETS_CACHE"] = (CACHE := tempfile.TemporaryDirectory()).name
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
@@ -33,7 +35,7 @@ TEXTS = [
 
 SMALL = {"vocab_size": 400, "hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "max_position_embeddings": 256}
 GQA = {"num_key_value_heads": 2, "head_dim": 8, "intermediate_size": 48}
-# which class stands behind each preset; sliding windows are shorter than the longest text
+# the class behind each preset; sliding windows are shorter than the longest text
 CONFIGS = {
     "llama": (LlamaConfig, GQA, True, "metaspace"),
     "mistral": (MistralConfig, GQA | {"sliding_window": 12}, True, "bytes"),
@@ -77,6 +79,25 @@ def make_model(folder, architecture: str, seed: int = 0, eos: bool = False):
                 parameter.mul_(4)
     model.save_pretrained(folder)
     make_tokenizer(kind, bos, eos).save_pretrained(folder)
+    return str(folder)
+
+
+def randomize_adapter(encoder, std: float = 0.1) -> None:
+    """A fresh adapter changes nothing: its second matrix is zero. This one does."""
+    with torch.no_grad():
+        for parameter in encoder.trainable().values():
+            parameter.normal_(std=std)
+
+
+def make_run(model: str, folder, seed: int = 0, **contract) -> str:
+    """A run whose adapter is random but not zero."""
+    from encoder import Encoder
+
+    encoder = Encoder.load(model, **contract)
+    torch.manual_seed(seed)
+    encoder.add_adapter(4)
+    randomize_adapter(encoder)
+    encoder.save(folder)
     return str(folder)
 
 

@@ -2,13 +2,12 @@ import json
 
 import pytest
 import torch
-from conftest import TEXTS
-from test_encoder import trained
+from conftest import TEXTS, make_run
 from transformers import AutoModelForCausalLM
 
 import attention
 from encoder import Encoder
-from prompts import InputError
+from files.console import InputError
 
 
 def run(*flags) -> None:
@@ -18,40 +17,45 @@ def run(*flags) -> None:
 def test_weights_are_those_of_eager_attention(model):
     encoder = Encoder.load(model, prompt="cluster")
     lm = AutoModelForCausalLM.from_pretrained(model, attn_implementation="eager").eval()
-    for text in TEXTS:
-        ids = torch.tensor(encoder.tokenise([text]).ids)
+    tokenized = encoder.tokenize(TEXTS)
+    batched = encoder.last_token_attention(TEXTS)
+    for ids, token_attention in zip(tokenized.ids, batched, strict=True):
         with torch.no_grad():
-            expected = lm.base_model(ids, output_attentions=True).attentions[-1][0, :, -1].mean(0)
-        found = torch.tensor(attention.last_token_attention(encoder, text))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-        assert found.sum().item() == pytest.approx(1, abs=1e-5)
+            expected = lm.base_model(torch.tensor([ids]), output_attentions=True).attentions[-1][0, :, -1].T  # (L, H)
+        torch.testing.assert_close(torch.from_numpy(token_attention.weights), expected, rtol=0, atol=1e-5)
 
 
 def test_parts_cover_the_sequence(llama):
     encoder = Encoder.load(llama, prompt="cluster", eos=True)
-    pieces, parts = attention.parts_of(encoder, "The cat sat.")
-    order = [p for i, p in enumerate(parts) if i == 0 or p != parts[i - 1]]
+    (token_attention,) = encoder.last_token_attention(["The cat sat."])
+    order = [part for i, part in enumerate(token_attention.parts) if i == 0 or part != token_attention.parts[i - 1]]
     assert order == ["bos", "prompt", "text", "prompt", "eos"]
-    own = "".join(piece for piece, part in zip(pieces, parts, strict=True) if part == "text")
-    assert own.replace(" ", "") == "Thecatsat."
+    text = "".join(piece for piece, part in zip(token_attention.pieces, token_attention.parts, strict=True) if part == "text")
+    assert text.replace(" ", "") == "Thecatsat."
+
+
+def test_a_text_without_a_token_has_no_weights(models_dir):
+    empty, other = Encoder.load(models_dir["qwen3"]).last_token_attention(["", "a"])
+    assert empty.pieces == empty.parts == [] and len(empty.weights) == 0 and len(other.weights) == 1
 
 
 def test_numbers_and_pictures(llama, tmp_path, capsys):
-    model = trained(llama, tmp_path / "runs" / "mine", prompt="cluster")
+    model = make_run(llama, tmp_path / "runs" / "mine", prompt="cluster")
     (tmp_path / "texts.txt").write_text("The cat sat on $x_1$.\n\nA dog — 犬.\n")
     run("--model", model, "--text", "a", "--input", tmp_path / "texts.txt", "--out", tmp_path / "out", "--pictures", 2)
+    printed, warned = capsys.readouterr()
+    assert "2 texts in column 'text'" in printed and "adapter: bos" in printed and warned.count("truncated") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["attention.json", "text-001.png", "text-002.png"]
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in (tmp_path / "out").glob("*.png"))
-    found = json.loads((tmp_path / "out" / "attention.json").read_text())
-    assert found["fingerprint"] == Encoder.load(model).fingerprint and "softmax" in found["normalisation"]
-    assert [t["text"] for t in found["texts"]] == ["a", "The cat sat on $x_1$.", "A dog — 犬."]
-    for item in found["texts"]:
+    report = json.loads((tmp_path / "out" / "attention.json").read_text())
+    assert report["fingerprint"] == Encoder.load(model).fingerprint and "softmax" in report["normalization"]
+    assert [t["text"] for t in report["texts"]] == ["a", "The cat sat on $x_1$.", "A dog — 犬."]
+    for item in report["texts"]:
         for side in ("base", "adapter"):
             assert sum(t[side] for t in item["tokens"]) == pytest.approx(1, abs=1e-5)
             assert sum(s[side] for s in item["shares"].values()) == pytest.approx(1, abs=1e-5)
         assert item["tokens"][0]["base"] != item["tokens"][0]["adapter"]
         assert set(item["shares"]) == {"bos", "prompt", "text"}
-    assert "adapter: bos" in capsys.readouterr().out
     with pytest.raises(InputError, match="exists already"):
         run("--model", model, "--text", "a", "--out", tmp_path / "out")
 
@@ -68,13 +72,13 @@ def test_bad_input(llama, tmp_path):
     latin.write_bytes(b"caf\xe9\n")
     for flags, message in (
         ((), "give --text or --input"),
-        (("--input", empty), "is empty"),
+        (("--input", empty), "holds no text"),
         (("--input", latin), "not UTF-8"),
         (("--text", "a", "--model", "no-such"), "no model"),
     ):
         with pytest.raises(InputError, match=message):
             run(*flags, "--out", tmp_path / "out")
-    run_folder = trained(llama, tmp_path / "runs" / "mine", prompt="cluster")
+    run_folder = make_run(llama, tmp_path / "runs" / "mine", prompt="cluster")
     with pytest.raises(InputError, match="--override-contract"):
         run("--model", run_folder, "--prompt", "none", "--text", "a", "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

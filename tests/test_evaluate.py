@@ -1,19 +1,22 @@
 import gzip
 import json
+import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from test_encoder import trained
+from conftest import make_run
 
-import encoder as encoder_module
 import evaluate
 from encoder import Encoder
-from prompts import InputError
+from evaluate import MtebModel
+from files.console import InputError
+from tasks.mteb_tasks import local_task
 
-HERE = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +25,16 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setattr(evaluate, "RUNS", tmp_path / "runs")
 
 
+def parse(*flags):
+    return evaluate.build_parser().parse_args([str(flag) for flag in flags])
+
+
 def run(*flags) -> None:
-    evaluate.main(evaluate.build_parser().parse_args([str(f) for f in flags]))
+    evaluate.main(parse(*flags))
+
+
+def choose(*flags) -> list:
+    return evaluate.choose_tasks(parse(*flags))
 
 
 def write_csv(path: Path, header: str, rows) -> Path:
@@ -41,45 +52,51 @@ class Oracle:
     """Vectors that say which word a text begins with: the right clusters, and the right scores, are known beforehand."""
 
     def __init__(self):
-        self.texts = []
+        self.calls = []
 
     def __call__(self, texts, role):
-        self.texts.append((role, list(texts)))
+        self.calls.append((role, list(texts)))
         out = np.zeros((len(texts), 40), dtype=np.float32)
         for i, text in enumerate(texts):
             out[i, sum(map(ord, text.split(" ")[0])) % 40] = 1.0 + i * i  # of very different norms: they must not matter
         return out
 
 
-def oracle_score(path: Path, task_type: str | None = None, like=None):
-    oracle = like or Oracle()
-    return evaluate.score(evaluate.local_task(path, task_type), evaluate.Scored("oracle", "f" * 16, None, oracle)), oracle
+def oracle_score(path: Path, task_type: str | None = None):
+    oracle = Oracle()
+    return evaluate.score(local_task(path, task_type), MtebModel("oracle", "f" * 16, None, oracle)), oracle
 
 
-# --------------------------------------------------------------------------------------------------- tasks of one's own
+# ----------------------------------------------------------------------------------------------- tasks from a user's files
 
 
-@pytest.mark.parametrize("name", ["mine.csv", "mine.csv.gz"])
-def test_clustering_scores_every_row_with_mteb(tmp_path, name):
-    path = labelled(tmp_path / name)
-    task = evaluate.local_task(path, None)
+def test_clustering_scores_every_row_with_mteb(tmp_path):
     from mteb.abstasks import AbsTaskClustering
 
+    path = labelled(tmp_path / "mine.csv")
+    task = local_task(path)
     assert isinstance(task, AbsTaskClustering) and task.max_fraction_of_documents_to_embed is None
     cell, oracle = oracle_score(path)
-    assert len(oracle.texts) == 1 and len(oracle.texts[0][1]) == 60 and oracle.texts[0][0] == "document"
+    assert len(oracle.calls) == 1 and len(oracle.calls[0][1]) == 60 and oracle.calls[0][0] == "document"
     assert cell["task"] == "mine" and cell["metric"] == "v_measure"
     assert cell["score"] == pytest.approx(1) and cell["ami"] == pytest.approx(1) and cell["splits"] == {"test": pytest.approx(1)}
     assert len(cell["bootstrap_scores"]) == 10
-    constant = evaluate.Scored("constant", "c" * 16, None, lambda texts, role: np.ones((len(texts), 4), np.float32))
+    constant = MtebModel("constant", "c" * 16, None, lambda texts, role: np.ones((len(texts), 4), np.float32))
     assert evaluate.score(task, constant)["score"] == pytest.approx(0, abs=1e-6)
 
 
+def test_a_gzipped_file_is_the_same_task(tmp_path):
+    plain, gzipped = (local_task(labelled(tmp_path / name)) for name in ("mine.csv", "mine.csv.gz"))
+    assert plain.metadata.name == gzipped.metadata.name == "mine"
+    assert plain.metadata.dataset == gzipped.metadata.dataset  # the hash of the data is in it
+    assert plain.dataset["test"][:] == gzipped.dataset["test"][:]
+
+
 def test_every_row_of_the_table_sees_the_same_samples(tmp_path):
-    task = evaluate.local_task(labelled(tmp_path / "mine.csv"), None)
+    task = local_task(labelled(tmp_path / "mine.csv"))
     noise = np.random.default_rng(0).normal(size=(60, 4)).astype(np.float32)
-    scored = [evaluate.Scored("noise", f"{i}", None, lambda texts, role: noise) for i in range(2)]
-    first, second = (evaluate.score(task, s) for s in scored)
+    models = [MtebModel("noise", f"{i}", None, lambda texts, role: noise) for i in range(2)]
+    first, second = (evaluate.score(task, model) for model in models)
     assert first["bootstrap_scores"] == second["bootstrap_scores"] and len(set(first["bootstrap_scores"])) > 1
 
 
@@ -104,14 +121,14 @@ def test_classification_sts_and_retrieval(tmp_path):
     qrels.write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i in range(4)))
     cell, oracle = oracle_score(folder)
     assert (cell["type"], cell["metric"], cell["score"]) == ("Retrieval", "ndcg_at_10", pytest.approx(1))
-    roles = dict(oracle.texts)
+    roles = dict(oracle.calls)
     assert all("question" in t for t in roles["query"]) and all("document" in t for t in roles["document"])
     qrels.write_text("query-id\tcorpus-id\tscore\nq0\td9\t1\n")
     with pytest.raises(InputError, match="row 1: query 'q0' or document 'd9' is not in the other files"):
-        evaluate.local_task(folder, None)
+        local_task(folder)
     qrels.unlink()
     with pytest.raises(InputError, match=r"has no qrels\.tsv"):
-        evaluate.local_task(folder, None)
+        local_task(folder)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +139,7 @@ def test_classification_sts_and_retrieval(tmp_path):
         (b"text,topic\na,b\n", "needs columns text,label or text1,text2,score; it has text, topic"),
         (b"text,label\na,x\nb,x\n", "one class only"),
         (b"text,label\na,x\nb,\n", "row 2: label is empty"),
-        (b"text1,text2,score\na,b,3\nc,d,high\n", "row 2: score is 'high', which is no number"),
+        (b"text1,text2,score\na,b,3\nc,d,high\n", "row 2: score is 'high', which is not a number"),
         (b"text1,text2,score\na,b,3\nc,d,3\n", "nothing to correlate"),
         (b"text,label\ncaf\xe9 \xff,x\n", "not UTF-8"),
     ],
@@ -135,7 +152,7 @@ def test_bad_data_is_one_line(tmp_path, content, message):
     assert "\n" not in str(error.value)
 
 
-def test_baselines_beside_other_tasks(tmp_path):
+def test_a_baseline_that_cannot_score_the_task_is_an_error(tmp_path):
     """TF-IDF fitted on each side of a pair by itself gives numbers that mean nothing."""
     path = write_csv(tmp_path / "sts.csv", "text1,text2,score", [("cat a", "cat b", 5), ("cat a", "dog b", 0)])
     with pytest.raises(InputError, match="can score clustering, not STS"):
@@ -145,16 +162,16 @@ def test_baselines_beside_other_tasks(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_two_files_of_one_name_are_not_merged(tmp_path):
+def test_two_files_of_one_name_are_an_error(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
     with pytest.raises(InputError, match="two --data files make a Clustering task called 'mine'"):
         choose("--data", labelled(tmp_path / "a" / "mine.csv"), labelled(tmp_path / "b" / "mine.csv"))
 
 
-def test_what_is_wrong_is_told_before_anything_is_scored(llama, tmp_path, capsys):
+def test_errors_in_the_flags_come_before_anything_is_scored(llama, tmp_path, capsys):
     path = labelled(tmp_path / "mine.csv")
-    model = trained(llama, tmp_path / "runs" / "mine", prompt="cluster")
+    model = make_run(llama, tmp_path / "runs" / "mine", prompt="cluster")
     for flags, message in (
         (("--model", "tiny", "typo"), "no model 'typo'"),
         (("--model", "tiny", model, "--pooling", "mean"), "pooling is 'last'"),
@@ -167,15 +184,15 @@ def test_what_is_wrong_is_told_before_anything_is_scored(llama, tmp_path, capsys
         assert "v_measure" not in capsys.readouterr().err
 
 
-def test_what_was_scored_is_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeypatch):
+def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeypatch):
     path, calls = labelled(tmp_path / "mine.csv"), []
     score = evaluate.score
 
-    def failing(task, row):
-        calls.append(row)
+    def failing(task, model):
+        calls.append(model)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score(task, row)
+        return score(task, model)
 
     monkeypatch.setattr(evaluate, "score", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -184,10 +201,9 @@ def test_what_was_scored_is_kept_when_a_later_row_fails(llama, tmp_path, capsys,
     assert len(json.loads((tmp_path / "r.json.partial").read_text())["results"]) == 1
 
 
-def test_bos_in_a_grid(llama):
-    args = evaluate.build_parser().parse_args(["--pooling", "mean", "--scope", "all", "text", "--keep-bos"])
-    rows = evaluate.base_rows(llama, "none", args, {})
-    assert [(r.contract["scope"], r.contract["keep_bos"]) for r in rows] == [("all", True), ("text", False)]
+def test_bos_is_pooled_in_the_rows_of_scope_all_only(llama):
+    rows = evaluate.base_rows(llama, "none", parse("--pooling", "mean", "--scope", "all", "text", "--keep-bos"))
+    assert [(row.contract["scope"], row.contract["keep_bos"]) for row in rows] == [("all", True), ("text", False)]
     texts = ["The cat sat.", "a"]
     expected = Encoder.load(llama, pooling="mean", scope="all", keep_bos=True).encode(texts)
     np.testing.assert_allclose(rows[0].encode([{"text": texts}]), expected, atol=1e-6)
@@ -203,15 +219,16 @@ def test_columns_and_task_must_agree(tmp_path):
 
 def test_words_that_mean_nothing_elsewhere_are_texts_and_labels(tmp_path):
     path = write_csv(tmp_path / "mine.csv", "text,label", [("NA", "None"), ("null", "None"), ("nan", "01"), ("007", "1")])
-    data = evaluate.local_task(path, None).dataset["test"]
+    data = local_task(path).dataset["test"]
     assert data["sentences"][:] == ["NA", "null", "nan", "007"] and data["labels"][:] == ["None", "None", "01", "1"]
 
 
-def test_an_empty_text_is_scored_and_told(tmp_path, capsys):
-    path = labelled(tmp_path / "mine.csv")
-    path.write_text(path.read_text() + ",animal\n")
-    run("--data", path, "--model", "tiny")
-    assert "1 empty texts were embedded as the prompt alone" in capsys.readouterr().err
+def test_empty_and_truncated_texts_are_scored_with_one_warning_each(llama, tmp_path, capsys):
+    path = labelled(tmp_path / "mine.csv", 6)
+    path.write_text(path.read_text() + ",animal\n" + "word " * 40 + ",money\n")
+    run("--data", path, "--model", llama, "--prompt", "cluster", "--pooling", "mean", "last", "--max-tokens", 30)
+    warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert warnings == ["warning: 1 empty texts were embedded as the prompt alone", "warning: 1 texts were truncated to 30 tokens"]
 
 
 # ----------------------------------------------------------------------------------------------------- tables and files
@@ -219,26 +236,27 @@ def test_an_empty_text_is_scored_and_told(tmp_path, capsys):
 
 def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     path, out = labelled(tmp_path / "mine.csv"), tmp_path / "results" / "a.json"
-    model = trained(llama, tmp_path / "runs" / "mine", prompt="cluster")
+    model = make_run(llama, tmp_path / "runs" / "mine", prompt="cluster")
     grid = ("--prompt", "none", "cluster", "--pooling", "mean", "last", "--scope", "all", "text")
     run("--data", path, "--model", llama, model, "--baselines", "tfidf", *grid, "--out", out)
-    found = json.loads(out.read_text())
-    labels = [c["model"] for c in found["results"]]
+    written = json.loads(out.read_text())
+    results = written["results"]
+    labels = [c["model"] for c in results]
     grid_rows = [f"llama, cluster, {p}, {s}" for p in ("mean", "last") for s in ("all", "text")]
     assert labels[:-1] == ["TF-IDF, SVD 100", "llama, none, mean", "llama, none, last", *grid_rows]
-    wanted = {"task", "type", "metric", "score", "splits", "bootstrap_scores", "model", "fingerprint", "contract", "computed", "seconds"}
-    wanted |= {"ami"}
-    assert all(set(c) == wanted and 0 <= c["score"] <= 1 for c in found["results"])
-    assert len({c["fingerprint"] for c in found["results"]}) == len(labels)
-    assert found["results"][-1]["fingerprint"] == Encoder.load(model).fingerprint
-    assert found["results"][-1]["contract"]["pooling"] == "last"
-    assert [c["computed"] for c in found["results"]] == [None] + ["float32 on cpu"] * (len(labels) - 1)
-    assert {"mteb", "torch", "python"} <= set(found["versions"])
-    printed, told = capsys.readouterr()
-    assert "vectors computed in float32 on cpu" in printed and "adapter merged into the base" in told
-    assert printed.count("llama, ") == 6 and f"{100 * found['results'][0]['score']:.1f}" in printed
+    keys = {"task", "type", "metric", "score", "ami", "splits", "bootstrap_scores"}
+    keys |= {"model", "fingerprint", "contract", "computed", "seconds"}
+    assert all(set(c) == keys and 0 <= c["score"] <= 1 for c in results)
+    assert len({c["fingerprint"] for c in results}) == len(labels)
+    assert results[-1]["fingerprint"] == Encoder.load(model).fingerprint
+    assert results[-1]["contract"]["pooling"] == "last"
+    assert [c["computed"] for c in results] == [None] + ["float32 on cpu"] * (len(labels) - 1)
+    assert {"mteb", "torch", "python"} <= set(written["versions"])
+    printed, errors = capsys.readouterr()
+    assert "vectors computed in float32 on cpu" in printed and "adapter merged into the base" in errors
+    assert printed.count("llama, ") == 6 and f"{100 * results[0]['score']:.1f}" in printed
     with pytest.raises(InputError, match="exists already"):
-        run("--data", path, "--model", "tiny", "--out", out)
+        run("--data", path, "--model", llama, "--out", out)
     with pytest.raises(InputError, match=r"pooling is 'last' in .*'mean', 'position-mean'.* were asked for"):
         run("--data", path, "--model", model, "--pooling", "mean", "position-mean")
     with pytest.raises(InputError, match=r"scope is 'all' in the run, 'text' was asked for.*--override-contract"):
@@ -246,59 +264,87 @@ def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     run("--data", path, "--model", model, "--scope", "text", "--override-contract")
 
 
-def test_grid_rows_from_shared_passes_equal_separate_ones(llama):
-    args = evaluate.build_parser().parse_args(["--pooling", "mean", "last", "attention", "--scope", "all", "text"])
-    rows = evaluate.base_rows(llama, "cluster", args, {})
-    texts = ["The cat sat.", "a", "Rates rose again."]
-    for row in rows:
-        c = row.contract
-        alone = Encoder.load(llama, prompt="cluster", pooling=c["pooling"], scope=c["scope"])
+def test_rows_that_share_forward_passes_equal_separate_ones(llama, monkeypatch):
+    rows = evaluate.base_rows(llama, "cluster", parse("--pooling", "mean", "last", "attention", "--scope", "all", "text"))
+    texts, calls, encode = ["The cat sat.", "a", "Rates rose again."], [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, *args, **options: calls.append(args) or encode(self, *args, **options))
+    vectors = [row.encode([{"text": texts}]) for row in rows]
+    assert len(rows) == 6 and calls == [(texts, "document")]
+    for row, shared in zip(rows, vectors, strict=True):
+        alone = Encoder.load(llama, prompt="cluster", pooling=row.contract["pooling"], scope=row.contract["scope"])
         assert row.fingerprint == alone.fingerprint
-        np.testing.assert_allclose(row.encode([{"text": texts}]), alone.encode(texts), atol=1e-6)
-    assert len(rows) == 6
+        np.testing.assert_allclose(shared, alone.encode(texts), atol=1e-6)
 
 
-def test_without_a_model_the_newest_run_beside_its_base(tmp_path, capsys, monkeypatch):
+def test_a_note_on_a_base_is_printed_once(llama, capsys, monkeypatch):
+    """The base is loaded for each prompt, and for each type of task."""
+    load = Encoder.load
+
+    def load_with_note(*args, **options):
+        encoder = load(*args, **options)
+        encoder.notes = ["texts are padded"]
+        return encoder
+
+    monkeypatch.setattr(Encoder, "load", load_with_note)
+    evaluate.warn_once.cache_clear()
+    for task_type in ("Clustering", "STS"):
+        assert len(list(evaluate.table_rows(parse("--model", llama, "--prompt", "none", "cluster"), task_type))) == 2
+    assert capsys.readouterr().err == "warning: llama: texts are padded\n"
+
+
+def test_without_a_model_the_newest_run_beside_its_base(llama, tmp_path, capsys, monkeypatch):
     path = labelled(tmp_path / "mine.csv")
     monkeypatch.chdir(tmp_path)
     run("--data", path)
     assert "tiny, cluster, last, all" in capsys.readouterr().out
-    trained("tiny", tmp_path / "runs" / "old")
-    newest = tmp_path / "runs" / "new"
-    trained("tiny", newest, prompt="prompt-eol", pooling="mean", scope="text")
-    import os
-
+    make_run(llama, tmp_path / "runs" / "old")
+    make_run(llama, tmp_path / "runs" / "new", prompt="prompt-eol", pooling="mean", scope="text")
     os.utime(tmp_path / "runs" / "old" / "embedding.json", (1, 1))
     run("--data", path, "--out", tmp_path / "r.json")
-    found = json.loads((tmp_path / "r.json").read_text())["results"]
-    assert [c["model"] for c in found] == ["tiny, untuned, same contract", "runs/new"]
-    base, ours = (c["contract"] for c in found)
-    assert {k for k in ours if ours[k] != base[k]} <= {"data"} and base["prompts"] == ours["prompts"]
-    assert found[0]["fingerprint"] != found[1]["fingerprint"]
+    results = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert [cell["model"] for cell in results] == ["llama, untuned, same contract", "runs/new"]
+    base, tuned = (cell["contract"] for cell in results)
+    assert {k for k in tuned if tuned[k] != base[k]} <= {"data"} and base["prompts"] == tuned["prompts"]
+    assert results[0]["fingerprint"] != results[1]["fingerprint"]
 
 
 # ------------------------------------------------------------------------------------------------------ which tasks
 
 
-def choose(*flags):
-    return evaluate.choose_tasks(evaluate.build_parser().parse_args([str(f) for f in flags]))
-
-
-def test_without_network_clustering_falls_back_to_the_embedded_tasks(capsys):
+def test_without_network_clustering_falls_back_to_the_bundled_tasks(capsys):
     tasks = choose("--task", "clustering")
     assert [t.metadata.name for t in tasks] == ["docstrings-by-module", "docstrings-by-package"]
-    told = capsys.readouterr().out.strip().splitlines()
-    assert len(told) == 1 and "embedded clustering tasks" in told[0]
-    for name in ("classification", "sts", "retrieval", "reranking", "pair-classification"):
-        with pytest.raises(InputError, match=r"cannot be had.*--data"):
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 1 and "bundled clustering tasks" in lines[0]
+    for name in ("classification", "sts", "retrieval", "reranking", "pair-classification", "STSBenchmark"):
+        with pytest.raises(InputError, match=r"is not available.*--data"):
             choose("--task", name)
-    with pytest.raises(InputError, match=r"cannot be had.*--data"):
-        choose("--task", "STSBenchmark")
     assert [t.metadata.name for t in choose("--task", "docstrings-by-module")] == ["docstrings-by-module"]
     with pytest.raises(InputError, match="types are clustering"):
         choose("--task", "no-such-task")
+    assert [t.metadata.name for t in choose("--bundled")] == ["docstrings-by-module", "docstrings-by-package"]
     with pytest.raises(InputError, match="leave --task out"):
-        choose("--embedded", "--task", "sts")
+        choose("--bundled", "--task", "sts")
+
+
+def test_without_network_tasks_in_the_cache_run_and_the_libraries_go_offline(tmp_path, capsys, monkeypatch):
+    """The libraries read the environment when they are imported, long before the network is found to be missing."""
+    import datasets.config
+    import huggingface_hub
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "0")
+    for module in (huggingface_hub.constants, datasets.config):  # monkeypatch brings the present state back
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    (tmp_path / "datasets--mteb--sts12-sts").mkdir()
+    assert [task.metadata.name for task in choose("--task", "sts")] == ["STS12"]
+    assert "no network: running the 1 of 9 tasks whose data is in the cache" in capsys.readouterr().err
+    assert huggingface_hub.is_offline_mode() and datasets.config.HF_HUB_OFFLINE
+    assert os.environ["HF_HUB_OFFLINE"] == os.environ["HF_DATASETS_OFFLINE"] == "1"
+    with pytest.raises(OfflineModeIsEnabled):
+        huggingface_hub.get_session().get("https://huggingface.co")
 
 
 def test_with_network_the_track_of_the_benchmark_is_chosen(monkeypatch):
@@ -311,28 +357,66 @@ def test_with_network_the_track_of_the_benchmark_is_chosen(monkeypatch):
     assert [t.metadata.name for t in choose("--task", "STSBenchmark")] == ["STSBenchmark"]
 
 
-def test_the_hub_is_asked_once_and_not_for_long(monkeypatch):
-    """A network that swallows packets: the answer is no after the limit, and is remembered."""
-    import threading
-
-    never, asked = threading.Event(), []
-
-    def swallow(*_, **__):
-        asked.append(1)
-        never.wait()
-        raise OSError
-
-    monkeypatch.setattr(encoder_module.socket, "create_connection", swallow)
-    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
-        monkeypatch.delenv(name, raising=False)
-    encoder_module.hub_answers.cache_clear()
-    assert not encoder_module.hub_answers(0.05) and not encoder_module.hub_answers(0.05)
-    assert len(asked) == 1
-    never.set()
-    encoder_module.hub_answers.cache_clear()
+# ------------------------------------------------------------------------------------------------ the script as a whole
 
 
-def test_an_error_is_one_line_and_status_2():
-    command = [sys.executable, HERE / "evaluate.py", "--data", "no.csv", "--model", "tiny"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stderr) == (2, "evaluate.py: no file or folder no.csv\n")
+def test_an_error_is_one_line_and_status_2(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--data", "no.csv", "--model", "tiny"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
+    assert (end.value.code, capsys.readouterr().err) == (2, "evaluate.py: no file or folder no.csv\n")
+
+
+def test_a_second_process_prints_and_writes_nothing(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    path, out, streams = labelled(tmp_path / "mine.csv", 6), tmp_path / "r.json", (sys.stdout, sys.stderr)
+    path.write_text(path.read_text() + ",animal\n")
+    run("--data", path, "--model", llama, "--out", out)
+    assert capsys.readouterr() == ("", "") and not out.exists()
+    assert (sys.stdout, sys.stderr) == streams  # an error after this can still be seen
+
+
+def torchrun(script: Path, *flags) -> subprocess.CompletedProcess:
+    """`script` in two processes, with the project on the path."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script, *flags]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_two_processes_print_one_table_with_the_scores_of_one(llama, tmp_path):
+    words = ["cat", "dog", "car", "road", "bank", "rate", "fee"]
+    pairs = [(f"the {words[i % 7]} and the {words[i % 5]} {i}", f"a {words[i % 3]} {i * i}", i % 6) for i in range(240)]  # two batches
+    flags = ("--data", write_csv(tmp_path / "sts.csv", "text1,text2,score", pairs), "--model", llama, "--prompt", "none", "cluster")
+    run(*flags, "--out", tmp_path / "one.json")
+    process = torchrun(ROOT / "evaluate.py", *flags, "--out", tmp_path / "two.json")
+    assert process.returncode == 0, process.stderr
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("one", "two"))
+    assert [cell["fingerprint"] for cell in two] == [cell["fingerprint"] for cell in one]
+    assert [cell["score"] for cell in two] == pytest.approx([cell["score"] for cell in one], abs=1e-4)
+    assert [line.split()[0] for line in process.stdout.splitlines()].count("model") == 1
+    assert process.stdout.count(one[0]["fingerprint"]) == 1 and process.stdout.count("2 scores") == 1
+    assert process.stderr.count("sts, llama, none, mean: cosine_spearman") == 1
+
+
+FAILS_IN_THE_SECOND_PROCESS = """
+import os
+import evaluate
+from files.console import run_script
+
+def fail(args):
+    raise RuntimeError("this process alone failed")
+
+if os.environ["RANK"] == "1":
+    evaluate.check_models = fail
+run_script(lambda: evaluate.main(evaluate.build_parser().parse_args()))
+"""
+
+
+@pytest.mark.slow
+def test_an_error_in_the_second_process_alone_is_visible(llama, tmp_path):
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS_IN_THE_SECOND_PROCESS)
+    process = torchrun(script, "--data", labelled(tmp_path / "mine.csv"), "--model", llama)
+    assert process.returncode != 0
+    assert "Traceback" in process.stderr and "RuntimeError: this process alone failed" in process.stderr

@@ -1,236 +1,245 @@
 import gzip
+import hashlib
 import json
+import math
 import random
-import subprocess
+import runpy
+import shutil
 import sys
+import sysconfig
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_model
+import torch
+from conftest import make_run
 
 import make_pairs
-from encoder import Encoder
-from prompts import InputError
+from files.console import InputError
+from files.docstrings import DocstringText, bundled_task_files, normalized_key, read_excluded
+from tasks.draw import BY_MODULE, BY_PACKAGE, draw_tasks
 
 HERE = Path(__file__).resolve().parent.parent
+TEN_WORDS = "one two three four five six seven eight nine ten\n"
 
 
 def run(*flags) -> None:
     make_pairs.main(make_pairs.build_parser().parse_args([str(f) for f in flags]))
 
 
-def rows(path: Path) -> list[dict]:
+def read_rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-# --------------------------------------------------------------------------------------------------------- docstrings
+# ------------------------------------------------------------------------------------------------------------ docstrings
 
 
-def test_a_docstring_gives_its_first_sentence_and_the_prose_after_it():
-    doc = """Return the :class:`~house.Cat` that ``sat`` on the mat when the door was opened. It may be asleep.
-
-    It is found by walking the whole house, one room after another, until it turns up.
-
-    Parameters
-    ----------
-    x : int
-    """
-    sentence, prose = make_pairs.split_docstring(doc)
-    assert sentence == "Return the house.Cat that sat on the mat when the door was opened."
-    assert prose == "It may be asleep. It is found by walking the whole house, one room after another, until it turns up."
+@pytest.fixture
+def library(tmp_path, monkeypatch) -> Path:
+    """A folder that stands for the installed packages; the standard library is empty."""
+    folder = tmp_path / "library"
+    (folder / "pkg").mkdir(parents=True)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(folder), "stdlib": str(tmp_path / "none")})
+    return folder
 
 
-@pytest.mark.parametrize(
-    "doc, expected",
-    [
-        ("", None),
-        (">>> f(1)\n2", None),
-        ("Only one sentence.", ("Only one sentence.", "")),
-        ("A sentence.\n\nArgs:\n    x: what it is", ("A sentence.", "")),
-        ("A sentence.\n\nA Heading\n---------\n\nProse that comes too late.", ("A sentence.", "")),
-        ("A sentence.\n\n    >>> code()\n\nProse after code is taken.", ("A sentence.", "Prose after code is taken.")),
-    ],
-)
-def test_what_is_no_prose_is_passed_over(doc, expected):
-    assert make_pairs.split_docstring(doc) == expected
+def test_docstring_pairs_share_no_text_and_no_module_with_the_bundled_tasks(tmp_path, library):
+    with gzip.open(bundled_task_files()[0], "rt", encoding="utf-8") as f:
+        of_task = next(row for row in map(json.loads, f) if row["text"][0].isupper() and row["text"].endswith("."))
+    module, sentence = of_task["module"], of_task["text"]
+    prose = "This is what comes after it, and it has more than eight words."
+    sources = {
+        module.replace(".", "/"): f"This module belongs to a bundled task. {prose}",
+        "pkg/anchor": f"{sentence} {prose}",
+        "pkg/prose": f"This one quotes a sentence of a task. Some words that come first. {sentence} Last words.",
+        "pkg/short": "Too short. Too short as well.",
+        "pkg/short_prose": "Only this first sentence is long enough. Seven words are too few to learn.",
+        "pkg/long": f"{'word ' * 41}ends. {prose}",
+        "pkg/good": "This one is free to be used. It has eight words or more in its second part.",
+        "pkg/same_anchor": f"This ONE is free, to be used! {prose}",
+        "pkg/same_positive": "This has another first sentence. It has eight words or more in its second part, 7.",
+        "pkg/other": "This one may be used, too. Its second part has nothing in common with others.",
+    }
+    for name, docstring in sources.items():
+        (library / name).parent.mkdir(parents=True, exist_ok=True)
+        (library / f"{name}.py").write_text(f'r"""{docstring}"""\n', encoding="utf-8")
+    run("docstrings", "--out", tmp_path / "pairs.jsonl")
+    pairs = {row["source"]: row for row in read_rows(tmp_path / "pairs.jsonl")}
+    assert set(pairs) == {"pkg.good", "pkg.other"}
+    assert pairs["pkg.good"] == {
+        "anchor": "This one is free to be used.",
+        "positive": "It has eight words or more in its second part.",
+        "engine": "docstrings",
+        "source": "pkg.good",
+    }
 
 
-def test_source_is_read_and_never_run(tmp_path):
-    (tmp_path / "pack").mkdir()
-    module = tmp_path / "pack" / "mod.py"
-    module.write_text('"""A module that does harm. It must not be imported here."""\nraise SystemExit\n')
-    assert make_pairs.read_module((tmp_path, module)) == [("pack.mod", "A module that does harm.", "It must not be imported here.")]
-    module.write_bytes(b"\xff\xfe not python")
-    assert make_pairs.read_module((tmp_path, module)) == []
+def test_docstring_pairs_of_a_real_package_are_distinct_and_follow_from_the_seed(tmp_path, library):
+    shutil.copytree(Path(pytest.__file__).parent.parent / "rich", library / "rich")  # some of its sentences stand in the tasks
+    run("docstrings", "--out", tmp_path / "pairs.jsonl")
+    run("docstrings", "--out", tmp_path / "few.jsonl", "--limit", 3)
+    run("docstrings", "--out", tmp_path / "other.jsonl", "--seed", 1)
+    pairs, few, other = (read_rows(tmp_path / f"{name}.jsonl") for name in ("pairs", "few", "other"))
+    assert len(pairs) > 20 and few == pairs[:3]
+    assert pairs != other and sorted(map(str, pairs)) == sorted(map(str, other))
+    excluded = read_excluded(bundled_task_files())
+    assert any(module.startswith("rich.") for module in excluded.modules) and not {row["source"] for row in pairs} & excluded.modules
+    keys = [normalized_key(text) for row in pairs for text in (row["anchor"], row["positive"])]
+    assert len(set(keys)) == len(keys) and not set(keys) & excluded.keys
 
 
-def test_docstring_pairs_share_nothing_with_the_embedded_tasks(tmp_path, monkeypatch, capsys):
-    """On one installed package, two modules of which stand in the tasks (the whole environment takes half a minute)."""
-    jobs = [job for job in make_pairs.source_files() if job[1].relative_to(job[0]).parts[0] in ("sympy", "rich")]
-    assert len(jobs) > 500
-    monkeypatch.setattr(make_pairs, "source_files", lambda: jobs)
-    run("docstrings", "--out", tmp_path / "a.jsonl")
-    run("docstrings", "--out", tmp_path / "b.jsonl")
-    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    pairs = rows(tmp_path / "a.jsonl")
-    assert len(pairs) > 500 and set(pairs[0]) == {"anchor", "positive", "engine", "source"}
-    modules, keys = make_pairs.held_out()
-    assert "sympy.crypto.crypto" in modules and len(keys) > 2000
-    assert not {p["source"] for p in pairs} & modules
-    texts = [make_pairs.key(t) for p in pairs for t in (p["anchor"], p["positive"])]
-    assert len(set(texts)) == len(texts) and not set(texts) & keys
-
-
-def test_embedded_tasks_are_frozen():
-    """20 clusters at least, of equal size, and the very rows that were drawn before anything was tuned."""
-    import hashlib
-
-    digests = {}
-    for path in sorted(make_pairs.TASKS.glob("*.jsonl.gz")):
-        found = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
-        labels = [r["label"] for r in found]
-        assert len(set(labels)) >= 20 and len({labels.count(x) for x in set(labels)}) == 1
-        assert len({r["text"] for r in found}) == len(found)
-        digests[path.name] = hashlib.sha256("".join(r["label"] + "\t" + r["text"] + "\n" for r in found).encode()).hexdigest()[:16]
-    assert digests == FROZEN
-
+# --------------------------------------------------------------------------------------------------------- bundled tasks
 
 FROZEN = {"docstrings-by-module.jsonl.gz": "00c46fd82a5c8721", "docstrings-by-package.jsonl.gz": "5e2101c6a71d45d3"}
 
 
-# ------------------------------------------------------------------------------------------------------ texts of one's own
+def test_the_bundled_tasks_are_those_that_were_drawn_before_anything_was_tuned():
+    """They have 20 clusters or more, all of the same size, and every row is as it was."""
+    digests = {}
+    for path in bundled_task_files():
+        rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode().splitlines()]
+        labels = [row["label"] for row in rows]
+        assert len(set(labels)) >= 20 and len({labels.count(label) for label in set(labels)}) == 1
+        assert len({row["text"] for row in rows}) == len(rows)
+        digests[path.name] = hashlib.sha256("".join(row["label"] + "\t" + row["text"] + "\n" for row in rows).encode()).hexdigest()[:16]
+    assert digests == FROZEN
 
 
-@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "t.csv", "t.csv.gz", "t.tsv", "t.jsonl", "t.jsonl.gz", "t.parquet"])
-def test_every_kind_of_input(tmp_path, name, capsys):
+def test_tasks_are_drawn_by_module_and_by_package_without_sharing_a_sentence():
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    texts = [
+        DocstringText(f"{package}.{letters[m]}", f"The {package} part {letters[m]} says {a}{b} here.", "")
+        for package, n_modules in (("large", 26), ("small", 4), ("_private", 26), ("narwhals", 26))
+        for m in range(n_modules)
+        for a in "abcdefg"
+        for b in "abcdefg"
+    ]
+    texts += [DocstringText(f"large.{letters[m]}", "This sentence stands in every module.", "") for m in range(26)]
+    texts += [DocstringText("large.a", "Too short it is.", "")]
+    assert draw_tasks(texts, random.Random(0)) == draw_tasks(texts, random.Random(0)) != draw_tasks(texts, random.Random(1))
+    for seed in range(6):
+        drawn = draw_tasks(texts, random.Random(seed))
+        by_module, by_package = drawn[BY_MODULE], drawn[BY_PACKAGE]
+        assert {label for _, label, _ in by_package} == {"large"} and len(by_package) == 60
+        modules = {module for _, _, module in by_module}
+        assert len(modules) == 2 and len(by_module) == 2 * 40 and all(m.startswith("large.") for m in modules)  # at most two of a package
+        assert all(label == module for _, label, module in by_module) and not modules & {module for _, _, module in by_package}
+        sentences = [sentence for sentence, _, _ in (*by_module, *by_package)]
+        assert len(set(sentences)) == len(sentences) and "This sentence stands in every module." not in sentences
+
+
+# ------------------------------------------------------------------------------------------------------ crops and noise
+
+
+def test_a_crop_is_two_different_spans_of_one_document(tmp_path, capsys):
     texts = [f"The number {i} has a text, quite long, with commas and all that." for i in range(5)]
-    path = tmp_path / name
-    kind = name.removesuffix(".gz").split(".")[1]
-    if kind == "parquet":
-        import datasets
-
-        datasets.Dataset.from_dict({"id": range(5), "text": texts}).to_parquet(str(path))
-    else:
-        sep = {"csv": ",", "tsv": "\t"}.get(kind)
-        body = {
-            "txt": "\n".join(texts),
-            "jsonl": "\n".join(json.dumps({"id": i, "text": t}) for i, t in enumerate(texts)),
-        }.get(kind) or f"id{sep}text\n" + "\n".join(f'{i}{sep}"{t}"' for i, t in enumerate(texts))
-        path.write_bytes(gzip.compress(body.encode()) if name.endswith(".gz") else body.encode())
+    path = tmp_path / "t.csv"
+    path.write_text("id,text\n" + "\n".join(f'{i},"{text}"' for i, text in enumerate([*texts, "Too few words for two spans."])))
     run("crop", "--input", path, "--out", tmp_path / "out.jsonl")
-    pairs = rows(tmp_path / "out.jsonl")
-    assert "5 texts in column 'text' (guessed)" in capsys.readouterr().out
+    pairs = read_rows(tmp_path / "out.jsonl")
+    assert "6 texts in column 'text' (guessed)" in capsys.readouterr().out
     assert 4 <= len(pairs) <= 5
     for pair in pairs:
         source, number = pair["source"].split(":")
         text = texts[int(number) - 1]
-        assert source == name and pair["engine"] == "crop"
+        assert source == "t.csv" and pair["engine"] == "crop"
         assert pair["anchor"] in text and pair["positive"] in text and pair["anchor"] != pair["positive"]
+        assert all(0.25 < len(pair[name].split()) / len(text.split()) < 0.75 for name in ("anchor", "positive"))
 
 
-def test_noise_damages_and_keeps_the_words(tmp_path):
+def test_noise_damages_a_text_and_keeps_its_words(tmp_path):
     path = tmp_path / "t.txt"
-    path.write_text("one two three four five six seven eight nine ten\n" * 3)
+    path.write_text(TEN_WORDS * 3)
     run("noise", "--input", path, "--out", tmp_path / "out.jsonl", "--delete", 0, "--chars", 0, "--swap", 0.5)
-    for pair in rows(tmp_path / "out.jsonl"):
+    pairs = read_rows(tmp_path / "out.jsonl")
+    assert pairs
+    for pair in pairs:
         assert sorted(pair["positive"].split()) == sorted(pair["anchor"].split()) and pair["positive"] != pair["anchor"]
+    with pytest.raises(InputError, match="no pairs were made"):  # a copy without damage is no pair
+        run("noise", "--input", path, "--out", tmp_path / "none.jsonl", "--delete", 0, "--chars", 0, "--swap", 0)
     rng = random.Random(0)
     assert make_pairs.damage("one two three", rng, 1, 0, 0) == "one"
-    assert (
-        sorted(make_pairs.damage("abcdefgh", rng, 0, 0, 1)) == sorted("abcdefgh")
-        and make_pairs.damage("abcdefgh", rng, 0, 0, 1) != "abcdefgh"
-    )
+    damaged = make_pairs.damage("abcdefgh", rng, 0, 0, 1)
+    assert sorted(damaged) == sorted("abcdefgh") and damaged != "abcdefgh" and (damaged[0], damaged[-1]) == ("a", "h")
 
 
 @pytest.mark.parametrize(
-    "name, content, message",
+    ("name", "content", "message"),
     [
-        ("t.csv", b"", r"t\.csv.*(is empty|No columns)"),
-        ("t.txt", b"", "is empty"),
-        ("t.txt", b"\n\n", "holds no text"),
         ("t.csv", b"a,b\nx y,z w\n", "it has a, b: name one with --column"),
         ("t.txt", b"caf\xe9 \xff\n", "not UTF-8"),
-        ("t.csv", b"text\ncaf\xe9 \xff\n", "not UTF-8"),
-        ("t.docx", b"x", "unknown kind of file"),
-        ("t.jsonl", b'{"text": "a"}\nnot json\n', "cannot read"),
-        ("t.txt", b"short\n", "no pair came out"),
-        ("t.txt.gz", b"no gzip", "cannot read"),
+        ("t.txt", b"short\n", "no pairs were made"),
     ],
 )
 def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
+    (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=message) as error:
-        run("crop", "--input", path, "--out", tmp_path / "out.jsonl")
+        run("crop", "--input", tmp_path / name, "--out", tmp_path / "out.jsonl")
     assert "\n" not in str(error.value)
     assert [p.name for p in tmp_path.iterdir()] == [name]
 
 
-def test_cells_and_lines_are_taken_as_they_stand(tmp_path):
-    texts = [
-        make_pairs.read_texts(tmp_path / name, None)
-        for name in ("t.csv", "t.txt")
-        if (tmp_path / name).write_bytes(b"\xef\xbb\xbftext\r\nNA\r\n007\r\n")
-    ]
-    assert [t for _, t in texts[0]] == ["NA", "007"] and [t for _, t in texts[1]] == ["text", "NA", "007"]
-
-
 def test_a_gz_name_makes_a_gz_file(tmp_path):
-    (tmp_path / "t.txt").write_text("one two three four five six seven eight nine ten\n")
+    (tmp_path / "t.txt").write_text(TEN_WORDS)
     run("crop", "--input", tmp_path / "t.txt", "--out", tmp_path / "new" / "out.jsonl.gz")
     assert json.loads(gzip.decompress((tmp_path / "new" / "out.jsonl.gz").read_bytes()))["engine"] == "crop"
 
 
 def test_nothing_is_overwritten_and_columns_are_checked(tmp_path):
-    (tmp_path / "t.csv").write_text("text,label\none two three four five six seven eight nine,x\n")
+    (tmp_path / "t.csv").write_text(f"text,label\n{TEN_WORDS.strip()},x\n")
     (tmp_path / "out.jsonl").write_text("mine")
-    with pytest.raises(InputError, match="exists already"):
-        run("crop", "--input", tmp_path / "t.csv", "--out", tmp_path / "out.jsonl")
+    for name in ("t.csv", "missing.csv"):  # noticed before anything is read
+        with pytest.raises(InputError, match="exists already"):
+            run("crop", "--input", tmp_path / name, "--out", tmp_path / "out.jsonl")
     assert (tmp_path / "out.jsonl").read_text() == "mine"
     with pytest.raises(InputError, match="no column body; it has text, label"):
         run("crop", "--input", tmp_path / "t.csv", "--column", "body", "--out", tmp_path / "new.jsonl")
-    done = subprocess.run(
-        [sys.executable, HERE / "make_pairs.py", "crop", "--input", "no.txt", "--out", "x"], capture_output=True, text=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (2, "make_pairs.py: no file no.txt\n")
 
 
-# ------------------------------------------------------------------------------------------------------------ the writer
+def test_the_script_ends_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(HERE / "make_pairs.py"), "crop", "--input", "no.txt", "--out", str(tmp_path / "x")])
+    with pytest.raises(SystemExit) as exit_error:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    assert (exit_error.value.code, *capsys.readouterr()) == (2, "", "make_pairs.py: no file no.txt\n")
+
+
+# --------------------------------------------------------------------------------------------- rewriting by a chat model
 
 
 @pytest.fixture
-def writer(tmp_path) -> str:
+def chat_model(tmp_path, models_dir) -> str:
     from transformers import AutoTokenizer
 
-    folder = make_model(tmp_path / "writer", "qwen3")
+    folder = tmp_path / "chat-model"
+    shutil.copytree(models_dir["qwen3"], folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
     tokenizer.save_pretrained(folder)
-    return folder
+    return str(folder)
 
 
-def test_an_interrupted_writer_goes_on_where_it_was(tmp_path, writer, monkeypatch, capsys):
+def test_an_interrupted_rewriting_job_continues_where_it_stopped(tmp_path, chat_model, monkeypatch, capsys):
     (tmp_path / "t.txt").write_text("".join(f"The cat number {i} sat on the mat.\n" for i in range(7)))
-    flags = ("llm", "--input", tmp_path / "t.txt", "--writer", writer, "--batch-size", 2, "--max-new-tokens", 5)
+    flags = ("llm", "--input", tmp_path / "t.txt", "--chat-model", chat_model, "--batch-size", 2, "--max-new-tokens", 4)
     run(*flags, "--out", tmp_path / "whole.jsonl")
-    whole = rows(tmp_path / "whole.jsonl")
-    assert len(whole) >= 5 and {r["template"] for r in whole} <= set(make_pairs.TEMPLATES) and len({r["template"] for r in whole}) > 1
+    whole = read_rows(tmp_path / "whole.jsonl")
+    templates = {row["template"] for row in whole}
+    assert len(whole) >= 5 and templates <= set(make_pairs.TEMPLATES) and len(templates) > 1
 
-    load, calls = make_pairs.load_writer, []
+    load, batches = make_pairs.load_chat_model, []
 
     def load_and_fail(args):
-        write = load(args)
+        rewrite = load(args)
 
         def failing(jobs, seed):
-            calls.append(len(jobs))
-            if len(calls) == 3:
+            batches.append(len(jobs))
+            if len(batches) in (3, 5):
                 raise KeyboardInterrupt
-            return write(jobs, seed)
+            return rewrite(jobs, seed)
 
         return failing
 
-    monkeypatch.setattr(make_pairs, "load_writer", load_and_fail)
+    monkeypatch.setattr(make_pairs, "load_chat_model", load_and_fail)
     with pytest.raises(KeyboardInterrupt):
         run(*flags, "--out", tmp_path / "parts.jsonl")
     partial = tmp_path / "parts.jsonl.partial"
@@ -239,51 +248,79 @@ def test_an_interrupted_writer_goes_on_where_it_was(tmp_path, writer, monkeypatc
     assert not (tmp_path / "parts.jsonl").exists()
     with pytest.raises(InputError, match="other texts or settings"):
         run(*flags, "--seed", 3, "--out", tmp_path / "parts.jsonl")
+    with pytest.raises(KeyboardInterrupt):
+        run(*flags, "--out", tmp_path / "parts.jsonl")
     run(*flags, "--out", tmp_path / "parts.jsonl")
-    assert "4 of 7 texts are written already" in capsys.readouterr().out
-    assert rows(tmp_path / "parts.jsonl") == whole
+    out = capsys.readouterr().out
+    assert "4 of 7 texts are already rewritten" in out and "6 of 7 texts are already rewritten" in out
+    assert batches == [2, 2, 2, 2, 1, 1]
+    assert read_rows(tmp_path / "parts.jsonl") == whole
     assert not partial.exists()
 
 
-def test_a_writer_that_is_not_there(tmp_path):
+def test_a_chat_model_that_is_missing_is_named_and_leaves_nothing(tmp_path):
     (tmp_path / "t.txt").write_text("A text.\n")
-    with pytest.raises(InputError, match="cannot load the writer"):
-        run("llm", "--input", tmp_path / "t.txt", "--writer", "org/none", "--out", tmp_path / "out.jsonl")
+    with pytest.raises(InputError, match="cannot load the chat model 'org/none'"):
+        run("llm", "--input", tmp_path / "t.txt", "--chat-model", "org/none", "--out", tmp_path / "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
 
 
-# ------------------------------------------------------------------------------------------------------ hard negatives
+# --------------------------------------------------------------------------------------------------------- hard negatives
 
 
-def test_mined_negatives_are_the_nearest_that_may_be_wrong(tmp_path, capsys):
+def test_mined_negatives_are_the_most_similar_texts_that_are_probably_wrong(tmp_path, llama, monkeypatch, capsys):
+    from encoder import Encoder
+
+    monkeypatch.setattr(make_pairs, "SIMILARITIES_AT_ONCE", 20)  # two pairs at a time
     topics = ["cat", "dog", "bank", "river", "loan", "tree"]
     pairs = [{"anchor": f"The {t} is here.", "positive": f"About a {t}.", "engine": "crop"} for t in topics]
     pairs += [{"anchor": "The cat is here.", "positive": "A small cat.", "engine": "crop"}]
     path = tmp_path / "pairs.jsonl"
     path.write_text("".join(json.dumps(p) + "\n" for p in pairs))
-    run("mine", "--pairs", path, "--out", tmp_path / "hard.jsonl", "--negatives", 3, "--below", 0.9, "--dtype", "float32")
-    found = rows(tmp_path / "hard.jsonl")
-    assert [{k: r[k] for k in ("anchor", "positive", "engine")} for r in found] == pairs
-    encoder = Encoder.load("tiny")
+    model = make_run(llama, tmp_path / "run", prompt="retrieve", max_tokens=40)  # a prompt for each role
+    run("mine", "--pairs", path, "--out", tmp_path / "hard.jsonl", "--negatives", 3, "--below", 0.9, "--model", model, "--dtype", "float32")
+    mined = read_rows(tmp_path / "hard.jsonl")
+    assert [{k: row[k] for k in ("anchor", "positive", "engine")} for row in mined] == pairs
+    encoder = Encoder.load(model, dtype="float32")
     corpus = [p["positive"] for p in pairs]
     anchors, candidates = encoder.encode([p["anchor"] for p in pairs], "query"), encoder.encode(corpus)
-    some = 0
-    for i, row in enumerate(found):
+    anchors, candidates = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (anchors, candidates))
+    counts = []
+    for i, row in enumerate(mined):
         cosines = candidates @ anchors[i]
-        own = {p["positive"] for p in pairs if p["anchor"] == row["anchor"]}
-        expected = [j for j in np.argsort(-cosines) if corpus[j] not in own and cosines[j] <= 0.9 * cosines[i]][:3]
+        right = {p["positive"] for p in pairs if p["anchor"] == row["anchor"]}
+        expected = [j for j in np.argsort(-cosines) if corpus[j] not in right and cosines[j] <= 0.9 * cosines[i]][:3]
         assert row["negatives"] == [corpus[j] for j in expected]
         assert row["scores"] == pytest.approx([cosines[i], *cosines[expected]], abs=1e-3)
-        some += len(expected)
-    assert some > 0 and "7 candidates" in capsys.readouterr().out
+        counts.append(len(expected))
+    assert max(counts) > 0 and "7 candidates" in capsys.readouterr().out
+
     texts = tmp_path / "corpus.txt"
-    texts.write_text("A mountain.\nThe cat is here.\nSnow.\n")
-    run("mine", "--pairs", path, "--corpus", texts, "--out", tmp_path / "other.jsonl", "--negatives", 9, "--below", 1, "--limit", 1)
-    assert set(rows(tmp_path / "other.jsonl")[0]["negatives"]) <= {"A mountain.", "Snow."}  # the anchor itself is none
+    texts.write_text("A mountain.\nThe cat is here.\nSnow.\nSnow.\n")
+    flags = ("--pairs", path, "--corpus", texts, "--negatives", 9, "--below", 1, "--limit", 1, "--model", llama)
+    run("mine", "--out", tmp_path / "other.jsonl", *flags)
+    (row,) = read_rows(tmp_path / "other.jsonl")
+    assert set(row["negatives"]) <= {"A mountain.", "Snow."} and len(set(row["negatives"])) == len(row["negatives"])
+    assert "3 candidates" in capsys.readouterr().out
+
+
+def test_neither_the_anchor_itself_nor_a_positive_of_an_equal_anchor_is_a_negative():
+    """Unit vectors in the plane; cosines to the anchor: positive 0.8, candidates 0.6, 0.5, 0.79, 0.4."""
+    plane = lambda *cosines: torch.tensor([[c, math.sqrt(1 - c * c)] for c in cosines])  # noqa: E731
+    pairs = [{"anchor": "question", "positive": "right"}, {"anchor": "question", "positive": "right, too"}]
+    corpus = ["question", "right, too", "nearly right", "wrong"]
+    make_pairs.add_negatives(pairs, plane(1, 1), plane(0.8, 0.5), corpus, plane(0.6, 0.5, 0.79, 0.4), 4, 0.95)
+    assert [(pair["negatives"], pair["scores"]) for pair in pairs] == [(["wrong"], [0.8, 0.4]), (["wrong"], [0.5, 0.4])]
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [("", "holds no pairs"), ('{"anchor": "a"}', "line 1: needs"), ("{", "line 1: "), ("[1]", "line 1")]
+    ("content", "message"),
+    [
+        ("", "holds no pairs"),
+        ('{"anchor": "a", "positive": "b"}\n{"anchor": "a"}', "line 2: needs the texts 'anchor' and 'positive'"),
+        ("{", "line 1: "),
+        ("[1]", "line 1"),
+    ],
 )
 def test_pairs_that_cannot_be_mined(tmp_path, content, message):
     path = tmp_path / "pairs.jsonl"
@@ -292,3 +329,4 @@ def test_pairs_that_cannot_be_mined(tmp_path, content, message):
         run("mine", "--pairs", path, "--out", tmp_path / "hard.jsonl")
     with pytest.raises(InputError, match="no file"):
         run("mine", "--pairs", tmp_path / "none.jsonl", "--out", tmp_path / "hard.jsonl")
+    assert [p.name for p in tmp_path.iterdir()] == ["pairs.jsonl"]

@@ -1,10 +1,11 @@
 import pytest
 
-from prompts import PROMPTS, TASK_PROMPTS, InputError, get_prompt
+from files.console import InputError
+from prompts import PROMPTS, TASK_PROMPTS, get_prompt
 
 
 def test_presets_hold_the_text_once_and_name_their_source():
-    assert {"none", "prompt-eol", "pretended-cot", "knowledge", "summarise", "cluster", "classify", "retrieve", "emotion"} <= set(PROMPTS)
+    assert {"none", "prompt-eol", "pretended-cot", "knowledge", "summarize", "cluster", "classify", "retrieve", "emotion"} <= set(PROMPTS)
     for name, prompt in PROMPTS.items():
         assert prompt.name == name and prompt.source
         assert set(prompt.roles()) == {"query", "document"}

@@ -1,0 +1,43 @@
+"""The one way from a text to its vector. Training, evaluation and export go through here and cannot disagree.
+
+    str     -> Prompt   -> ids     [BOS | prefix | text, truncated | suffix | EOS]
+    ids     -> batch    -> one row without padding, the shared prefix in it once; positions; where each text starts
+    batch   -> forward  -> hidden states (T, D) of the layers that the contract names
+    states  -> pool     -> (B, D), in float32
+    vectors -> finish   -> cut to `dims`, normalized if the contract says so, in the order of the input
+
+What decides a vector is written down in a `Contract`; a training run keeps it as `embedding.json` beside its adapter.
+dtype, device, batch size and compilation are facts of the machine and no part of it.
+
+    from encoder import Encoder
+    encoder = Encoder.load("tiny", prompt="cluster", pooling="last")     # a preset, a folder, a hub id
+    encoder = Encoder.load("runs/tiny")                                  # a training run, with its contract
+    vectors = encoder.encode(["a text", "another"])                      # float32 (2, D)
+
+contract.py      what decides a vector, its file and its fingerprint
+base_models.py   presets; finding, fetching and loading a base model
+runtime.py       device, dtype, memory, processes
+tokenization.py  texts to token ids, prompt included
+packing.py       token ids to batches; attention of packed rows
+lora.py          the adapter: add, load, save, a fused layer
+streaming.py     any number of texts in memory that does not grow
+encoder.py       all of it together: load, tokenize, forward, pool, encode
+"""
+
+_EXPORTS = {
+    "Encoder": "encoder",
+    "EncodingReport": "streaming",
+    "TokenAttention": "encoder",
+    "Contract": "contract",
+    "PoolingConfig": "contract",
+}
+__all__ = list(_EXPORTS)
+
+
+def __getattr__(name: str):
+    """Import on first use: `encoder.contract` alone costs neither torch nor transformers."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_EXPORTS[name]}"), name)

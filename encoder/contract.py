@@ -1,0 +1,202 @@
+"""The embedding contract: everything that decides a vector besides the weights, its file, and the fingerprint of both.
+
+A training run keeps its contract as `embedding.json` beside the adapter. No torch here: whoever serves vectors can read it.
+"""
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import NamedTuple
+
+from files.console import InputError
+from prompts import ROLES
+
+CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.safetensors", "adapter_config.json"
+QUERY_FILE = "pooling.safetensors"  # the learned query of pooling `query`
+# the files of a model folder that decide its hidden states and its token ids
+MODEL_FILES = (
+    "model*.safetensors",
+    "config.json",
+    "tokenizer*",
+    "vocab.*",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "*.py",
+)
+POOLINGS = ("mean", "last", "position-mean", "attention", "query")
+SCOPES = ("all", "text")
+QUANTIZATIONS = ("nf4", "int8")
+DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
+
+
+class PoolingConfig(NamedTuple):
+    """How a vector is read from the hidden states. One forward pass can be pooled in several ways."""
+
+    pooling: str
+    scope: str = "all"
+    layers: tuple[int, ...] = (-1,)
+    keep_bos: bool = False
+
+
+@dataclass(frozen=True)
+class Contract:
+    """Everything that decides a vector besides the weights.
+
+    base, revision       name of the base model; the hub's commit, or "sha256:..." of the files of a local folder
+    prompts              {"query" | "document": {"prefix", "suffix"}}
+    bos, eos             whether the token is put before the prefix / after the suffix
+    max_tokens           a text is truncated to this many tokens; the prompt never is
+    pooling, scope       see POOLINGS; "text" = the tokens of the text, "all" = prompt and EOS too. "query" is attention with a
+                         query that is learned with the adapter; an untuned base has none, and the mean is taken
+    keep_bos             with scope "all", BOS takes part in mean and attention poolings (it draws most of the attention)
+    layers               -1 is the state after the final norm; 0 is the embedding layer's output, k that of block k, and
+                         -2 that of the block before the last: raw residual states. Several layers are averaged.
+    attention            "causal" or "bidirectional"
+    normalize, dims      L2 norm 1; keep the first `dims` numbers only (before normalizing)
+    quantize             how the base's weights are stored in memory: None as they are, "nf4" in 4 bits, "int8" in 8
+    data                 {"name", "sha256"} of the training pairs, None for an untuned base
+
+    Raises InputError for a value that is not possible.
+    """
+
+    base: str
+    revision: str
+    prompts: dict
+    bos: bool
+    eos: bool
+    max_tokens: int
+    pooling: str
+    scope: str
+    keep_bos: bool = False
+    layers: tuple[int, ...] = (-1,)
+    attention: str = "causal"
+    normalize: bool = True
+    dims: int | None = None
+    data: dict | None = None
+    quantize: str | None = None
+    version: int = 1
+
+    def __post_init__(self):
+        if isinstance(self.layers, list):
+            object.__setattr__(self, "layers", tuple(self.layers))
+        for name, is_valid, expected in _rules(self):
+            if not is_valid:
+                raise InputError(f"{name} must be {expected}: got {getattr(self, name)!r}")
+
+    def pooling_config(self) -> PoolingConfig:
+        return PoolingConfig(self.pooling, self.scope, self.layers, self.keep_bos)
+
+    def is_bare(self) -> bool:
+        """Whether the model is given nothing but the text and perhaps BOS."""
+        return not self.eos and not any(part for prompt in self.prompts.values() for part in prompt.values())
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, where: str = CONTRACT_FILE) -> "Contract":
+        """Raises InputError for unknown or missing fields: a contract that is only half understood is not used."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{where} is not valid JSON ({error}): restore it from the run that wrote it") from None
+        known = {f.name for f in fields(cls)}
+        if isinstance(values, dict):
+            values.setdefault("quantize", None)  # runs saved before this field existed
+        if not isinstance(values, dict) or set(values) != known:
+            names = set(values) if isinstance(values, dict) else set()
+            raise InputError(f"{where}: unknown fields {sorted(names - known)}, missing fields {sorted(known - names)}")
+        return cls(**values)
+
+    @classmethod
+    def read(cls, run: str | Path) -> "Contract":
+        """The contract in the folder of a run."""
+        path = Path(run) / CONTRACT_FILE
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"), str(path))
+        except UnicodeDecodeError:
+            raise InputError(f"{path} is damaged (not UTF-8): restore it from the run that wrote it") from None
+
+    def override(self, changes: dict, *, force: bool = False) -> "Contract":
+        """The contract with some fields replaced. A contradiction raises InputError with both values, unless `force`."""
+        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+        differing = {k: v for k, v in changes.items() if getattr(self, k) != v}
+        if differing and not force:
+            both = "; ".join(f"{k} is {getattr(self, k)!r} in the run, {v!r} was asked for" for k, v in differing.items())
+            raise InputError(f"{both}. Leave the flag out, or add --override-contract")
+        return replace(self, **changes)
+
+
+def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
+    """(field, whether its value is possible, what it must be) for every field."""
+
+    def is_number(value, least=1):
+        return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+    def is_texts(value, names):
+        return isinstance(value, dict) and set(value) == set(names) and all(isinstance(text, str) for text in value.values())
+
+    is_prompts = isinstance(c.prompts, dict) and set(c.prompts) == set(ROLES)
+    return (
+        ("version", c.version == 1, "1 (written by a newer version of this project?)"),
+        ("base", isinstance(c.base, str), "a name"),
+        ("revision", isinstance(c.revision, str), "a commit or hash"),
+        ("pooling", c.pooling in POOLINGS, f"one of {', '.join(POOLINGS)}"),
+        ("scope", c.scope in SCOPES, f"one of {', '.join(SCOPES)}"),
+        ("attention", c.attention in ("causal", "bidirectional"), "causal or bidirectional"),
+        ("max_tokens", is_number(c.max_tokens), "a number of tokens above 0"),
+        ("dims", c.dims is None or is_number(c.dims), "a number above 0, or nothing"),
+        ("quantize", c.quantize is None or c.quantize in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}, or nothing"),
+        ("layers", isinstance(c.layers, tuple) and bool(c.layers) and all(is_number(i, -(10**6)) for i in c.layers), "layer numbers"),
+        *((name, isinstance(getattr(c, name), bool), "true or false") for name in ("bos", "eos", "keep_bos", "normalize")),
+        ("keep_bos", not c.keep_bos or (c.bos and c.scope == "all"), "left out unless BOS is added and the scope is all"),
+        ("data", c.data is None or is_texts(c.data, ("name", "sha256")), "name and sha256 of the training pairs, or nothing"),
+        (
+            "prompts",
+            is_prompts and all(is_texts(prompt, ("prefix", "suffix")) for prompt in c.prompts.values()),
+            "a prefix and a suffix for query and for document",
+        ),
+    )
+
+
+def default_scope(pooling: str) -> str:
+    """`last` reads the end of the whole sequence, where the prompt is answered; means are taken over the text itself."""
+    return "all" if pooling == "last" else "text"
+
+
+# ------------------------------------------------------------------------------------------------ hashes and identity
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file. The hub's cache names large files by that very hash, so those are not read again."""
+    blob = path.resolve().name
+    if path.is_symlink() and len(blob) == 64 and not set(blob) - set("0123456789abcdef"):
+        return blob
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def adapter_hash(run: Path) -> str:
+    """Hash of the adapter's weights and of those settings in its config that say how they are applied."""
+    config = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    names = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern")
+    applied = {k: sorted(v) if isinstance(v := config.get(k), list) else v for k in names}
+    query = file_hash(run / QUERY_FILE) if (run / QUERY_FILE).is_file() else ""
+    return hashlib.sha256((file_hash(run / ADAPTER_FILE) + json.dumps(applied, sort_keys=True) + query).encode()).hexdigest()
+
+
+def folder_hash(folder: Path) -> str:
+    """Hash of a model folder's weights, config and tokenizer."""
+    files = sorted({f for pattern in MODEL_FILES for f in folder.glob(pattern) if f.is_file()})
+    return hashlib.sha256("".join(f"{f.name} {file_hash(f)}\n" for f in files).encode()).hexdigest()
+
+
+def fingerprint(contract: Contract, base_hash: str, adapter: str | None) -> str:
+    """16 hex digits over the contract and the hashes of base and adapter: same vectors, or another fingerprint."""
+    settings = {k: v for k, v in asdict(contract).items() if k != "base"}  # a folder's name changes no vector
+    if settings["quantize"] is None:
+        del settings["quantize"]  # fingerprints written down before this field existed stay valid
+    parts = (json.dumps(settings, sort_keys=True), base_hash, adapter or "")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

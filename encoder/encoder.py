@@ -1,0 +1,476 @@
+"""From texts to vectors: load, tokenize, forward, pool, encode. The order of the steps is drawn in `encoder/__init__.py`.
+
+Under torchrun every process calls `encode` with the same texts, does its share and gets all the vectors. Threads of one process
+may encode at the same time; their forward passes take turns.
+
+Legend: N texts, B sequences of a batch, T tokens of its row, M tokens chosen, L tokens of a sequence, H heads, D hidden size.
+"""
+
+import contextlib
+import copy
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from encoder import lora
+from encoder.base_models import PACKED_TYPES
+from encoder.contract import CONTRACT_FILE, POOLINGS, QUERY_FILE, PoolingConfig, adapter_hash, fingerprint
+from encoder.loading import LoadedBase, contract_fields, load_base
+from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, trim_hook
+from encoder.runtime import default_batch_tokens, distributed, memory_budget, pick_device, pick_dtype, shard_model
+from encoder.streaming import EncodingReport, run_batch, tokenized_windows
+from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list
+from files.console import InputError, Progress
+from files.writing import write_atomic, write_text
+from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
+
+# a few texts of different kinds, by which `merge` measures how far it moves vectors
+SAMPLE_TEXTS = ["A cat sleeps.", "Interest rates rose again this month.", "def add(a, b): return a + b", "Où est la gare ?", "42"]
+
+
+class HiddenStates(NamedTuple):
+    """What a forward pass leaves for pooling."""
+
+    layers: dict[int, Tensor]  # layer number -> (T, D), a state for each token of the row
+    attention: PackedAttention  # has kept what the attention scores of the last layer are computed from
+    last_only: bool = False  # the states are those of each sequence's last token alone, (B, D)
+
+
+class TokenAttention(NamedTuple):
+    """What the last token of a sequence attends to."""
+
+    pieces: list[str]  # each token as readable text
+    parts: list[str]  # the part of the sequence that each token belongs to: "bos", "prompt", "text" or "eos"
+    weights: np.ndarray  # (L, H) float32, softmax over all tokens of the sequence: each head's weights sum to 1
+
+
+class Encoder:
+    """A decoder-only language model, a contract, and the way from texts to vectors. Make one with `Encoder.load`.
+
+    Longer than other classes because it is the one object that a user holds: its methods tie the modules of this package together.
+
+    notes                       facts about this model that its user should know, one line each
+    share_prefix,               execution options; none of them changes the vectors: compute the prompt's prefix once a batch,
+    trim_last_layer,            compute only the last tokens in the last layer where nothing else is read, which implementation
+    attention_implementation    of packed attention to take ("auto", "varlen", "stacked": see `PackedAttention`)
+    """
+
+    def __init__(self, base: LoadedBase, device: torch.device, dtype: torch.dtype):
+        model = base.model
+        self.decoder, self.blocks, self.tokenizer, self.contract = model, model.layers, base.tokenizer, base.contract
+        self.source, self.base_hash, self.adapter_hash = base.source, base.base_hash, None
+        self.device, self.dtype = device, dtype
+        self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
+        # the learned query of pooling `query`; a query of zeros is the mean
+        self.query = nn.Parameter(torch.zeros(1, model.config.hidden_size, device=device), requires_grad=False)
+        self.sharded = False  # FSDP: every process must run as many forward passes as the others
+        self.packed = model.config.model_type in PACKED_TYPES
+        self.share_prefix, self.trim_last_layer, self.attention_implementation = True, True, "auto"
+        self.memory_limit = sys.maxsize  # tokens of a batch beyond which memory has run out
+        self.notes = [] if self.packed else [f"{model.config.model_type} models are not packed: texts are padded, which is slower"]
+        self._forward_lock = threading.RLock()  # hooks and the adapter's switch belong to the model, not to a call
+        model.set_attn_implementation("packed" if self.packed else "sdpa")
+        self.tokenizer.backend_tokenizer.no_truncation()
+        self.tokenizer.backend_tokenizer.no_padding()
+        self._apply_contract()
+
+    def _apply_contract(self) -> None:
+        """Tokenize the prompts, and refuse a contract that does not fit the model."""
+        config = self.decoder.config
+        for index in self.contract.layers:
+            _check_layer(index, len(self.blocks))
+        if self.contract.dims is not None and self.contract.dims > config.hidden_size:
+            raise InputError(f"dims {self.contract.dims} is more than the {config.hidden_size} numbers of this model's vectors")
+        self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.contract, getattr(config, "max_position_embeddings", None))
+
+    @classmethod
+    def load(
+        cls,
+        spec: str = "tiny",
+        *,
+        dtype: str | torch.dtype | None = None,
+        device: str | None = None,
+        override_contract: bool = False,
+        trust_remote_code: bool = False,
+        shard: bool = False,
+        **overrides,
+    ) -> "Encoder":
+        """Load a preset, a folder, a hub id or a training run.
+
+        dtype       None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
+        shard       leave the weights on the CPU until `shard` divides them among the processes
+        overrides   contract fields: prompt (preset name or template), pooling, scope, layers, max_tokens, bos, eos,
+                    keep_bos, attention, normalize, dims, quantize. None counts as not given. On a run, a value that contradicts
+                    its contract raises InputError unless `override_contract`.
+        """
+        device = pick_device(device)
+        dtype = pick_dtype(dtype, device)
+        base = load_base(
+            spec, contract_fields(overrides), dtype, device, override_contract=override_contract, trust_remote_code=trust_remote_code
+        )
+        if not base.contract.quantize and not shard:
+            base.model.to(device)
+        encoder = cls(base, device, dtype)
+        if base.run:
+            encoder._load_adapter(base.run)
+        return encoder
+
+    def with_contract(self, **changes) -> "Encoder":
+        """The same weights in memory under a changed contract, for several ways to read one base."""
+        other = copy.copy(self)
+        other.contract, other.notes = replace(self.contract, **changes), list(self.notes)
+        other._apply_contract()
+        return other
+
+    def compile(self) -> None:
+        """torch.compile the layers, once for all lengths: worth it for many texts. On a CPU it needs a C++ compiler."""
+        if self.device.type == "cpu" and not any(map(shutil.which, (os.environ.get("CXX", "g++"), "clang++"))):
+            raise InputError("compiling for a CPU needs a C++ compiler, g++ or clang++: install one, or do not compile")
+        for block in self.blocks:
+            block.compile(dynamic=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits over the contract and the base's and the adapter's files: same vectors, or another fingerprint."""
+        return fingerprint(self.contract, self.base_hash, self.adapter_hash)
+
+    @property
+    def width(self) -> int:
+        """Numbers of a vector."""
+        return self.contract.dims or self.decoder.config.hidden_size
+
+    # ------------------------------------------------------------------------------------------------------ adapter
+
+    def add_adapter(self, rank: int, alpha: int | None = None, dropout: float = 0.0, **options) -> int:
+        """LoRA on every linear layer of every block, weights in float32. Returns the number of trainable parameters.
+
+        options     peft's own, such as use_rslora and use_dora
+        """
+        self.peft = lora.add_lora(self.decoder, self.blocks, rank, alpha, dropout, **options)
+        self.query.requires_grad_(self.contract.pooling == "query")
+        return sum(p.numel() for p in self.trainable().values())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """What is trained, by name: the adapter, and the query of pooling `query`."""
+        return {n: p for n, p in (*self.peft.named_parameters(), ("query", self.query)) if p.requires_grad}
+
+    def set_gradient_checkpointing(self, every: int) -> None:
+        """Compute every n-th layer, counted from the last, again in the backward pass instead of keeping its states; 0: none."""
+        if every:
+            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        for i, block in enumerate(reversed(self.blocks), 1):
+            block.gradient_checkpointing = every > 0 and i % every == 0
+
+    def shard(self) -> None:
+        """Divide the base's weights among torchrun's processes (FSDP2); the adapter stays whole in each."""
+        shard_model(self.decoder, self.blocks, self.device)
+        self.sharded = True
+
+    def save(self, folder: Path) -> None:
+        """Write adapter, its config and the contract, each complete or not at all."""
+        folder.mkdir(parents=True, exist_ok=True)
+        base = str(Path(self.source).resolve()) if Path(self.source).is_dir() else self.source
+        lora.save_lora(self.peft, folder, base)
+        if self.contract.pooling == "query":
+            query = {"query": self.query.detach().cpu()}
+            write_atomic(folder / QUERY_FILE, lambda path: save_file(query, path, metadata={"format": "pt"}))
+        write_text(folder / CONTRACT_FILE, self.contract.to_json())
+        self.adapter_hash = adapter_hash(folder)
+
+    def _load_adapter(self, run: Path) -> None:
+        self.peft = lora.load_lora(self.decoder, run)
+        if self.contract.pooling == "query":
+            try:
+                self.query.data.copy_(load_file(run / QUERY_FILE)["query"])
+            except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+                raise InputError(f"{run / QUERY_FILE} is missing or damaged ({' '.join(str(error).split())[:100]})") from None
+        self.adapter_hash = adapter_hash(run)
+
+    @property
+    def merged(self) -> bool:
+        """Whether the adapter is added to the base's weights, which all encoders of this model share."""
+        return lora.is_merged(self.decoder)
+
+    def untuned(self) -> "Encoder":
+        """The base model alone under the same contract, from the same weights in memory."""
+        if self.merged:
+            raise InputError("the adapter is merged into the base: load the run again to read the base alone")
+        other = self.with_contract(data=None)
+        other.adapter_on, other.adapter_hash = False, None
+        other.query = nn.Parameter(torch.zeros_like(self.query), requires_grad=False)
+        return other
+
+    @torch.no_grad()
+    def merge(self) -> float:
+        """Add the adapter to the base's weights, so that it costs no time; the base alone is then no longer in memory.
+
+        Returns the drift: the largest 1 - cosine between vectors before and after, over a few texts. In bfloat16 the sum
+        is rounded like any weight. A quantized base is left as it is: the sum would be quantized too.
+        """
+        if self.peft is None or self.merged or self.contract.quantize:
+            return 0.0
+        before = torch.from_numpy(self.encode(SAMPLE_TEXTS)).double()
+        self.peft.merge_adapter()
+        after = torch.from_numpy(self.encode(SAMPLE_TEXTS)).double()
+        return max(0.0, 1 - F.cosine_similarity(before, after).min().item())
+
+    # ---------------------------------------------------------------------------------------------- tokens and batches
+
+    def tokenize(self, texts: Iterable[str], role: str = "document", *, first_number: int = 0) -> TokenizedTexts:
+        """Texts as ids with the prompt of their role, see `PromptTokenizer`. Raises InputError for what is no text."""
+        return self.prompt_tokenizer(list(check_list(texts)), role, first_number)
+
+    def _shared_prefix(self, tokenized: TokenizedTexts) -> int:
+        """Tokens that a batch computes once. Only under causal attention do they not depend on the texts behind them."""
+        can_share = self.packed and self.share_prefix and self.contract.attention == "causal"
+        return tokenized.prefix_length if can_share and tokenized.prefix_length >= MIN_SHARED_PREFIX else 0
+
+    def collate(self, tokenized: TokenizedTexts, rows: list[int]) -> PackedBatch:
+        """The chosen rows as one packed batch on the device."""
+        prefix_length = self._shared_prefix(tokenized) if len(rows) > 1 else 0
+        return collate(tokenized, rows, prefix_length, self.contract.bos, self.device)
+
+    def plan(self, tokenized: TokenizedTexts, rows: list[int], batch_tokens: int | None = None) -> list[list[int]]:
+        """`rows` sorted by length, in batches of at most `batch_tokens` tokens (default: 2,048 on a CPU, else 32,768)."""
+        return plan_batches(self.costs(tokenized, rows), batch_tokens or default_batch_tokens(self.device), padded=not self.packed)
+
+    def batches(
+        self, tokenized: TokenizedTexts, rows: list[int], batch_tokens: int | None = None
+    ) -> Iterator[tuple[list[int], PackedBatch]]:
+        """The batches of `plan`, each with its rows."""
+        for batch_rows in self.plan(tokenized, rows, batch_tokens):
+            yield batch_rows, self.collate(tokenized, batch_rows)
+
+    def costs(self, tokenized: TokenizedTexts, rows: list[int]) -> dict[int, int]:
+        """Tokens that each sequence adds to a batch: its own, and a share for attention to the prefix's keys and values."""
+        shared = self._shared_prefix(tokenized)
+        return {row: len(tokenized.ids[row]) - shared + shared // 8 for row in rows}
+
+    # ----------------------------------------------------------------------------------------------- forward and pool
+
+    def forward(self, batch: PackedBatch, poolings: list[PoolingConfig] | None = None) -> HiddenStates:
+        """One forward pass -> the states that `poolings` need (default: the contract's)."""
+        poolings = poolings or [self.contract.pooling_config()]
+        numbers = {index: _check_layer(index, len(self.blocks)) for pooling in poolings for index in pooling.layers}
+        needs_scores = any(p.pooling == "attention" for p in poolings)
+        if needs_scores and not self.packed:
+            raise InputError(f"{type(self.decoder).__name__} does not let its attention be read: take another pooling")
+        last_layer, trim = len(self.blocks) - 1, _can_trim(self, batch, poolings, numbers)
+        packed = PackedAttention(
+            batch,
+            self.contract.attention == "causal",
+            scored_layer=last_layer if needs_scores else None,
+            trimmed_layer=last_layer if trim else None,
+            implementation=self.attention_implementation,
+        )
+        if not len(batch.ids):  # sequences without a token
+            return HiddenStates({index: torch.zeros(0, self.decoder.config.hidden_size, device=self.device) for index in numbers}, packed)
+        with self._forward_lock, _recorded_states(self.blocks, set(numbers.values())) as states, contextlib.ExitStack() as stack:
+            if trim:
+                stack.callback(self.blocks[-1].register_forward_pre_hook(trim_hook(packed), with_kwargs=True).remove)
+            if self.peft and not self.adapter_on:
+                if self.merged:
+                    raise InputError("the adapter was merged into the base meanwhile: load the run again to read the base alone")
+                stack.enter_context(self.peft.disable_adapter())
+            if self.packed:
+                # lengths are rounded up: oneDNN caches one primitive per shape
+                fill = (0, -len(batch.ids) % (64 if len(batch.ids) > 512 else 8))
+                ids, positions = (F.pad(x, fill)[None] for x in (batch.ids, batch.positions))
+                inputs = {"input_ids": ids, "position_ids": positions, "packed": packed}
+            else:
+                inputs, places = pad(batch)
+            states[-1] = self.decoder(**inputs, use_cache=False).last_hidden_state
+        rows = {number: state[0, : len(batch.ids)] if self.packed else state[places] for number, state in states.items()}
+        return HiddenStates({index: rows[number] for index, number in numbers.items()}, packed, trim)
+
+    def pool(self, states: HiddenStates, batch: PackedBatch, pooling: PoolingConfig | None = None) -> Tensor:
+        """States -> (B, D) float32 by `pooling` (default: the contract's), cut to dims and normalized as the contract says."""
+        vectors = _pool(states, batch, pooling or self.contract.pooling_config(), self.query, self.device)
+        if self.contract.dims is not None:
+            vectors = vectors[:, : self.contract.dims]
+        return F.normalize(vectors, dim=-1) if self.contract.normalize else vectors
+
+    # -------------------------------------------------------------------------------------------------------- encode
+
+    def stream(
+        self,
+        texts: Iterable[str],
+        role: str = "document",
+        *,
+        poolings: list[PoolingConfig] | None = None,
+        batch_tokens: int | None = None,
+        report: EncodingReport | None = None,
+        done: Callable[[int], object] | None = None,
+    ) -> Iterator[list[np.ndarray]]:
+        """Texts -> float32 (n, D) for each pooling, at most `WINDOW` texts at a time, in order, in memory that does not grow.
+
+        The next texts are read and tokenized, in a thread, while the model runs on these. A sequence without a single token
+        (no BOS, no prompt, empty text) is a vector of zeros. Under torchrun every process takes every n-th batch, and all
+        get all vectors. `done` is called with the number of texts after every batch. `report` collects warnings.
+        """
+        poolings, done = poolings or [self.contract.pooling_config()], done or (lambda n: None)
+        report = EncodingReport() if report is None else report
+        rank, world_size, group = distributed()
+        budget = batch_tokens or memory_budget(self.decoder.config, self.dtype, self.device)
+        self.decoder.eval()
+
+        @torch.no_grad()
+        def compute(batch: PackedBatch) -> list[Tensor]:
+            states = self.forward(batch, poolings)
+            return [self.pool(states, batch, pooling).float() for pooling in poolings]
+
+        for tokenized in tokenized_windows(self, texts, role, report):
+            batches = self.plan(tokenized, [i for i, ids in enumerate(tokenized.ids) if ids], budget)
+            results = []  # stay on the device until all batches are under way, so that a GPU need not wait
+            for rows in batches[rank::world_size]:
+                results += run_batch(self, tokenized, rows, compute, report)
+                done(len(rows))
+            if self.sharded and rank >= (len(batches) % world_size or world_size):
+                compute(self.collate(tokenized, batches[0]))  # other processes have one batch more; this output is discarded
+            arrays = [np.zeros((len(tokenized.ids), self.width), dtype=np.float32) for _ in poolings]
+            for rows, vectors in results:
+                for array, rows_vectors in zip(arrays, vectors, strict=True):
+                    array[rows] = rows_vectors.cpu().numpy()
+            if world_size > 1:
+                for array in arrays:  # the sum of all: each has zeros where another process did the work
+                    torch.distributed.all_reduce(torch.from_numpy(array), group=group)
+            done(len(tokenized.ids) - sum(map(len, batches[rank::world_size])))
+            yield arrays
+
+    def encode(
+        self,
+        texts: Iterable[str],
+        role: str = "document",
+        *,
+        poolings: list[PoolingConfig] | None = None,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        report: EncodingReport | None = None,
+    ) -> np.ndarray | list[np.ndarray]:
+        """Texts -> float32 (N, D) in the order given; with `poolings`, one such array for each, from the same forward passes.
+
+        batch_tokens    of a batch (default: 2,048 on a CPU, else 32,768, or fewer where memory is short)
+        report          collects what happened to the texts: empty, truncated, out of memory
+        """
+        texts = list(check_list(texts))
+        out = [np.empty((len(texts), self.width), dtype=np.float32) for _ in poolings or [None]]
+        at = 0
+        with Progress(len(texts), "encoding", "text", disable=not progress) as bar:
+            for arrays in self.stream(texts, role, poolings=poolings, batch_tokens=batch_tokens, report=report, done=bar.update):
+                for whole, window in zip(out, arrays, strict=True):
+                    whole[at : at + len(window)] = window
+                at += len(arrays[0])
+        return out if poolings else out[0]
+
+    def last_token_attention(
+        self, texts: Iterable[str], role: str = "document", *, batch_tokens: int | None = None, report: EncodingReport | None = None
+    ) -> list[TokenAttention]:
+        """What each text's last token attends to in the last layer, in the order given. A text without a token has no weights."""
+        report = EncodingReport() if report is None else report
+        budget = batch_tokens or memory_budget(self.decoder.config, self.dtype, self.device)
+        self.decoder.eval()
+
+        @torch.no_grad()
+        def compute(batch: PackedBatch) -> list[np.ndarray]:
+            states = self.forward(batch, [PoolingConfig("attention", keep_bos=True)])
+            scores = states.attention.scores(*batch.locate(np.zeros_like(batch.lengths), batch.lengths))  # (M, H)
+            return [of_text.softmax(0).cpu().numpy() for of_text in scores.split(batch.lengths.tolist())]
+
+        out: list[TokenAttention] = []
+        for tokenized in tokenized_windows(self, texts, role, report):
+            weights: dict[int, np.ndarray] = {}
+            for rows in self.plan(tokenized, [i for i, ids in enumerate(tokenized.ids) if ids], budget):
+                for some_rows, some_weights in run_batch(self, tokenized, rows, compute, report):
+                    weights |= zip(some_rows, some_weights, strict=True)
+            for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
+                pieces, parts = [self.tokenizer.decode([token]) for token in ids], self.prompt_tokenizer.parts(len(ids), span)
+                out.append(TokenAttention(pieces, parts, weights.get(i, np.zeros((0, 0), np.float32))))
+        return out
+
+
+# ------------------------------------------------------------------------------------------------------------- helpers
+
+
+def _check_layer(index: int, n_layers: int) -> int:
+    """Layer number of a contract -> 0..n_layers for raw residual states, -1 for the state after the final norm."""
+    resolved = index if index >= -1 else n_layers + 1 + index
+    if (index < -1 and resolved < 0) or resolved > n_layers:
+        raise InputError(f"layer {index} does not exist: this model has blocks 1 to {n_layers}, 0 (embeddings) and -1 (final norm)")
+    return resolved
+
+
+# ---------------------------------------------------------------------------------------------------- forward, pooling
+
+
+@contextlib.contextmanager
+def _recorded_states(blocks: nn.ModuleList, numbers: set[int]) -> Iterator[dict[int, Tensor]]:
+    """While it is open, a forward pass leaves the residual states of these layers (-1 excepted) in the dict that is yielded."""
+    states: dict[int, Tensor] = {}
+
+    def recorder(number: int):
+        def hook(_, args, kwargs, output=None):
+            state = output if output is not None else args[0] if args else kwargs["hidden_states"]
+            states[number] = state[0] if isinstance(state, tuple) else state
+
+        return hook
+
+    hooks = []
+    for number in numbers - {-1}:
+        block = blocks[max(number - 1, 0)]
+        register = block.register_forward_hook if number else block.register_forward_pre_hook
+        hooks.append(register(recorder(number), with_kwargs=True))
+    try:
+        yield states
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _can_trim(encoder: Encoder, batch: PackedBatch, poolings: list[PoolingConfig], numbers: dict[int, int]) -> bool:
+    """Whether the last layer may compute each sequence's last token only: nothing else is read from it."""
+    if not (encoder.trim_last_layer and encoder.packed and set(numbers.values()) == {-1}):
+        return False
+    if not all(p.pooling == "last" and (batch.pooled_range(p)[1] == batch.lengths).all() for p in poolings):
+        return False
+    # a layer that is computed again in the backward pass would be computed without the hook
+    checkpointed = encoder.decoder.training and getattr(encoder.blocks[-1], "gradient_checkpointing", False)
+    return not checkpointed and batch.lengths.min() > 0 and len(batch.ids) > len(batch.spans)
+
+
+def _pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query: Tensor, device: torch.device) -> Tensor:
+    """States -> (B, D) float32, neither cut nor normalized."""
+    first, end = batch.pooled_range(config)
+    if states.last_only and config.pooling != "last":
+        raise ValueError(f"these states are those of last tokens only: give {config} to `forward` as well")
+    if config.pooling == "last":
+        first = np.maximum(end - 1, 0)
+    places, positions, sequence = chosen = batch.locate(first, end)
+    on_device = (torch.from_numpy(x).to(device) for x in (places, np.concatenate([[0], np.cumsum(end - first)])))
+    index, cu_seqlens = on_device
+    takes_all = states.last_only or (len(places) == len(batch.ids) and not batch.prefix_length)
+    layers = [states.layers[i] if takes_all else states.layers[i].index_select(0, index) for i in config.layers]
+    values = layers[0] if len(layers) == 1 else torch.stack([x.float() for x in layers]).mean(0)  # (M, D)
+    if config.pooling == "mean":
+        return mean_pool(values, cu_seqlens=cu_seqlens)
+    if config.pooling == "position-mean":  # weight i for the i-th token of the scope: SGPT, Muennighoff 2022, arXiv 2202.08904
+        weights = torch.from_numpy((positions - first[sequence] + 1).astype(np.float32)).to(device)
+        return mean_pool(values, cu_seqlens=cu_seqlens, weights=weights)
+    if config.pooling == "last":
+        return last_pool(values, cu_seqlens=cu_seqlens)
+    if config.pooling == "attention":
+        return attention_pool(values, states.attention.scores(*chosen), cu_seqlens=cu_seqlens)[0].mean(1)
+    if config.pooling == "query":
+        return query_pool(values, query, cu_seqlens=cu_seqlens)[0][:, 0]
+    raise InputError(f"unknown pooling {config.pooling!r}: take one of {', '.join(POOLINGS)}")

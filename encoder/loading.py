@@ -1,0 +1,108 @@
+"""From what a user names, a base or a training run, to a model in memory with its contract."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from encoder.base_models import PRESETS, fetch, find_base, is_run, load_pretrained
+from encoder.contract import ADAPTER_CONFIG, DEFAULT_MAX_TOKENS, Contract, default_scope, folder_hash
+from files.console import InputError
+from prompts import get_prompt
+
+
+class LoadedBase(NamedTuple):
+    model: nn.Module
+    tokenizer: object
+    contract: Contract
+    source: str  # the folder or hub id that it was loaded from
+    base_hash: str
+    run: Path | None  # the run whose adapter belongs to it
+
+
+def load_base(
+    spec: str, overrides: dict, dtype: torch.dtype, device: torch.device, *, override_contract: bool, trust_remote_code: bool
+) -> LoadedBase:
+    """A preset, folder, hub id or run -> the frozen base, on the CPU (quantized: on the device), and the contract.
+
+    overrides     fields of the contract
+    Raises InputError where they contradict the contract of a run (unless `override_contract`), and where the base of a run has
+    changed since.
+    """
+    run, contract = None, None
+    if is_run(spec):
+        run = Path(spec)
+        contract = Contract.read(run).override(overrides, force=override_contract)
+        spec = _base_of_run(run, contract)
+    name, source, revision = find_base(spec)
+    is_local = Path(source).is_dir()
+    if contract and not is_local:
+        revision = contract.revision
+    folder = Path(source) if is_local else fetch(source, revision, trust_remote_code)
+    attention = contract.attention if contract else overrides.get("attention", "causal")
+    quantize = contract.quantize if contract else overrides.get("quantize")
+    model, tokenizer = load_pretrained(folder, trust_remote_code, dtype, device, attention, quantize)
+    base_hash = folder_hash(folder)
+    revision = f"sha256:{base_hash[:16]}" if is_local else folder.name
+    if contract and contract.revision != revision:
+        raise InputError(
+            f"{run}: trained on {contract.base} {contract.revision}, but {source} now holds {revision}: bring the old weights back"
+        )
+    if contract is None:
+        contract = _default_contract(name, revision, overrides, model.config, tokenizer)
+    model.requires_grad_(False).eval()
+    return LoadedBase(model, tokenizer, contract, source, base_hash, run)
+
+
+def contract_fields(overrides: dict) -> dict:
+    """Keyword arguments of `Encoder.load` as fields of the contract, without those that are None."""
+    overrides = {k: v for k, v in overrides.items() if v is not None}
+    settable = {f.name for f in fields(Contract)} - {"base", "revision", "version"} | {"prompt"}
+    if set(overrides) - settable:
+        raise InputError(f"unknown settings {sorted(set(overrides) - settable)}: there are {', '.join(sorted(settable))}")
+    if "prompt" in overrides:
+        overrides["prompts"] = get_prompt(overrides.pop("prompt")).roles()
+    return overrides
+
+
+def _default_contract(name: str, revision: str, overrides: dict, config, tokenizer) -> Contract:
+    """An untuned base's contract: BOS and EOS as its own tokenizer adds them, the rest by what the prompt asks for.
+
+    A prompt with a suffix puts the answer into the last token, hence pooling `last`; without one, the mean of the text.
+    """
+    prompts = overrides.get("prompts") or get_prompt("none").roles()
+    added = tokenizer("a")["input_ids"]
+    bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
+    pooling = overrides.get("pooling") or ("last" if prompts["document"]["suffix"] else "mean")
+    settings = {
+        "prompts": prompts,
+        "bos": bos_id is not None and added[:1] == [bos_id],
+        "eos": eos_id is not None and len(added) > 1 and added[-1] == eos_id,
+        "pooling": pooling,
+        "scope": default_scope(pooling),
+    } | {k: v for k, v in overrides.items() if k != "prompts"}
+    for special, token_id in (("bos", bos_id), ("eos", eos_id)):
+        if settings[special] and token_id is None:
+            raise InputError(f"{special} was asked for, but the tokenizer of {name} has no such token")
+    if "max_tokens" not in settings:
+        positions = getattr(config, "max_position_embeddings", None) or 10**9
+        settings["max_tokens"] = min(DEFAULT_MAX_TOKENS, positions * 3 // 4)
+    return Contract(base=name, revision=revision, **settings)
+
+
+def _base_of_run(run: Path, contract: Contract) -> str:
+    """Where a run's base is: the folder that its adapter's config names, the bundled model, or the hub."""
+    try:
+        recorded = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{run / ADAPTER_CONFIG} is missing or damaged: the run cannot be loaded without it") from None
+    if Path(recorded).is_dir():
+        return recorded
+    if not contract.revision.startswith("sha256:"):
+        return contract.base
+    if contract.base in PRESETS and Path(PRESETS[contract.base].base).is_dir():
+        return contract.base
+    raise InputError(f"{run}: its base {contract.base} was at {recorded} and is no longer there: bring it back or correct {ADAPTER_CONFIG}")

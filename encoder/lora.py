@@ -1,0 +1,138 @@
+"""The adapter: LoRA on every linear layer of every block, through peft, with a fused layer for training.
+
+peft inserts its layers into the model in place. What peft returns is the handle by which the adapter is saved, switched off
+and merged.
+"""
+
+import functools
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from encoder.contract import ADAPTER_CONFIG, ADAPTER_FILE
+from files.console import InputError
+from files.writing import write_atomic
+
+
+def _wrap(model: nn.Module, config):
+    from peft import get_peft_model
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by a name that it is about to drop
+        warnings.simplefilter("ignore", UserWarning)  # a hub model is loaded from its snapshot; `save_lora` writes its hub id
+        return get_peft_model(model, config)
+
+
+def add_lora(model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | None, dropout: float, **options):
+    """Insert a fresh adapter of float32 weights -> its peft handle.
+
+    alpha       the output is scaled by alpha / rank; default: the rank
+    options     peft's own, such as use_rslora and use_dora
+    """
+    from peft import LoraConfig
+
+    targets = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)})
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none", **options)
+    return _wrap(model, config)
+
+
+def load_lora(model: nn.Module, run: Path):
+    """Insert the adapter in the folder of a run, frozen -> its peft handle. Raises InputError where it is missing or does not fit."""
+    from peft import LoraConfig, set_peft_model_state_dict
+
+    path = run / ADAPTER_FILE
+    if not path.is_file():
+        raise InputError(f"{run} has a contract but no {ADAPTER_FILE}: its training was stopped before the first checkpoint")
+    try:
+        handle = _wrap(model, LoraConfig.from_pretrained(run))
+        report = set_peft_model_state_dict(handle, load_file(path))
+    except (SafetensorError, json.JSONDecodeError, RuntimeError, ValueError, TypeError) as error:
+        raise InputError(f"the adapter in {run} is damaged or does not fit its base: {' '.join(str(error).split())[:200]}") from None
+    missing = [name for name in report.missing_keys if "lora_" in name]
+    if report.unexpected_keys or missing:
+        raise InputError(f"{path} does not fit its base: missing {missing[:3]}, unexpected {report.unexpected_keys[:3]}")
+    handle.requires_grad_(False).eval()
+    return handle
+
+
+def save_lora(handle, folder: Path, base: str) -> None:
+    """Write the adapter and its config, which names `base` (a hub id or a folder); each file complete or not at all."""
+    from peft import get_peft_model_state_dict
+
+    weights = {name: weight.detach().cpu().contiguous() for name, weight in get_peft_model_state_dict(handle).items()}
+    write_atomic(folder / ADAPTER_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as scratch:
+        config = handle.peft_config["default"]
+        config.base_model_name_or_path = base
+        config.save_pretrained(scratch)
+        os.replace(Path(scratch) / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether the adapter is added to the base's weights."""
+    layer = next((module for module in model.modules() if hasattr(module, "merged")), None)
+    return layer is not None and layer.merged
+
+
+# ------------------------------------------------------------------------------------------------------- fused training
+
+
+class LoRALinear(Function):
+    """x W' + bias + scale (x A') B' in three matrix products forwards and five backwards, with nothing between them.
+
+    peft's layer takes the same products, and passes over the whole output twice more in each direction, to scale and to add
+    (bench/README.md has what that costs). x (..., in), weight (out, in), a (rank, in), b (out, rank);
+    computed in the dtype of `weight`, which gets no gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scale: float) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
+        a, b = a.to(weight.dtype), (scale * b).to(weight.dtype)
+        inner = flat @ a.T
+        out = F.linear(flat, weight, bias).addmm_(inner, b.T)
+        ctx.save_for_backward(flat, weight, a, b, inner)
+        ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
+        return out.view(*x.shape[:-1], len(weight))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple:
+        flat, weight, a, b, inner = ctx.saved_tensors
+        gradient = gradient.reshape(-1, len(weight)).to(weight.dtype)
+        back = gradient @ b
+        dx = (gradient @ weight).addmm_(back, a).view(ctx.shape).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        return dx, None, None, back.T @ flat, ctx.scale * (gradient.T @ inner), None
+
+
+def fuse_adapter(model: nn.Module) -> None:
+    """Let every plain LoRA layer of peft's compute through `LoRALinear`; others (DoRA, dropout, quantized) stay as they are."""
+    from peft.tuners.lora import Linear
+
+    def forward(layer, x: Tensor, *_, **__) -> Tensor:
+        base = layer.base_layer
+        if layer.disable_adapters or layer.merged:
+            return base(x)
+        a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+        return LoRALinear.apply(x, base.weight, base.bias, a, b, layer.scaling["default"])
+
+    for layer in model.modules():
+        is_plain = type(layer) is Linear and type(layer.base_layer) is nn.Linear and not layer.use_dora["default"]
+        if is_plain and isinstance(layer.lora_dropout["default"], nn.Identity):
+            layer.forward = functools.partial(forward, layer)
+
+
+def keep_input_dtype(model: nn.Module) -> None:
+    """Under autocast, stop peft from casting each adapter's input to float32: autocast would cast it straight back."""
+    for module in model.modules():
+        if hasattr(module, "cast_input_dtype_enabled"):
+            module.cast_input_dtype_enabled = False

@@ -1,0 +1,305 @@
+"""From tokenized texts to batches without padding, and the attention of such a batch.
+
+A batch is one row of tokens: the prefix that all its sequences share, once, and behind it the rest of each sequence. Positions
+start again behind the prefix for each. A causal model sees exactly what it would see of each sequence alone: the prefix, and the
+sequence's own tokens up to the present one.
+
+Legend: B sequences of a batch, T tokens of its row, L the longest rest of a sequence, H attention heads, K heads of keys and
+values, d numbers of a head, M tokens chosen, D hidden size.
+"""
+
+import contextlib
+import functools
+import inspect
+import itertools
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AttentionInterface
+
+from encoder.contract import PoolingConfig
+from encoder.tokenization import TokenizedTexts
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+
+    VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters  # they change from release to release
+except ImportError:
+    VARLEN_PARAMETERS = {}
+
+MIN_SHARED_PREFIX = 4  # tokens that must be shared before sharing them pays
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class PackedBatch(NamedTuple):
+    """Sequences in one row: [shared prefix | rest of the first sequence | rest of the second | ...]."""
+
+    ids: Tensor  # (T,)
+    positions: Tensor  # (T,) of each token in its sequence, prefix included
+    prefix_length: int  # tokens of the shared prefix; 0 where nothing is shared
+    starts: np.ndarray  # (B+1,) where in the row each sequence's rest starts, and T
+    spans: np.ndarray  # (B, 2) where in its sequence each text starts and ends
+    bos: int  # 1 where sequences begin with BOS
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each sequence (B,), shared prefix included."""
+        return self.prefix_length + np.diff(self.starts)
+
+    def pooled_range(self, pooling: PoolingConfig) -> tuple[np.ndarray, np.ndarray]:
+        """First, and one past the last, token of each sequence that takes part in pooling: (B,), (B,).
+
+        For an empty text that is its prompt, and for a sequence without a prompt BOS.
+        """
+        end = self.lengths
+        first = np.full_like(end, 0 if pooling.keep_bos else self.bos)
+        if pooling.scope == "text":
+            start, stop = self.spans.T
+            first, end = np.where(start < stop, start, first), np.where(start < stop, stop, end)
+        return np.where(first < end, first, 0), end
+
+    def locate(self, first: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Tokens [first, end) of every sequence -> their places in the row, positions and sequence numbers, (M,) each."""
+        size = end - first
+        sequence = np.repeat(np.arange(len(size)), size)
+        positions = np.arange(len(sequence)) + (first - np.cumsum(size) + size)[sequence]
+        in_rest = positions - self.prefix_length + self.starts[sequence]
+        return np.where(positions < self.prefix_length, positions, in_rest), positions, sequence
+
+
+def collate(tokenized: TokenizedTexts, rows: list[int], prefix_length: int, bos: bool, device: torch.device) -> PackedBatch:
+    """The chosen texts as one batch on the device; `prefix_length` tokens at their beginning are shared."""
+    rests = [tokenized.ids[i][prefix_length:] for i in rows]
+    sizes = np.array([len(rest) for rest in rests])
+    starts = prefix_length + np.concatenate([[0], np.cumsum(sizes)])
+    ids = np.fromiter(itertools.chain(tokenized.ids[rows[0]][:prefix_length], *rests), np.int64, starts[-1])
+    positions = np.arange(len(ids))
+    positions[prefix_length:] += prefix_length - np.repeat(starts[:-1], sizes)
+    on_device = (torch.from_numpy(x).to(device) for x in (ids, positions))
+    return PackedBatch(*on_device, prefix_length, starts, np.array([tokenized.spans[i] for i in rows]), int(bos))
+
+
+def plan_batches(cost: dict[int, int], budget: int, padded: bool) -> list[list[int]]:
+    """Rows with their cost in tokens -> batches of rows of like length, longest first, of at most `budget` tokens each.
+
+    padded     every row of a batch costs as much as its longest
+    """
+    order = sorted(cost, key=lambda row: -cost[row])
+    total, batches, room = sum(cost.values()), [], 0
+    even = total / max(1, -(-total // budget))  # as many batches as it takes, of about the same size
+    for row in order:
+        size = cost[batches[-1][0] if padded and batches else row]
+        if not batches or size > room or budget - room >= even:
+            batches.append([])
+            size, room = cost[row], budget
+        batches[-1].append(row)
+        room -= size
+    return batches
+
+
+def pad(batch: PackedBatch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
+    """For a model that cannot be packed: padded inputs (B, longest), and where in them each token of the row stands."""
+    lengths = batch.lengths
+    _, positions, sequence = batch.locate(np.zeros_like(lengths), lengths)
+    places = tuple(torch.from_numpy(x).to(batch.ids.device) for x in (sequence, positions))
+    ids, mask = (torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long, device=batch.ids.device) for _ in range(2))
+    ids[places], mask[places] = batch.ids, 1
+    return {"input_ids": ids, "attention_mask": mask}, places
+
+
+# ----------------------------------------------------------------------------------------- the attention of packed rows
+
+
+def varlen_supports(query: Tensor) -> bool:
+    """Half precision on a GPU of Ampere or later, torch 2.11 or later, heads of at most 256 numbers."""
+    if not query.is_cuda or "window_size" not in VARLEN_PARAMETERS or query.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    return (
+        query.shape[-1] <= 256
+        and query.shape[-1] % 8 == 0
+        and (torch.version.hip or torch.cuda.get_device_capability(query.device) >= (8, 0))
+    )
+
+
+class KeysReady(Exception):
+    """The trimmed layer's keys and values are stored; the rest of this pass through the layer is not needed."""
+
+
+class PackedAttention:
+    """Attention in a packed row: a sequence sees the shared prefix and itself. One object travels with every forward pass.
+
+    Two implementations give the same numbers. "varlen" is one call of flash attention for sequences of any length, on a GPU in
+    half precision. "stacked" lays sequences of like length, which sorting brings together, under each other for PyTorch's
+    SDPA. "auto" takes the first where the device supports it.
+
+    scored_layer     the layer whose keys, and whose queries of each sequence's last token, are kept for `scores`
+    trimmed_layer    the layer that computes each sequence's last token only, see `trim_hook`
+    """
+
+    def __init__(
+        self,
+        batch: PackedBatch,
+        causal: bool,
+        scored_layer: int | None = None,
+        trimmed_layer: int | None = None,
+        implementation: str = "auto",
+    ):
+        self.batch, self.causal, self.scored_layer, self.trimmed_layer = batch, causal, scored_layer, trimmed_layer
+        self.implementation = implementation
+        self.prefix_length, self.device = batch.prefix_length, batch.ids.device
+        rests = np.diff(batch.starts)
+        self.shape = len(rests), int(rests.max(initial=0))  # B, L
+        self.equal_lengths = bool((rests == self.shape[1]).all())
+        self.trimmed_keys: tuple[Tensor, Tensor] | None = None  # keys and values of the trimmed layer
+        self.scored: tuple[Tensor, Tensor, float, int | None] | None = None  # last queries, keys, scale, window
+        self._masks: dict[tuple, Tensor] = {}
+
+    def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
+        """query (T, H, d), key and value (T, K, d) -> (T, H, d); in a trimmed layer B instead of T."""
+        if layer == self.scored_layer:
+            self.scored = query[self.last_places], key, scale, window
+        if layer == self.trimmed_layer:
+            if self.trimmed_keys is None:
+                self.trimmed_keys = key, value
+                raise KeysReady
+            key, value = self.trimmed_keys
+        implementation = self.implementation
+        if implementation == "auto":
+            implementation = "varlen" if varlen_supports(query) and not dropout else "stacked"
+        attend = self.varlen if implementation == "varlen" else self.stacked
+        return attend(query, key, value, scale, window, dropout, layer == self.trimmed_layer)
+
+    def _on_device(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    @functools.cached_property
+    def last_places(self) -> Tensor:
+        """Place in the row of each sequence's last token (B,)."""
+        lengths = self.batch.lengths
+        return self._on_device(self.batch.locate(lengths - 1, lengths)[0])
+
+    def scores(self, places: np.ndarray, positions: np.ndarray, sequence: np.ndarray) -> Tensor:
+        """Scores (M, H), before the softmax, that each sequence's last token gives to the tokens that `PackedBatch.locate` returned."""
+        query, key, scale, window = self.scored
+        query = query.unflatten(1, (key.shape[1], -1))  # (B, K, H/K, d)
+        beyond = 0 if window is None else self.batch.lengths[sequence] - 1 - positions - window + self.causal  # above 0: out of the window
+        chunks = zip(self._on_device(places).split(8192), self._on_device(sequence).split(8192), strict=True)  # (M, H, d) is large
+        with torch.autocast(self.device.type, enabled=False):
+            scores = [(query[b].float() * key[t].float()[:, :, None]).sum(-1).flatten(1) * scale for t, b in chunks]
+        hidden = self._on_device(np.broadcast_to(beyond, places.shape) > 0)[:, None]
+        return torch.cat(scores).masked_fill(hidden, -torch.inf)
+
+    # varlen: all sequences in one call
+
+    @functools.cached_property
+    def _varlen_layout(self) -> tuple[Tensor, Tensor, Tensor, int]:
+        """The prefix as a sequence by itself, then every whole sequence: places in the row, cu_seqlens of queries, of keys, longest."""
+        lengths = self.batch.lengths
+        places = self.batch.locate(np.zeros_like(lengths), lengths)[0]
+        key_ends = np.cumsum([0, self.prefix_length, *lengths]) if self.prefix_length else np.cumsum([0, *lengths])
+        query_ends = [0, *self.batch.starts] if self.prefix_length else self.batch.starts
+        cu_seqlens = (self._on_device(np.asarray(ends, np.int32)) for ends in (query_ends, key_ends))
+        return self._on_device(np.concatenate([np.arange(self.prefix_length), places])), *cu_seqlens, int(lengths.max())
+
+    def varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, _: float, trimmed: bool) -> Tensor:
+        places, cu_query, cu_key, longest = self._varlen_layout
+        if trimmed and self.prefix_length:
+            places, cu_key = places[self.prefix_length :], cu_key[1:] - self.prefix_length
+        if self.prefix_length:
+            key, value = key.index_select(0, places), value.index_select(0, places)
+        longest_query = 1 if trimmed else longest
+        if trimmed:
+            cu_query = torch.arange(len(query) + 1, dtype=torch.int32, device=self.device)
+        if "enable_gqa" not in VARLEN_PARAMETERS:
+            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+        extra = {"enable_gqa": True} if "enable_gqa" in VARLEN_PARAMETERS else {}
+        back = -1 if window is None else window - 1 if self.causal else window
+        reach = (back, 0 if self.causal else back)  # the last query is aligned with the last key, however many keys there are
+        return varlen_attn(
+            query, key, value, cu_query, cu_key, longest_query, longest, scale=scale, window_size=reach, **extra
+        )  # fmt: skip
+
+    # stacked: sequences under each other
+
+    @functools.cached_property
+    def _stacked_layout(self) -> tuple[Tensor, Tensor]:
+        """Which token of the row lies at each place of (B, L), flattened; at which place each token of the rests lies."""
+        inside = np.arange(self.shape[1]) < np.diff(self.batch.starts)[:, None]
+        token = np.where(inside, self.batch.starts[:-1, None] + np.arange(self.shape[1]), self.prefix_length)
+        return self._on_device(token.ravel()), self._on_device(np.flatnonzero(inside))
+
+    def _visible(self, window: int | None, trimmed: bool) -> Tensor | None:
+        """Which keys (prefix + L) a query of each sequence sees: bool (B or 1, 1, L or 1, prefix + L); None: plainly causal, or all."""
+        prefix, width = self.prefix_length, self.shape[1]
+        if not trimmed and (self.equal_lengths or self.causal) and not prefix and (window is None or window >= width):
+            return None
+        if (window, trimmed) not in self._masks:
+            lengths = self._on_device(self.batch.lengths)[:, None, None]
+            key = torch.arange(prefix + width, device=self.device)
+            query = lengths - 1 if trimmed else prefix + torch.arange(width, device=self.device)[None, :, None]
+            distance = query - key  # (B or 1, L, prefix + L)
+            reach = prefix + width if window is None else window
+            if self.causal:
+                visible = (distance >= 0) & (distance < reach)
+            else:
+                visible = (key < lengths) & (distance.abs() <= reach)
+                visible = visible | (distance + key >= lengths)  # a query behind its sequence's end must see something, or it is NaN
+            self._masks[window, trimmed] = visible[:, None]
+        return self._masks[window, trimmed]
+
+    def stacked(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float, trimmed: bool) -> Tensor:
+        prefix, (rows, width) = self.prefix_length, self.shape
+
+        def stack(x):  # (T, H, d) -> (B, L, H, d)
+            x = x[prefix:] if self.equal_lengths else x.flatten(1).index_select(0, self._stacked_layout[0]).unflatten(1, x.shape[1:])
+            return x.unflatten(0, (rows, width))
+
+        def with_prefix(x):  # (T, K, d) -> (B, prefix + L, K, d)
+            return torch.cat([x[:prefix].expand(rows, *x[:prefix].shape), stack(x)], 1) if prefix else stack(x)
+
+        def attend(q, k, v, visible, causal):  # (B, L, H, d) and (B, S, K, d) -> (B, L, H, d)
+            settings = {"attn_mask": visible, "is_causal": causal, "scale": scale, "dropout_p": dropout}
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v, **settings, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+        visible = self._visible(window, trimmed)
+        if trimmed:
+            return attend(query[:, None], with_prefix(key), with_prefix(value), visible, False)[:, 0]
+        out = attend(stack(query), with_prefix(key), with_prefix(value), visible, self.causal and visible is None).flatten(0, 1)
+        out = out if self.equal_lengths else out.index_select(0, self._stacked_layout[1])
+        if not prefix:
+            return out
+        place = torch.arange(prefix, device=self.device)
+        near = (place[:, None] - place < window).tril() if window is not None and window < prefix else None
+        return torch.cat([attend(query[None, :prefix], key[None, :prefix], value[None, :prefix], near, near is None)[0], out])
+
+
+def trim_hook(packed: PackedAttention):
+    """A hook before the last layer: once all keys and values are stored, only each sequence's last token goes through it."""
+
+    def hook(block, args, kwargs):
+        with contextlib.suppress(KeysReady):
+            block.forward(*args, **kwargs)
+        kwargs |= {"position_embeddings": tuple(x[:, packed.last_places] for x in kwargs["position_embeddings"])}
+        return (args[0][:, packed.last_places], *args[1:]), kwargs
+
+    return hook
+
+
+@torch.compiler.disable  # also where hooks on layers take effect: compiled code does not see them change
+def _packed_attention(
+    module, query, key, value, attention_mask, packed: PackedAttention, scaling=None, dropout=0.0, sliding_window=None, **_
+):
+    """What the model's layers call: query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d)."""
+    width, n = query.shape[2], len(packed.batch.ids)  # the row may have been filled up
+    query, key, value = (x[0].transpose(0, 1)[:n] for x in (query, key, value))
+    out = packed(module.layer_idx, query, key, value, scaling, sliding_window, dropout)
+    return F.pad(out, (0, 0, 0, 0, 0, width - len(out)))[None], None
+
+
+# No mask function is registered under this name, so transformers makes no mask: `packed` knows which tokens see each other.
+AttentionInterface.register("packed", _packed_attention)

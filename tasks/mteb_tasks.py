@@ -1,0 +1,215 @@
+"""Labelled data as mteb tasks: a user's files, and the bundled clustering tasks that lie in this folder.
+
+A table with columns text,label is a clustering or a classification task, one with text1,text2,score an STS task, and a folder with
+corpus.jsonl, queries.jsonl and qrels.tsv a retrieval task. mteb's classes compute the scores; this module only supplies the data.
+"""
+
+import hashlib
+import json
+import random
+from collections import Counter, defaultdict
+from pathlib import Path
+
+from files.console import InputError
+from files.docstrings import bundled_task_files
+from files.reading import read_column, read_table
+
+METRICS = {"Clustering": "v_measure", "Classification": "accuracy", "STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}
+# mteb's names for what is compared with what: texts with categories, or texts with texts
+CATEGORIES = {"Clustering": "t2c", "Classification": "t2c", "STS": "t2t", "Retrieval": "t2t"}
+
+
+def bundled_tasks() -> dict[str, Path]:
+    """Name and file of every bundled clustering task, sorted by name; `local_task(path, "Clustering")` makes one a task."""
+    return {path.name.removesuffix(".jsonl.gz"): path for path in bundled_task_files()}
+
+
+# ------------------------------------------------------------------------------------------------------ from files
+
+
+def local_task(path: Path, task_type: str | None = None):
+    """A file or folder as an mteb task, named after it.
+
+    task_type     "Clustering", "Classification", "STS" or "Retrieval"; None: the first one that the columns allow
+    Raises InputError for what cannot be read, columns that are missing, values that cannot be scored, and a type that the columns
+    do not allow.
+    """
+    if path.is_dir():
+        name, rows, columns = path.resolve().name, [], set()
+        types, shape = ("Retrieval",), "a folder"
+    elif path.exists():
+        name, rows = path.name.removesuffix(".gz").rsplit(".", 1)[0], read_table(path)
+        columns = set(rows[0])
+        if {"text1", "text2", "score"} <= columns:
+            types, shape = ("STS",), "columns text1,text2,score"
+        elif {"text", "label"} <= columns:
+            types, shape = ("Clustering", "Classification"), "columns text,label"
+        else:
+            raise InputError(f"{path}: needs columns text,label or text1,text2,score; it has {', '.join(sorted(columns))}")
+    else:
+        raise InputError(f"no file or folder {path}")
+    task_type = task_type or types[0]
+    if task_type not in types:
+        raise InputError(f"{path}: {shape} make a task of type {' or '.join(types)}, --task asks for {task_type}")
+    if task_type == "Retrieval":
+        return make_task(name, task_type, retrieval_data(path))
+    return make_task(name, task_type, sts_data(rows, path) if task_type == "STS" else labelled_data(rows, path, task_type))
+
+
+def local_tasks(paths: list[Path], types: list[str | None]) -> list:
+    """Every file or folder as a task of each of `types`, see `local_task`. Raises InputError for two tasks of one name and type."""
+    tasks = [local_task(path, task_type) for path in paths for task_type in types]
+    for (name, task_type), count in Counter((task.metadata.name, task.metadata.type) for task in tasks).items():
+        if count > 1:
+            raise InputError(f"two --data files make a {task_type} task called {name!r}: rename one, the table could not tell them apart")
+    return tasks
+
+
+def labelled_data(rows: list[dict], path: Path, task_type: str) -> dict:
+    """Columns text,label under the names that mteb's clustering or classification tasks expect."""
+    texts, labels = read_column(rows, "text", path, str), read_column(rows, "label", path, str)
+    if len(set(labels)) < 2:
+        raise InputError(f"{path}: one class only ({labels[0]!r}), there is nothing to tell apart")
+    names = ("sentences", "labels") if task_type == "Clustering" else ("text", "label")
+    return dict(zip(names, (texts, labels), strict=True))
+
+
+def sts_data(rows: list[dict], path: Path) -> dict:
+    """Columns text1,text2,score under the names that mteb's STS tasks expect."""
+    scores = read_column(rows, "score", path, float)
+    if len(set(scores)) < 2:
+        raise InputError(f"{path}: all scores are {scores[0]}, there is nothing to correlate with")
+    return {"sentence1": read_column(rows, "text1", path, str), "sentence2": read_column(rows, "text2", path, str), "score": scores}
+
+
+def retrieval_data(folder: Path) -> dict:
+    """A folder of retrieval data, as {"corpus": columns, "queries": columns, "relevant": {query id: {document id: grade}}}.
+
+    The files, each also as .gz: corpus.jsonl and queries.jsonl with `_id`, `text` and perhaps `title`; qrels.tsv with a first line
+    query-id, corpus-id, score. Queries without a judgement are left out. Raises InputError for files that are missing or do not agree.
+    """
+    paths = {}
+    for name in ("corpus.jsonl", "queries.jsonl", "qrels.tsv"):
+        paths[name] = next((path for path in (folder / name, folder / f"{name}.gz") if path.is_file()), None)
+        if paths[name] is None:
+            raise InputError(f"{folder} has no {name}: a retrieval task needs corpus.jsonl, queries.jsonl and qrels.tsv")
+    corpus, queries = retrieval_texts(paths["corpus.jsonl"]), retrieval_texts(paths["queries.jsonl"])
+    relevant = relevance_judgements(paths["qrels.tsv"], set(queries["id"]), set(corpus["id"]))
+    judged = [i for i, query in enumerate(queries["id"]) if query in relevant]
+    return {
+        "corpus": corpus,
+        "queries": {name: [values[i] for i in judged] for name, values in queries.items()},
+        "relevant": relevant,
+    }
+
+
+def retrieval_texts(path: Path) -> dict[str, list[str]]:
+    """Columns id, text and, where the file has it, title of a corpus or of queries; every id is unique."""
+    rows = read_table(path)
+    if not {"_id", "text"} <= set(rows[0]):
+        raise InputError(f"{path}: needs _id and text, has {', '.join(rows[0])}")
+    columns = {"id": read_column(rows, "_id", path, str), "text": read_column(rows, "text", path, str)}
+    if "title" in rows[0]:
+        columns["title"] = read_column(rows, "title", path, str)
+    repeated = [number for number, count in Counter(columns["id"]).items() if count > 1]
+    if repeated:
+        raise InputError(f"{path}: _id {repeated[0]!r} occurs more than once")
+    return columns
+
+
+def relevance_judgements(path: Path, queries: set[str], documents: set[str]) -> dict[str, dict[str, int]]:
+    """Relevance judgements {query id: {document id: grade}}; the ids have to be in `queries` and `documents`."""
+    rows = read_table(path)
+    if not {"query-id", "corpus-id", "score"} <= set(rows[0]):
+        raise InputError(f"{path}: needs a first line with query-id, corpus-id and score, has {', '.join(map(str, rows[0]))}")
+    scores = read_column(rows, "score", path, float)
+    pairs = zip(read_column(rows, "query-id", path, str), read_column(rows, "corpus-id", path, str), strict=True)
+    relevant = defaultdict(dict)
+    for i, ((query, document), score) in enumerate(zip(pairs, scores, strict=True), 1):
+        if query not in queries or document not in documents:
+            raise InputError(f"{path}, row {i}: query {query!r} or document {document!r} is not in the other files")
+        if score != int(score):
+            raise InputError(f"{path}, row {i}: score is {score}, but mteb grades relevance in whole numbers")
+        relevant[query][document] = int(score)
+    if not any(grade > 0 for grades in relevant.values() for grade in grades.values()):
+        raise InputError(f"{path}: no document is relevant to any query")
+    return dict(relevant)
+
+
+# -------------------------------------------------------------------------------------------------------- to tasks
+
+
+def task_metadata(name: str, task_type: str, data: dict):
+    """What mteb has to know about a task; the hash of the data is its revision."""
+    from mteb import TaskMetadata
+
+    unknown = ("reference", "date", "domains", "task_subtypes", "license", "annotations_creators", "dialect", "sample_creation")
+    return TaskMetadata(
+        name=name,
+        description=f"{name}, local data",
+        type=task_type,
+        category=CATEGORIES[task_type],
+        modalities=["text"],
+        eval_splits=["test"],
+        eval_langs=["eng-Latn"],
+        main_score=METRICS[task_type],
+        dataset={"path": f"local/{name}", "revision": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]},
+        **dict.fromkeys(unknown),
+        bibtex_citation=None,
+    )
+
+
+def make_task(name: str, task_type: str, data: dict):
+    """An mteb task of the class for `task_type`, whose data is in memory already. The scores are mteb's."""
+    from datasets import Dataset, DatasetDict
+    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
+
+    class InMemory:
+        metadata = task_metadata(name, task_type, data)
+
+        def load_data(self, **_) -> None:
+            self.data_loaded = True
+
+    if task_type == "Clustering":
+
+        class InMemoryClustering(InMemory, AbsTaskClustering):
+            max_fraction_of_documents_to_embed = None  # mteb's default embeds 4 % of the rows, and few rows give too high a score
+            max_documents_per_cluster = min(2048, len(data["labels"]))  # drawn with replacement: more would only repeat rows
+
+        task = InMemoryClustering()
+        task.dataset = DatasetDict(test=Dataset.from_dict(data))
+    elif task_type == "Classification":
+        task = type("InMemoryClassification", (InMemory, AbsTaskClassification), {})()
+        task.dataset = split_by_class(data)
+    elif task_type == "STS":
+        bounds = {"min_score": min(data["score"]), "max_score": max(data["score"])}
+        task = type("InMemorySTS", (InMemory, AbsTaskSTS), bounds)()
+        task.dataset = DatasetDict(test=Dataset.from_dict(data))
+    else:
+        task = type("InMemoryRetrieval", (InMemory, AbsTaskRetrieval), {})()
+        corpus, queries = Dataset.from_dict(data["corpus"]), Dataset.from_dict(data["queries"])
+        task.dataset = {"default": {"test": {"corpus": corpus, "queries": queries, "relevant_docs": data["relevant"], "top_ranked": None}}}
+    return task
+
+
+def split_by_class(data: dict):
+    """Half of each class for training and half for testing, drawn with a fixed seed; a class of one row is in training only."""
+    from datasets import Dataset, DatasetDict
+
+    rows_of_class, rng = defaultdict(list), random.Random(0)
+    for i, label in enumerate(data["label"]):
+        rows_of_class[label].append(i)
+    splits = {"train": [], "test": []}
+    for rows in rows_of_class.values():
+        rng.shuffle(rows)
+        half = (len(rows) + 1) // 2
+        splits["train"] += rows[:half]
+        splits["test"] += rows[half:]
+    if not splits["test"]:
+        raise InputError("every class has one row only: classification needs two rows of a class")
+    return DatasetDict(
+        {
+            split: Dataset.from_dict({column: [values[i] for i in sorted(rows)] for column, values in data.items()})
+            for split, rows in splits.items()
+        }
+    )

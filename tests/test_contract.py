@@ -1,0 +1,101 @@
+"""The contract's file, and the fingerprint that names contract, base and adapter."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import make_model, make_run, make_tokenizer
+
+from encoder import Contract, Encoder
+from files.console import InputError
+
+
+def test_contract_survives_json_and_refuses_unknown_and_missing_fields(llama):
+    contract = Encoder.load(llama, prompt="cluster", layers=(-1, -2)).contract
+    assert Contract.from_json(contract.to_json()) == contract
+    fields = json.loads(contract.to_json())
+    with pytest.raises(InputError, match=r"unknown fields \['colour'\]"):
+        Contract.from_json(json.dumps(fields | {"colour": 1}))
+    fields.pop("quantize")
+    assert Contract.from_json(json.dumps(fields)) == contract  # runs saved before this field existed
+    fields.pop("pooling")
+    with pytest.raises(InputError, match=r"missing fields \['pooling'\]"):
+        Contract.from_json(json.dumps(fields))
+    with pytest.raises(InputError, match="not valid JSON"):
+        Contract.from_json("{")
+
+
+@pytest.mark.parametrize(
+    "field, value",
+    [
+        ("pooling", "max"),
+        ("scope", "prompt"),
+        ("version", 2),
+        ("max_tokens", 0),
+        ("max_tokens", True),
+        ("layers", ()),
+        ("layers", None),
+        ("attention", "both"),
+        ("bos", "yes"),
+        ("normalize", 1),
+        ("dims", "8"),
+        ("data", "x"),
+        ("prompts", None),
+        ("prompts", {"query": {}}),
+        ("quantize", "int3"),
+    ],
+)
+def test_impossible_values_are_refused_by_their_field(field, value):
+    text = {"prefix": "", "suffix": ""}
+    contract = Contract("base", "sha256:0", {"query": text, "document": text}, True, False, 9, "mean", "text")
+    with pytest.raises(InputError, match=field):
+        replace(contract, **{field: value})
+
+
+def test_reading_a_contract_needs_no_torch():
+    program = "import sys, encoder.contract; assert not {'torch', 'transformers'} & set(sys.modules), 'torch was imported'"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_a_flag_that_contradicts_a_run_shows_both_values(llama, tmp_path):
+    run = make_run(llama, tmp_path / "run", prompt="cluster")
+    Encoder.load(run, prompt="cluster", pooling="last")  # says the same
+    with pytest.raises(InputError, match=r"pooling is 'last' in the run, 'mean' was asked for.*--override-contract"):
+        Encoder.load(run, pooling="mean")
+    with pytest.raises(InputError, match=r"prompts is .*following cluster.* was asked for"):
+        Encoder.load(run, prompt="none")
+    assert Encoder.load(run, pooling="mean", override_contract=True).contract.pooling == "mean"
+    with pytest.raises(InputError, match=r"unknown settings \['colour'\]"):
+        Encoder.load(run, colour=1)
+
+
+def test_fingerprint_names_contract_base_and_adapter_and_nothing_else(llama, tmp_path):
+    first = Encoder.load(llama, prompt="cluster")
+    moved = shutil.copytree(llama, tmp_path / "elsewhere" / "renamed")
+    same = [Encoder.load(llama, prompt="cluster", dtype="bfloat16"), Encoder.load(str(moved), prompt="cluster")]
+    assert {e.fingerprint for e in same} == {first.fingerprint}
+    other_seed = make_model(tmp_path / "seed1" / "llama", "llama", seed=1)
+    make_tokenizer("metaspace", bos=True).save_pretrained(tmp_path / "seed1" / "llama")
+    others = [
+        Encoder.load(llama, prompt="none"),
+        Encoder.load(llama, prompt="cluster", pooling="mean"),
+        Encoder.load(other_seed, prompt="cluster"),
+        Encoder.load(make_run(llama, tmp_path / "a", seed=0, prompt="cluster")),
+        Encoder.load(make_run(llama, tmp_path / "b", seed=1, prompt="cluster")),
+    ]
+    assert len({first.fingerprint} | {e.fingerprint for e in others}) == 6
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    assert Encoder.load(str(tmp_path / "a")).fingerprint not in {e.fingerprint for e in others}
+    assert Encoder.load(str(tmp_path / "b")).untuned().fingerprint == first.fingerprint
+
+
+def test_fingerprints_of_the_bundled_model_are_those_that_were_published():
+    """README prints them; a run's contract must go on naming the same vectors."""
+    assert Encoder.load("tiny").fingerprint == "5eaac07dfdfa2aff"
+    assert Encoder.load("tiny", prompt="cluster", pooling="last", scope="all").fingerprint == "68b0fabec87bb8a9"
+    assert Encoder.load("tiny", prompt="cluster", pooling="position-mean", scope="text").fingerprint == "893b39797aaf851f"

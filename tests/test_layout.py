@@ -1,0 +1,61 @@
+"""The plan of the house: imports run one way, and no script imports a script."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+# each line may import from the lines above it and from its own
+LAYERS = [
+    {"files.console", "files.reading", "files.writing", "files.docstrings", "files"},
+    {"prompts", "pooling_kernels"},
+    {"encoder.contract", "encoder.runtime"},
+    {"encoder.base_models", "encoder.tokenization"},
+    {"encoder.packing", "encoder.lora", "encoder.loading"},
+    {"encoder.streaming"},
+    {"encoder.encoder", "encoder"},
+    {"tasks", "tasks.mteb_tasks", "tasks.draw"},
+    {"training", "training.pair_data"},
+    {"training.contrastive"},
+    {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record"},
+    {"make_pairs", "train", "evaluate", "attention", "models.pretrain"},
+    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
+]
+SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "models.pretrain", "tasks.draw"}
+LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
+
+
+def modules() -> dict[str, Path]:
+    paths = [p for folder in (".", "files", "encoder", "tasks", "training", "models", "bench") for p in (ROOT / folder).glob("*.py")]
+    names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths}
+    return {name: path for path, name in names.items()}
+
+
+def imports(path: Path) -> set[str]:
+    """Modules of this project that a file imports when it runs, also inside functions; imports for type checkers do not count."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            node.body = []
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= (inner & set(LAYER)) or {node.module}
+    short = {name.split(".")[-1]: name for name in LAYER if name.startswith(("bench.", "models."))}  # imported by their file's name
+    return {short.get(name, name) for name in names} & set(LAYER)
+
+
+def test_every_module_has_its_place():
+    assert set(modules()) == set(LAYER)
+
+
+def test_imports_run_one_way():
+    wrong = [f"{name} imports {other}" for name, path in modules().items() for other in imports(path) if LAYER[other] > LAYER[name]]
+    assert not wrong
+
+
+def test_no_script_imports_a_script():
+    wrong = [f"{name} imports {other}" for name, path in modules().items() if name in SCRIPTS for other in imports(path) & SCRIPTS - {name}]
+    assert not wrong

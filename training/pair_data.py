@@ -1,0 +1,238 @@
+"""Positive pairs: the rule for a valid one, files of them on disk, which pairs each step takes, and their token ids.
+
+Importing this module loads neither torch nor a model, so that `make_pairs.py` can share its rule for a valid pair.
+"""
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from files.console import InputError
+from files.reading import read_jsonl
+
+if TYPE_CHECKING:
+    from encoder import Encoder
+    from encoder.tokenization import TokenizedTexts
+
+MIN_HELD_OUT = 16  # pairs; with fewer, an accuracy says too little to choose an adapter by
+
+
+class Pair(NamedTuple):
+    """Two texts that mean the same, and hard negatives: texts that a model may mistake for the positive."""
+
+    anchor: str
+    positive: str
+    negatives: tuple[str, ...] = ()
+
+
+def validate_pair(row: dict, where: str) -> Pair:
+    """Turn a row of a file of pairs into a Pair. Other fields of the row are ignored.
+
+    row        the texts `anchor` and `positive`, and optionally the text `negative` or the list of texts `negatives`
+    where      the file and the line, for the error message
+    Raises InputError for a missing text, for a value that is no text, and for a text that cannot be written as UTF-8.
+    """
+    anchor, positive = row.get("anchor"), row.get("positive")
+    if not isinstance(anchor, str) or not isinstance(positive, str):
+        raise InputError(f"{where}: needs the texts 'anchor' and 'positive', has {_excerpt(row)}")
+    one, several = row.get("negative"), row.get("negatives")
+    several = [] if several is None else several
+    negatives = [*([] if one is None else [one]), *(several if isinstance(several, list) else [])]
+    if not isinstance(several, list) or not all(isinstance(text, str) for text in negatives):
+        raise InputError(f"{where}: 'negative' must be a text and 'negatives' a list of texts, has {_excerpt(row)}")
+    try:
+        "".join((anchor, positive, *negatives)).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{where}: a text holds half a surrogate pair, which cannot be written as UTF-8") from None
+    return Pair(anchor, positive, tuple(negatives))
+
+
+def _excerpt(row: dict) -> str:
+    """The beginning of a row, printable whatever its texts hold."""
+    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode()[:80]
+
+
+def read_pairs(path: Path) -> Iterator[Pair]:
+    """Read the pairs of a JSONL file, which may be gzipped, one at a time. Raises InputError with the line."""
+    for number, row in read_jsonl(path):
+        yield validate_pair(row, f"{path}, line {number}")
+
+
+def _pair_rows(path: str) -> Iterator[dict]:
+    """The pairs of a file as rows of the dataset's cache."""
+    for pair in read_pairs(Path(path)):
+        yield pair._asdict()
+
+
+class PairDataset:
+    """The pairs of one or more files. `datasets` copies them into its cache once, and they are mapped into memory from there.
+
+    name       the files' names
+    sha256     of the file, or of the hashes of all files in their order
+    sizes      pairs of each file; rows are counted through all files in their order
+    Raises InputError for a file that is missing, invalid, given twice, or too short, and for a damaged cache.
+    """
+
+    def __init__(self, paths: list[Path]):
+        import datasets
+
+        for path in paths:
+            if not path.is_file():
+                raise InputError(f"no file {path}: make pairs with make_pairs.py")
+        datasets.disable_progress_bars()
+        hashes, parts = [], []
+        for path in paths:
+            with open(path, "rb") as f:
+                hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
+            if hashes[-1] in hashes[:-1]:
+                raise InputError(f"{path} holds the same pairs as another file of --pairs: give it once")
+            parts.append(self._load(path, hashes[-1]))
+        self.sizes, self.name = [len(part) for part in parts], " + ".join(path.name for path in paths)
+        self.sha256 = hashes[0] if len(paths) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self._rows = datasets.concatenate_datasets(parts)
+
+    @staticmethod
+    def _load(path: Path, sha256: str):
+        """The pairs of one file, from the cache where a file of the same content was read before."""
+        import datasets
+
+        first_two = list(itertools.islice(read_pairs(path), 2))
+        if len(first_two) < 2:
+            raise InputError(f"{path} holds {len(first_two)} pairs: contrastive training needs at least two")
+        text = datasets.Value("string")
+        features = datasets.Features({"anchor": text, "positive": text, "negatives": datasets.List(text)})
+        try:
+            return datasets.Dataset.from_generator(
+                _pair_rows, gen_kwargs={"path": str(path)}, features=features, fingerprint=f"pairs-1-{sha256}"
+            )
+        except datasets.exceptions.DatasetGenerationError as error:
+            raise error.__cause__ from None
+        except ValueError as error:  # Arrow cannot read the cached file
+            folder = Path(datasets.config.HF_DATASETS_CACHE) / "generator"
+            raise InputError(f"the cache of {path} is damaged ({str(error)[:80]}): delete {folder}") from None
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def copies(self, rows: np.ndarray) -> np.ndarray:
+        """All rows whose pair is equal to the pair of one of `rows`, those included, sorted."""
+        import pyarrow as pa
+        from pyarrow.compute import is_in
+
+        pairs, table = self._rows[rows.tolist()], self._rows.data
+        known = [is_in(table.column(name), value_set=pa.array(pairs[name], pa.string())).to_numpy() for name in ("anchor", "positive")]
+        return np.flatnonzero(known[0] & known[1])
+
+    def __getitem__(self, rows: list[int]) -> list[Pair]:
+        columns = self._rows[rows]
+        texts = zip(columns["anchor"], columns["positive"], columns["negatives"], strict=True)
+        return [Pair(anchor, positive, tuple(negatives)) for anchor, positive, negatives in texts]
+
+
+def hold_out(size: int, n: int) -> np.ndarray:
+    """Choose the rows that are not trained on: n of `size` pairs, a twentieth of them at most, sorted.
+
+    None are chosen where that makes fewer than MIN_HELD_OUT.
+    """
+    n = min(n, size // 20)
+    return np.sort(np.random.default_rng(0).choice(size, n if n >= MIN_HELD_OUT else 0, replace=False))
+
+
+class PairSampler:
+    """Which pairs each step takes. That depends on the step's number alone, so that a run can resume at any step.
+
+    The pairs of a source are taken in one random permutation after another, each drawn from (seed, source, number of the
+    permutation). A batch is mixed from all sources, or comes from a single one if `one_source`, in the proportions of
+    `weights`. Each file is a source; without weights and with mixed batches all files together are one.
+
+    sizes       pairs of each file
+    held_out    rows that are never taken, counted through all files
+    steps       of the whole run
+    weights     one for each file; None: in proportion to the files' pairs
+    """
+
+    def __init__(
+        self,
+        sizes: list[int],
+        held_out: np.ndarray,
+        batch_size: int,
+        steps: int,
+        seed: int,
+        weights: list[float] | None = None,
+        one_source: bool = False,
+    ):
+        ends = np.cumsum([0, *sizes])
+        sources = [np.arange(a, b) for a, b in itertools.pairwise(ends if weights or one_source else ends[[0, -1]])]
+        self.sources, self.seed = [np.setdiff1d(rows, held_out, assume_unique=True) for rows in sources], seed
+        shares = np.asarray(weights or [len(rows) for rows in self.sources], float)
+        random = np.random.default_rng(seed)
+        draws, pairs_per_draw = (1, batch_size) if one_source else (batch_size, 1)
+        counts = pairs_per_draw * random.multinomial(draws, shares / shares.sum(), size=steps)
+        # (steps + 1, sources): how many pairs of each source were taken before each step
+        self.taken = np.concatenate([np.zeros((1, len(self.sources)), np.int64), counts.cumsum(0)])
+        self._permutation = functools.lru_cache(2 * len(self.sources))(self._draw_permutation)
+
+    def _draw_permutation(self, source: int, number: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, source, number)).permutation(self.sources[source])
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of the pairs that make up the batch of this step, counted from 0."""
+        rows = []
+        for source, (first, end) in enumerate(self.taken[step : step + 2].T.tolist()):
+            size = len(self.sources[source])
+            for number in range(first // size, -(-end // size)):
+                start = number * size
+                rows += self._permutation(source, number)[max(first - start, 0) : end - start].tolist()
+        return rows
+
+
+class PairBatch(NamedTuple):
+    """The pairs of a batch as token ids."""
+
+    anchors: "TokenizedTexts"
+    positives: "TokenizedTexts"
+    negatives: "TokenizedTexts"  # the hard negatives of all pairs
+    negative_rows: list[list[int]]  # for each pair, where in `negatives` its hard negatives are
+    text_ids: list[list[int]]  # for each pair, an id of each of its texts (anchor, positive, negatives): equal ids, equal texts
+
+    @property
+    def n_pairs(self) -> int:
+        return len(self.negative_rows)
+
+    @property
+    def texts(self) -> "tuple[TokenizedTexts, TokenizedTexts, TokenizedTexts]":
+        return self.anchors, self.positives, self.negatives
+
+
+def tokenize_pairs(encoder: "Encoder", pairs: list[Pair]) -> PairBatch:
+    """Tokenize the pairs of a batch: anchors in the role "query", positives and hard negatives in the role "document"."""
+    ends = itertools.accumulate((len(pair.negatives) for pair in pairs), initial=0)
+    ids: dict[str, int] = {}
+    return PairBatch(
+        encoder.tokenize([pair.anchor for pair in pairs], "query"),
+        encoder.tokenize([pair.positive for pair in pairs], "document"),
+        encoder.tokenize([text for pair in pairs for text in pair.negatives], "document"),
+        [list(range(*span)) for span in itertools.pairwise(ends)],
+        [[ids.setdefault(text, len(ids)) for text in (pair.anchor, pair.positive, *pair.negatives)] for pair in pairs],
+    )
+
+
+def prefetch(encoder: "Encoder", pairs: PairDataset, sampler: PairSampler, steps: range) -> Iterator[PairBatch]:
+    """The batches of these steps. A thread reads and tokenizes each one while the model trains on the one before it."""
+
+    def load(step: int) -> PairBatch:
+        return tokenize_pairs(encoder, pairs[sampler.rows(step)])
+
+    with ThreadPoolExecutor(1) as thread:
+        pending = [thread.submit(load, step) for step in steps[:1]]
+        for step in steps:
+            batch = pending.pop().result()
+            pending += [thread.submit(load, step + 1)] if step + 1 in steps else []
+            yield batch

@@ -1,0 +1,87 @@
+"""Validation during training: how good is the adapter on data that it is not trained on?"""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from encoder import Encoder
+from encoder.runtime import all_reduce_number, distributed
+from files.console import InputError
+from files.reading import read_jsonl
+from training.contrastive import autocast
+from training.pair_data import Pair
+
+MAX_LABELLED = 2048  # texts of a labelled file that are clustered
+
+
+class Validation:
+    """Scores the encoder: by the V-measure of labelled texts where there are some, else by its accuracy on held-out pairs.
+
+    Accuracy is the share of held-out anchors whose positive is the nearest of all held-out positives. V-measure is that of
+    mini-batch k-means as mteb runs it. Both lie between 0 and 1. Without texts and pairs the object is false.
+
+    pairs       held-out pairs
+    labelled    a JSONL file, see `read_labelled`
+    """
+
+    def __init__(self, pairs: list[Pair], labelled: Path | None):
+        self.pairs, self.texts, self.labels = pairs, [], []
+        if labelled is not None:
+            self.texts, self.labels = read_labelled(labelled)
+        self.name = "V-measure" if labelled else "held-out accuracy"
+
+    def __bool__(self) -> bool:
+        return bool(self.pairs or self.texts)
+
+    def standard_error(self, score: float) -> float:
+        """Standard error of an accuracy; 0 for V-measure, for which there is no formula.
+
+        Of adapters within one standard error of the best, the latest is kept: the learning rate falls, so that of two that
+        cannot be told apart the later one is the better guess (Breiman et al. 1984, Classification and Regression Trees,
+        3.4.3, choose by the same rule).
+        """
+        return math.sqrt(score * (1 - score) / len(self.pairs)) if self.pairs else 0.0
+
+    def __call__(self, encoder: Encoder) -> float:
+        """The score; under torchrun the first process's, to the last bit, in all of them. Leaves the decoder in training mode."""
+        with autocast(encoder):
+            score = float(self._v_measure(encoder) if self.texts else self._accuracy(encoder))
+        encoder.decoder.train()
+        return all_reduce_number(0.0 if distributed().rank else score, "sum")
+
+    def _accuracy(self, encoder: Encoder) -> float:
+        positives = [pair.positive for pair in self.pairs]
+        similarity = _encode(encoder, [pair.anchor for pair in self.pairs], "query") @ _encode(encoder, positives).T
+        return sum(positives[j] == p for j, p in zip(similarity.argmax(1), positives, strict=True)) / len(positives)
+
+    def _v_measure(self, encoder: Encoder) -> float:
+        from sklearn.cluster import MiniBatchKMeans
+        from sklearn.metrics import v_measure_score
+
+        k_means = MiniBatchKMeans(len(set(self.labels)), batch_size=500, n_init="auto", random_state=0)
+        return v_measure_score(self.labels, k_means.fit_predict(_encode(encoder, self.texts)))
+
+
+def _encode(encoder: Encoder, texts: list[str], role: str = "document") -> np.ndarray:
+    vectors = encoder.encode(texts, role)
+    if not np.isfinite(vectors).all():
+        raise InputError("the vectors of the validation are not finite any more, the last checkpoint stays: lower --lr")
+    return vectors
+
+
+def read_labelled(path: Path) -> tuple[list[str], list[str]]:
+    """Texts and labels of a JSONL file with the fields `text` and `label`: the first MAX_LABELLED rows of a fixed shuffle.
+
+    Raises InputError with the line for a row that lacks one of them, and for a file with fewer than two labels.
+    """
+    rows = []
+    for number, row in read_jsonl(path):
+        if not isinstance(row.get("text"), str) or row.get("label") is None:
+            raise InputError(f"{path}, line {number}: needs 'text' and 'label', has {sorted(row)}")
+        rows.append((row["text"], str(row["label"])))
+    if len({label for _, label in rows}) < 2:
+        raise InputError(f"{path}: V-measure needs at least two labels")
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[:MAX_LABELLED]
+    return [rows[i][0] for i in order], [rows[i][1] for i in order]
