@@ -125,7 +125,7 @@ def plain_loop(folder: str, prompt: str, pooling: str, dtype, device):
 
     @torch.no_grad()
     def encode(texts):
-        found = []
+        batches = []
         for at in range(0, len(texts), 32):
             inputs = tokenizer([prompt + t for t in texts[at : at + 32]], padding=True, return_tensors="pt").to(device)
             states = model(**inputs, output_hidden_states=True).hidden_states[-1].float()
@@ -134,8 +134,8 @@ def plain_loop(folder: str, prompt: str, pooling: str, dtype, device):
                 vectors = states[torch.arange(len(states)), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
             else:
                 vectors = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-            found.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
-        return torch.cat(found).numpy()
+            batches.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
+        return torch.cat(batches).numpy()
 
     return encode
 
@@ -213,11 +213,11 @@ def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, 
         if pooling == "last":
             sides["ours, whole last layer"] = ours(*settings, dtype, device, trim_last_layer=False)
     try:
-        found = {size: sentence_transformer(*settings, dtype, device, size) for size in args.batch_sizes}
-        for encode in found.values():
+        by_size = {size: sentence_transformer(*settings, dtype, device, size) for size in args.batch_sizes}
+        for encode in by_size.values():
             encode(texts[:64])
-        best = min(found, key=lambda size: min(clock(found[size], texts, device) for _ in range(2)))
-        sides[f"sentence-transformers, best (batch {best})"] = found[best]
+        best = min(by_size, key=lambda size: min(clock(by_size[size], texts, device) for _ in range(2)))
+        sides[f"sentence-transformers, best (batch {best})"] = by_size[best]
         sides["sentence-transformers, defaults"] = sentence_transformer(*settings, None, device, 32)
         if dtype == torch.bfloat16 and device.type == "cpu":  # what its defaults are where the weights are stored so
             sides["sentence-transformers, float32"] = sentence_transformer(*settings, torch.float32, device, 32)
@@ -227,8 +227,8 @@ def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, 
 
     needed = 0.99999 if dtype == torch.float32 else 0.999
     for side, encode in sides.items():
-        if (found := closeness(encode(checked), expected)) < needed:
-            raise SystemExit(f"{side} disagrees with the plain path: cosine {found:.6f} on {name}, {workload}, prompt {prompt_name}")
+        if (cosine := closeness(encode(checked), expected)) < needed:
+            raise SystemExit(f"{side} disagrees with the plain path: cosine {cosine:.6f} on {name}, {workload}, prompt {prompt_name}")
     rows = []
     weights = AutoModelForCausalLM.from_pretrained(folder).named_parameters()
     parameters = sum(p.numel() for n, p in weights if "embed" not in n and "lm_head" not in n)
@@ -319,8 +319,8 @@ def main() -> None:
                 for workload in args.workloads:
                     for prompt in args.prompts:
                         for pooling in args.pooling:
-                            rows += (found := case(name, source, workload, prompt, pooling, args, dtype, device))
-                            show(found)
+                            rows += (of_case := case(name, source, workload, prompt, pooling, args, dtype, device))
+                            show(of_case)
         result = {"rows": rows}
     print(json.dumps(about | result))
     if args.json:

@@ -51,8 +51,8 @@ def plain(model: str, encoder: Encoder, text: str, config: PoolingConfig) -> np.
 def test_every_pooling_equals_a_plain_forward_pass(model):
     encoder = Encoder.load(model, prompt="cluster", dtype="float32")
     encoder.query.data.normal_(generator=torch.Generator().manual_seed(0))
-    found = encoder.encode(TEXTS[:3], poolings=ALL_POOLINGS)
-    for config, vectors in zip(ALL_POOLINGS, found, strict=True):
+    by_pooling = encoder.encode(TEXTS[:3], poolings=ALL_POOLINGS)
+    for config, vectors in zip(ALL_POOLINGS, by_pooling, strict=True):
         for text, vector in zip(TEXTS, vectors, strict=False):
             np.testing.assert_allclose(vector, plain(model, encoder, text, config), atol=1e-5, err_msg=f"{config}, {text!r}")
 
@@ -95,8 +95,8 @@ def test_bidirectional_vectors_are_those_that_transformers_gives(model):
     with torch.no_grad():
         states = lm.base_model(ids).last_hidden_state[0]
     expected = states[int(encoder.contract.bos) :].mean(0)
-    found = encoder.encode([TEXTS[2], TEXTS[0], ""])[0]  # beside shorter ones
-    np.testing.assert_allclose(found, (expected / expected.norm()).numpy(), atol=1e-5)
+    vector = encoder.encode([TEXTS[2], TEXTS[0], ""])[0]  # beside shorter ones
+    np.testing.assert_allclose(vector, (expected / expected.norm()).numpy(), atol=1e-5)
 
 
 def test_bfloat16_stays_close():
@@ -195,7 +195,7 @@ def test_bos_takes_part_only_when_asked(llama):
         Encoder.load(llama, pooling="mean", scope="text", keep_bos=True)
 
 
-def test_layers_dims_and_normalisation(llama):
+def test_layers_dims_and_normalization(llama):
     raw = Encoder.load(llama, normalize=False).encode(TEXTS[:2])
     cut = Encoder.load(llama, dims=8).encode(TEXTS[:2])
     assert cut.shape == (2, 8)
