@@ -42,6 +42,7 @@ import numpy as np
 from encoder import Contract, Encoder, EncodingReport
 from encoder.base_models import PRESETS, find_base, go_offline, hub_answers, is_run, newest_run
 from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, default_scope
+from encoder.runtime import end_distributed
 from files.console import InputError, process_rank, run_script, say, warn
 from files.writing import check_absent, write_json
 from prompts import PROMPTS, TASK_PROMPTS, get_prompt
@@ -443,6 +444,7 @@ def main(args: argparse.Namespace) -> None:
     say(table(cells))
     if out:
         write_results(cells, out)
+    end_distributed()
 
 
 if __name__ == "__main__":

@@ -45,8 +45,8 @@ from torch import Tensor, nn
 from encoder import Encoder, EncodingReport
 from encoder.base_models import PRESETS, is_run
 from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES
-from encoder.lora import fuse_adapter, keep_input_dtype
-from encoder.runtime import all_reduce_number, distributed
+from encoder.lora import keep_input_dtype
+from encoder.runtime import all_reduce_number, distributed, end_distributed, pick_device, pick_dtype
 from files.console import InputError, Progress, run_script, say, warn
 from files.writing import write_json, write_text
 from prompts import PROMPTS
@@ -314,7 +314,7 @@ def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
     """The base with a fresh adapter, set up for training."""
     encoder = Encoder.load(
         args.model,
-        dtype=args.dtype,
+        dtype=pick_dtype(args.dtype, pick_device(args.device), training=True),
         device=args.device,
         trust_remote_code=args.trust_remote_code,
         shard=args.fsdp,
@@ -325,7 +325,6 @@ def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
     encoder.share_prefix = args.lora_dropout == 0  # with dropout, every text draws a mask of its own for the prompt
     if encoder.dtype == torch.bfloat16:
         keep_input_dtype(encoder.decoder)
-    fuse_adapter(encoder.decoder)
     if args.fsdp:
         encoder.shard()
     encoder.set_gradient_checkpointing(args.gradient_checkpointing)
@@ -583,6 +582,7 @@ def main(args: argparse.Namespace) -> None:
     run = set_up(args, data, record, resuming)
     interrupted_by = train(run)
     finish(run, interrupted_by)
+    end_distributed()
 
 
 if __name__ == "__main__":

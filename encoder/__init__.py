@@ -24,6 +24,13 @@ streaming.py     any number of texts in memory that does not grow
 encoder.py       all of it together: load, tokenize, forward, pool, encode
 """
 
+import os
+
+# The rows of batches differ in length: without this PyTorch's allocator keeps a block for every length it has seen. It reads the
+# variable at the first allocation on a GPU.
+if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
 _EXPORTS = {
     "Encoder": "encoder",
     "EncodingReport": "streaming",

@@ -28,8 +28,17 @@ from encoder import lora
 from encoder.base_models import PACKED_TYPES
 from encoder.contract import CONTRACT_FILE, POOLINGS, QUERY_FILE, PoolingConfig, adapter_hash, fingerprint
 from encoder.loading import LoadedBase, contract_fields, load_base
-from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, trim_hook
-from encoder.runtime import default_batch_tokens, distributed, memory_budget, pick_device, pick_dtype, shard_model
+from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, select_tokens, trim_hook
+from encoder.runtime import (
+    default_batch_tokens,
+    distributed,
+    emulates_bfloat16,
+    memory_budget,
+    pick_device,
+    pick_dtype,
+    shard_model,
+    to_device,
+)
 from encoder.streaming import EncodingReport, run_batch, tokenized_windows
 from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list
 from files.console import InputError, Progress
@@ -109,13 +118,13 @@ class Encoder:
     ) -> "Encoder":
         """Load a preset, a folder, a hub id or a training run.
 
-        dtype       None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
+        dtype       see `pick_dtype`; None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
         shard       leave the weights on the CPU until `shard` divides them among the processes
         overrides   contract fields: prompt (preset name or template), pooling, scope, layers, max_tokens, bos, eos,
                     keep_bos, attention, normalize, dims, quantize. None counts as not given. On a run, a value that contradicts
                     its contract raises InputError unless `override_contract`.
         """
-        device = pick_device(device)
+        device, is_default_dtype = pick_device(device), dtype in (None, "auto")
         dtype = pick_dtype(dtype, device)
         base = load_base(
             spec, contract_fields(overrides), dtype, device, override_contract=override_contract, trust_remote_code=trust_remote_code
@@ -123,6 +132,8 @@ class Encoder:
         if not base.contract.quantize and not shard:
             base.model.to(device)
         encoder = cls(base, device, dtype)
+        if is_default_dtype and emulates_bfloat16(device):
+            encoder.notes.append(f"this GPU has no bfloat16 instructions: computing in {str(dtype).removeprefix('torch.')}")
         if base.run:
             encoder._load_adapter(base.run)
         return encoder
@@ -168,8 +179,9 @@ class Encoder:
 
     def set_gradient_checkpointing(self, every: int) -> None:
         """Compute every n-th layer, counted from the last, again in the backward pass instead of keeping its states; 0: none."""
-        if every:
-            self.decoder.gradient_checkpointing_enable({"use_reentrant": False})
+        if every:  # transformers has renamed it
+            enable = getattr(self.decoder, "activation_checkpointing_enable", self.decoder.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
         for i, block in enumerate(reversed(self.blocks), 1):
             block.gradient_checkpointing = every > 0 and i % every == 0
 
@@ -291,7 +303,11 @@ class Encoder:
                 inputs = {"input_ids": ids, "position_ids": positions, "packed": packed}
             else:
                 inputs, places = pad(batch)
-            states[-1] = self.decoder(**inputs, use_cache=False).last_hidden_state
+            try:
+                states[-1] = self.decoder(**inputs, use_cache=False).last_hidden_state
+            except BaseException:
+                packed.release()
+                raise
         rows = {number: state[0, : len(batch.ids)] if self.packed else state[places] for number, state in states.items()}
         return HiddenStates({index: rows[number] for index, number in numbers.items()}, packed, trim)
 
@@ -301,6 +317,15 @@ class Encoder:
         if self.contract.dims is not None:
             vectors = vectors[:, : self.contract.dims]
         return F.normalize(vectors, dim=-1) if self.contract.normalize else vectors
+
+    def embed(self, batch: PackedBatch, poolings: list[PoolingConfig] | None = None) -> list[Tensor]:
+        """One forward pass -> vectors (B, D) for each pooling (default: the contract's alone), with gradients where they are on."""
+        poolings = poolings or [self.contract.pooling_config()]
+        states = self.forward(batch, poolings)
+        try:
+            return [self.pool(states, batch, pooling) for pooling in poolings]
+        finally:
+            states.attention.release()
 
     # -------------------------------------------------------------------------------------------------------- encode
 
@@ -328,9 +353,9 @@ class Encoder:
 
         @torch.no_grad()
         def compute(batch: PackedBatch) -> list[Tensor]:
-            states = self.forward(batch, poolings)
-            return [self.pool(states, batch, pooling).float() for pooling in poolings]
+            return [vectors.float() for vectors in self.embed(batch, poolings)]
 
+        n_texts = 0
         for tokenized in tokenized_windows(self, texts, role, report):
             batches = self.plan(tokenized, [i for i, ids in enumerate(tokenized.ids) if ids], budget)
             results = []  # stay on the device until all batches are under way, so that a GPU need not wait
@@ -342,11 +367,14 @@ class Encoder:
             arrays = [np.zeros((len(tokenized.ids), self.width), dtype=np.float32) for _ in poolings]
             for rows, vectors in results:
                 for array, rows_vectors in zip(arrays, vectors, strict=True):
-                    array[rows] = rows_vectors.cpu().numpy()
+                    array[rows] = values = rows_vectors.cpu().numpy()
+                    if not np.isfinite(values).all():
+                        _refuse_non_finite(array, n_texts, self.dtype)
             if world_size > 1:
                 for array in arrays:  # the sum of all: each has zeros where another process did the work
                     torch.distributed.all_reduce(torch.from_numpy(array), group=group)
             done(len(tokenized.ids) - sum(map(len, batches[rank::world_size])))
+            n_texts += len(tokenized.ids)
             yield arrays
 
     def encode(
@@ -438,6 +466,16 @@ def _recorded_states(blocks: nn.ModuleList, numbers: set[int]) -> Iterator[dict[
             hook.remove()
 
 
+class NonFiniteError(InputError):
+    """A vector holds an infinity or a NaN."""
+
+
+def _refuse_non_finite(vectors: np.ndarray, first_number: int, dtype: torch.dtype) -> None:
+    number = first_number + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
+    hint = "float16 overflows with this model: take float32 or bfloat16" if dtype == torch.float16 else "are the weights damaged?"
+    raise NonFiniteError(f"the vector of text {number} has numbers that are not finite, in {str(dtype).removeprefix('torch.')}: {hint}")
+
+
 def _can_trim(encoder: Encoder, batch: PackedBatch, poolings: list[PoolingConfig], numbers: dict[int, int]) -> bool:
     """Whether the last layer may compute each sequence's last token only: nothing else is read from it."""
     if not (encoder.trim_last_layer and encoder.packed and set(numbers.values()) == {-1}):
@@ -457,15 +495,14 @@ def _pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query
     if config.pooling == "last":
         first = np.maximum(end - 1, 0)
     places, positions, sequence = chosen = batch.locate(first, end)
-    on_device = (torch.from_numpy(x).to(device) for x in (places, np.concatenate([[0], np.cumsum(end - first)])))
-    index, cu_seqlens = on_device
+    cu_seqlens = to_device(np.concatenate([[0], np.cumsum(end - first)]), device)
     takes_all = states.last_only or (len(places) == len(batch.ids) and not batch.prefix_length)
-    layers = [states.layers[i] if takes_all else states.layers[i].index_select(0, index) for i in config.layers]
+    layers = [states.layers[i] if takes_all else select_tokens(states.layers[i], batch.prefix_length, *chosen) for i in config.layers]
     values = layers[0] if len(layers) == 1 else torch.stack([x.float() for x in layers]).mean(0)  # (M, D)
     if config.pooling == "mean":
         return mean_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "position-mean":  # weight i for the i-th token of the scope: SGPT, Muennighoff 2022, arXiv 2202.08904
-        weights = torch.from_numpy((positions - first[sequence] + 1).astype(np.float32)).to(device)
+        weights = to_device((positions - first[sequence] + 1).astype(np.float32), device)
         return mean_pool(values, cu_seqlens=cu_seqlens, weights=weights)
     if config.pooling == "last":
         return last_pool(values, cu_seqlens=cu_seqlens)

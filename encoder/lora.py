@@ -1,4 +1,4 @@
-"""The adapter: LoRA on every linear layer of every block, through peft, with a fused layer for training.
+"""The adapter: LoRA on every linear layer of every block, through peft, with a fused layer in place of peft's own.
 
 peft inserts its layers into the model in place. What peft returns is the handle by which the adapter is saved, switched off
 and merged.
@@ -42,7 +42,9 @@ def add_lora(model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | No
 
     targets = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)})
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none", **options)
-    return _wrap(model, config)
+    handle = _wrap(model, config)
+    fuse_adapter(model)
+    return handle
 
 
 def load_lora(model: nn.Module, run: Path):
@@ -61,6 +63,7 @@ def load_lora(model: nn.Module, run: Path):
     if report.unexpected_keys or missing:
         raise InputError(f"{path} does not fit its base: missing {missing[:3]}, unexpected {report.unexpected_keys[:3]}")
     handle.requires_grad_(False).eval()
+    fuse_adapter(model)
     return handle
 
 
@@ -83,7 +86,7 @@ def is_merged(model: nn.Module) -> bool:
     return layer is not None and layer.merged
 
 
-# ------------------------------------------------------------------------------------------------------- fused training
+# ------------------------------------------------------------------------------------------------------ the fused layer
 
 
 class LoRALinear(Function):

@@ -21,6 +21,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 from encoder.contract import PoolingConfig
+from encoder.runtime import to_device
 from encoder.tokenization import TokenizedTexts
 
 try:
@@ -79,7 +80,7 @@ def collate(tokenized: TokenizedTexts, rows: list[int], prefix_length: int, bos:
     ids = np.fromiter(itertools.chain(tokenized.ids[rows[0]][:prefix_length], *rests), np.int64, starts[-1])
     positions = np.arange(len(ids))
     positions[prefix_length:] += prefix_length - np.repeat(starts[:-1], sizes)
-    on_device = (torch.from_numpy(x).to(device) for x in (ids, positions))
+    on_device = (to_device(x, device) for x in (ids, positions))
     return PackedBatch(*on_device, prefix_length, starts, np.array([tokenized.spans[i] for i in rows]), int(bos))
 
 
@@ -105,7 +106,7 @@ def pad(batch: PackedBatch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
     """For a model that cannot be packed: padded inputs (B, longest), and where in them each token of the row stands."""
     lengths = batch.lengths
     _, positions, sequence = batch.locate(np.zeros_like(lengths), lengths)
-    places = tuple(torch.from_numpy(x).to(batch.ids.device) for x in (sequence, positions))
+    places = tuple(to_device(x, batch.ids.device) for x in (sequence, positions))
     ids, mask = (torch.zeros(len(lengths), int(lengths.max()), dtype=torch.long, device=batch.ids.device) for _ in range(2))
     ids[places], mask[places] = batch.ids, 1
     return {"input_ids": ids, "attention_mask": mask}, places
@@ -115,14 +116,37 @@ def pad(batch: PackedBatch) -> tuple[dict[str, Tensor], tuple[Tensor, Tensor]]:
 
 
 def varlen_supports(query: Tensor) -> bool:
-    """Half precision on a GPU of Ampere or later, torch 2.11 or later, heads of at most 256 numbers."""
+    """Half precision on a GPU of Ampere or later, torch 2.11 or later, heads of a size that flash attention takes."""
     if not query.is_cuda or "window_size" not in VARLEN_PARAMETERS or query.dtype not in (torch.float16, torch.bfloat16):
         return False
     return (
-        query.shape[-1] <= 256
-        and query.shape[-1] % 8 == 0
+        query.shape[-1] % 8 == 0
         and (torch.version.hip or torch.cuda.get_device_capability(query.device) >= (8, 0))
+        and _flash_takes_heads(query.shape[-1], query.dtype, query.device, query.requires_grad)
     )
+
+
+@functools.cache
+def _flash_takes_heads(size: int, dtype: torch.dtype, device: torch.device, backward: bool) -> bool:
+    """PyTorch's rule for the size of heads, which is narrower for the backward pass on consumer GPUs."""
+    x = torch.empty(1, 1, 1, size, dtype=dtype, device=device, requires_grad=backward)
+    return torch.backends.cuda.can_use_flash_attention(torch.backends.cuda.SDPAParams(x, x, x, None, 0.0, True, False))
+
+
+def select_tokens(values: Tensor, prefix_length: int, places: np.ndarray, positions: np.ndarray, sequence: np.ndarray) -> Tensor:
+    """Rows of `values` (T, ...) for the tokens that `PackedBatch.locate` returned -> (M, ...).
+
+    Every sequence takes the shared prefix. Where gradients are wanted it is first copied for each, by `expand`: the gradients of
+    the copies are then added up in one reduction, in float32, and every row is taken once. `index_select` alone would add them
+    one after the other in the type of the values, in bfloat16 with an error of percents, and on a GPU in any order.
+    """
+    device = values.device
+    if not (prefix_length and values.requires_grad and torch.is_grad_enabled()):
+        return values.index_select(0, to_device(places, device))
+    prefix, n = values[:prefix_length], int(sequence.max(initial=-1)) + 1
+    copies = prefix.expand(n, *prefix.shape).flatten(0, 1)
+    rows = np.where(positions < prefix_length, sequence * prefix_length + positions, (n - 1) * prefix_length + places)
+    return torch.cat([copies, values[prefix_length:]]).index_select(0, to_device(rows, device))
 
 
 class KeysReady(Exception):
@@ -156,12 +180,22 @@ class PackedAttention:
         self.equal_lengths = bool((rests == self.shape[1]).all())
         self.trimmed_keys: tuple[Tensor, Tensor] | None = None  # keys and values of the trimmed layer
         self.scored: tuple[Tensor, Tensor, float, int | None] | None = None  # last queries, keys, scale, window
+        self.released = False
         self._masks: dict[tuple, Tensor] = {}
+
+    def release(self) -> None:
+        """Forget the stored keys and queries, once states have been pooled or the forward pass has failed.
+
+        With gradient checkpointing they hold a graph whose frames hold this object: a cycle through C++ that Python cannot see,
+        so that neither would ever be freed.
+        """
+        self.released, self.scored, self.trimmed_keys = True, None, None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
         """query (T, H, d), key and value (T, K, d) -> (T, H, d); in a trimmed layer B instead of T."""
         if layer == self.scored_layer:
-            self.scored = query[self.last_places], key, scale, window
+            scored = query[self.last_places], key, scale, window
+            self.scored = None if self.released else scored  # gradient checkpointing comes here again, and must do the same
         if layer == self.trimmed_layer:
             if self.trimmed_keys is None:
                 self.trimmed_keys = key, value
@@ -174,7 +208,7 @@ class PackedAttention:
         return attend(query, key, value, scale, window, dropout, layer == self.trimmed_layer)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)
+        return to_device(array, self.device)
 
     @functools.cached_property
     def last_places(self) -> Tensor:
@@ -196,27 +230,33 @@ class PackedAttention:
     # varlen: all sequences in one call
 
     @functools.cached_property
-    def _varlen_layout(self) -> tuple[Tensor, Tensor, Tensor, int]:
-        """The prefix as a sequence by itself, then every whole sequence: places in the row, cu_seqlens of queries, of keys, longest."""
+    def _varlen_layout(self) -> tuple[Tensor, Tensor, int]:
+        """The prefix as a sequence by itself, then every whole sequence: cu_seqlens of queries, of keys, the longest sequence."""
         lengths = self.batch.lengths
-        places = self.batch.locate(np.zeros_like(lengths), lengths)[0]
         key_ends = np.cumsum([0, self.prefix_length, *lengths]) if self.prefix_length else np.cumsum([0, *lengths])
         query_ends = [0, *self.batch.starts] if self.prefix_length else self.batch.starts
         cu_seqlens = (self._on_device(np.asarray(ends, np.int32)) for ends in (query_ends, key_ends))
-        return self._on_device(np.concatenate([np.arange(self.prefix_length), places])), *cu_seqlens, int(lengths.max())
+        return *cu_seqlens, int(lengths.max())
 
     def varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, _: float, trimmed: bool) -> Tensor:
-        places, cu_query, cu_key, longest = self._varlen_layout
-        if trimmed and self.prefix_length:
-            places, cu_key = places[self.prefix_length :], cu_key[1:] - self.prefix_length
-        if self.prefix_length:
-            key, value = key.index_select(0, places), value.index_select(0, places)
+        cu_query, cu_key, longest = self._varlen_layout
+        prefix, lengths = self.prefix_length, self.batch.lengths
+        if prefix:
+            places, positions, sequence = self.batch.locate(np.zeros_like(lengths), lengths)
+            if trimmed:  # no query is a token of the prefix
+                cu_key = cu_key[1:] - prefix
+            else:
+                alone = np.arange(prefix)
+                places, positions = (np.concatenate([alone, x]) for x in (places, positions))
+                sequence = np.concatenate([np.full(prefix, len(lengths)), sequence])
+            key, value = (select_tokens(x, prefix, places, positions, sequence) for x in (key, value))
         longest_query = 1 if trimmed else longest
         if trimmed:
             cu_query = torch.arange(len(query) + 1, dtype=torch.int32, device=self.device)
         if "enable_gqa" not in VARLEN_PARAMETERS:
             key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
         extra = {"enable_gqa": True} if "enable_gqa" in VARLEN_PARAMETERS else {}
+        extra |= {"num_splits": 1} if "num_splits" in VARLEN_PARAMETERS else {}  # else a text's bits depend on its neighbours
         back = -1 if window is None else window - 1 if self.causal else window
         reach = (back, 0 if self.causal else back)  # the last query is aligned with the last key, however many keys there are
         return varlen_attn(

@@ -5,10 +5,16 @@ import os
 from datetime import timedelta
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from files.console import InputError
+
+
+def local_rank() -> int:
+    """Number of this process on its machine under torchrun, which is the number of its GPU; 0 without torchrun."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -16,19 +22,41 @@ def pick_device(device: str | None = None) -> torch.device:
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        device = f"cuda:{local_rank()}"
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"device {device!r} was asked for, but this PyTorch sees no CUDA device: leave it out or take cpu")
     try:
-        return torch.device(device)
+        picked = torch.device(device)
     except RuntimeError:
         raise InputError(f"unknown device {device!r}: take cpu, cuda or cuda:N") from None
+    if picked.type == "cuda" and (picked.index or 0) >= torch.cuda.device_count():
+        n = torch.cuda.device_count()
+        hint = f"start at most {n} processes" if "LOCAL_RANK" in os.environ else f"take cuda:0 to cuda:{n - 1}" if n > 1 else "take cuda:0"
+        raise InputError(f"device {device!r} was asked for, but this machine has {n} CUDA device{'s' * (n > 1)}: {hint}, or take cpu")
+    return picked
 
 
-def pick_dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
-    """None: float32 on a CPU, bfloat16 elsewhere. "auto": bfloat16 also on CPUs with bfloat16 instructions."""
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """A copy of the array on the device. A GPU takes it from pinned memory, so that neither waits for the other."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether the device computes in bfloat16 only by way of float32: NVIDIA GPUs below compute capability 8.0 (T4, RTX 20xx, V100)."""
+    return device.type == "cuda" and not torch.version.hip and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, *, training: bool = False) -> torch.dtype:
+    """None: float32 on a CPU, half precision elsewhere. "auto": bfloat16 also on CPUs with bfloat16 instructions.
+
+    Half precision is bfloat16. A GPU that emulates it takes float16 for encoding, and float32 for training, where the gradients of
+    float16 would underflow.
+    """
     if isinstance(dtype, torch.dtype):
         return dtype
+    if dtype in (None, "auto") and emulates_bfloat16(device):
+        return torch.float32 if training else torch.float16
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if dtype == "auto":
@@ -72,7 +100,9 @@ def memory_budget(config, dtype: torch.dtype, device: torch.device) -> int:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether memory ran out. Only PyTorch's allocator says so by a class; CUDA, cuBLAS, cuDNN, Triton and the CPU say so in words."""
+    signs = ("out of memory", "alloc_failed", "can't allocate memory")
+    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error).lower() for sign in signs)
 
 
 def empty_cache(device: torch.device) -> None:
@@ -112,9 +142,20 @@ def distributed() -> Distributed:
         return Distributed(0, 1, None)
     process_groups, timeout = torch.distributed, timedelta(days=7)  # one process may work alone for long, the others wait
     if not process_groups.is_initialized():
-        process_groups.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", timeout=timeout)
+        if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():  # else pick_device says what is wrong
+            device = torch.device("cuda", local_rank())
+            torch.cuda.set_device(device)  # NCCL and FSDP work on the current device, which is the first one in every process
+            process_groups.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
+        else:
+            process_groups.init_process_group("gloo", timeout=timeout)
     group = process_groups.new_group(backend="gloo", timeout=timeout)
     return Distributed(process_groups.get_rank(), process_groups.get_world_size(), group)
+
+
+def end_distributed() -> None:
+    """Leave the group of processes, at the end of a script that has succeeded."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def all_reduce_number(number: float, how: str) -> float:

@@ -90,11 +90,11 @@ def test_the_last_layer_is_whole_where_more_is_read(llama):
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
-def plain_varlen(query, key, value, cu_query, cu_key, max_query, max_key, *, scale, window_size, enable_gqa):
+def plain_varlen(query, key, value, cu_query, cu_key, max_query, max_key, *, scale, window_size, enable_gqa, num_splits):
     """What `torch.nn.attention.varlen.varlen_attn` documents, a sequence at a time, in double precision."""
     back, ahead = window_size
     out = torch.zeros_like(query)
-    assert enable_gqa and cu_query.dtype == cu_key.dtype == torch.int32 and len(cu_query) == len(cu_key)
+    assert enable_gqa and num_splits == 1 and cu_query.dtype == cu_key.dtype == torch.int32 and len(cu_query) == len(cu_key)
     assert cu_query[-1] == len(query) and cu_key[-1] == len(key) == len(value)
     assert max_query >= cu_query.diff().max() and max_key >= cu_key.diff().max()
     for q0, q1, k0, k1 in zip(cu_query, cu_query[1:], cu_key, cu_key[1:], strict=False):

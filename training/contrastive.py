@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -20,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from encoder import Encoder
-from encoder.runtime import all_reduce_number, distributed, empty_cache, is_out_of_memory, random_state, set_random_state
+from encoder.runtime import all_reduce_number, distributed, empty_cache, is_out_of_memory, random_state, set_random_state, to_device
 from encoder.tokenization import TokenizedTexts
 from files.console import InputError, say
 from training.pair_data import PairBatch
@@ -124,7 +125,7 @@ def batch_loss(batch: PairBatch, device: torch.device, settings: LossSettings, l
     """
     ids = batch.text_ids
     columns = [pair[0] for pair in ids], [pair[1] for pair in ids], [i for pair in ids for i in pair[2:]]
-    text_ids = TextIds(*(torch.tensor(column, dtype=torch.long, device=device) for column in columns))
+    text_ids = TextIds(*(to_device(np.array(column, np.int64), device) for column in columns))
 
     def loss_of(*vectors: Tensor) -> LossResult:
         temperature = settings.temperature if log_temperature is None else log_temperature.exp()
@@ -169,14 +170,12 @@ def embed(encoder: Encoder, tokenized: TokenizedTexts, rows: list[int]) -> Tenso
     # under FSDP all ranks need equally many forward passes; the outputs of extra ones are discarded
     extra = all_reduce_number(len(batches), "max") - len(batches) if encoder.sharded else 0
     with autocast(encoder):
-        vectors = [encoder.pool(encoder.forward(packed), packed) for _, packed in batches]
-        for _ in range(extra):
-            packed = encoder.collate(tokenized, [0])
-            vectors.append(encoder.pool(encoder.forward(packed), packed)[:0])
+        vectors = [encoder.embed(packed)[0] for _, packed in batches]
+        vectors += [encoder.embed(encoder.collate(tokenized, [0]))[0][:0] for _ in range(extra)]
     if not vectors:
         return torch.zeros(0, encoder.width, device=encoder.device)
     position = {row: i for i, row in enumerate(itertools.chain(*(chosen for chosen, _ in batches)))}
-    return torch.cat(vectors)[torch.tensor([position[row] for row in rows], dtype=torch.long, device=encoder.device)]
+    return torch.cat(vectors)[to_device(np.array([position[row] for row in rows], np.int64), encoder.device)]
 
 
 def gather(vectors: Tensor, sizes: list[int]) -> Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from encoder import Encoder
+from encoder.encoder import NonFiniteError
 from encoder.runtime import all_reduce_number, distributed
 from files.console import InputError
 from files.reading import read_jsonl
@@ -65,10 +66,10 @@ class Validation:
 
 
 def _encode(encoder: Encoder, texts: list[str], role: str = "document") -> np.ndarray:
-    vectors = encoder.encode(texts, role)
-    if not np.isfinite(vectors).all():
-        raise InputError("the vectors of the validation are not finite any more, the last checkpoint stays: lower --lr")
-    return vectors
+    try:
+        return encoder.encode(texts, role)
+    except NonFiniteError:
+        raise InputError("the vectors of the validation are not finite any more, the last checkpoint stays: lower --lr") from None
 
 
 def read_labelled(path: Path) -> tuple[list[str], list[str]]:
