@@ -18,8 +18,8 @@ A row gives zeros and a zero gradient, never NaN, if it has no tokens, if all it
 Its log-sum-exp is -inf. A masked token, or one of weight 0 or score -inf, has no influence on outputs or gradients, even if it
 holds NaN. Addresses have 64 bits: values may have more than 2^31 elements, any strides and any D.
 
-`backend="auto"` uses the kernels on a GPU and the PyTorch reference elsewhere. "torch" forces the reference. "triton" forces the
-kernels. Wrong shapes, an unknown backend, or "triton" where the kernels cannot run raise a ValueError.
+`backend="auto"` uses the kernels on a GPU where Triton can launch them, and the PyTorch reference elsewhere. "torch" forces the
+reference, "triton" the kernels. Wrong shapes, an unknown backend, or "triton" where the kernels cannot run raise a ValueError.
 
 How the kernels work. Forward, each row's tokens are cut into splits. One kernel reads the values once: each program takes one
 split and a block of features, or all features where a norm or a query needs whole tokens. A second kernel merges the splits.
@@ -33,8 +33,11 @@ denominator sum over a row's (or split's) tokens of exp(score - row_max), or of 
 normalizer  (B, H): log-sum-exp of the scores in modes "attention" and "query", the denominator in modes "mean" and "last"
 """
 
+import functools
 import math
 import os
+import subprocess
+import warnings
 
 import torch
 from torch import Tensor
@@ -509,6 +512,17 @@ def _check_shapes(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
         raise ValueError(f"weights and scores need one entry for each of the {len(values)} tokens: got {tuple(scores.shape)}")
 
 
+@functools.cache
+def _can_launch() -> bool:
+    """Whether Triton can launch kernels here: its first launch compiles a driver, with a C compiler and Python's headers."""
+    try:
+        return bool(triton.runtime.driver.active)
+    except (RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        reason = " ".join(str(error).split())[:200]
+        warnings.warn(f"pooling runs in PyTorch: Triton cannot compile its driver on this machine ({reason})", RuntimeWarning, stacklevel=4)
+        return False
+
+
 def _pool(values, scores, query, mask, cu_seqlens, mode, norm_weight, eps, normalize, backend) -> tuple[Tensor, Tensor]:
     """-> pooled (B, H, D), normalizer (B, H)."""
     if backend not in ("auto", "torch", "triton"):
@@ -523,7 +537,7 @@ def _pool(values, scores, query, mask, cu_seqlens, mode, norm_weight, eps, norma
         if mode == "query":
             query = query.to(dtype) / math.sqrt(max(1, values.shape[-1]))
             query = (query if norm_weight is None else query * norm_weight.to(dtype)).contiguous()
-        if backend == "triton" or (backend == "auto" and triton is not None and values.is_cuda):
+        if backend == "triton" or (backend == "auto" and triton is not None and values.is_cuda and _can_launch()):
             return _Pool.apply(values, scores, query, norm_weight, mask, cu_seqlens, mode, normalize, eps)
         out, normalizer = _reference(values, scores, query, mask, cu_seqlens, mode, norm_weight is not None, eps)
         if norm_weight is not None:

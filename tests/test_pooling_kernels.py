@@ -502,3 +502,19 @@ def test_large_shapes_equal_float64(kind, layout):
                 torch.testing.assert_close(
                     results[key].double(), expected, rtol=rtol, atol=1e-4, msg=lambda m, key=key, name=name: f"{name} {key}: {m}"
                 )
+
+
+def test_a_gpu_without_a_c_compiler_takes_the_reference_and_says_so_once(monkeypatch):
+    """Triton compiles its driver at the first launch; images made to run programs have no compiler."""
+
+    class Driver:
+        @property
+        def active(self):
+            raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(pooling_kernels.triton.runtime, "driver", Driver())
+    pooling_kernels._can_launch.cache_clear()
+    with pytest.warns(RuntimeWarning, match="pooling runs in PyTorch: .* Failed to find C compiler") as said:
+        assert not pooling_kernels._can_launch() and not pooling_kernels._can_launch()
+    assert len(said) == 1
+    pooling_kernels._can_launch.cache_clear()
