@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
+GPU_FLAGS ?=
 TEXT := The bank raised its interest rate again this month.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check check-pins clean-demo
+.PHONY: help setup demo test test-slow gpu check check-pins clean-demo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -34,6 +35,11 @@ test: setup ## the test suite, under 3 minutes, offline
 
 test-slow: setup ## tests that kill processes or run several
 	$(OFFLINE) $(PY) -m pytest -q -m slow
+
+# nine minutes of steps; the next call goes on with those that are left. GPU_FLAGS=--dry-run: everything small, on a CPU
+gpu: setup ## tests and benchmarks that need a GPU, and a table of them; repeat it until no step is left
+	$(PY) bench/gpu.py --out results/gpu.jsonl $(GPU_FLAGS); status=$$?; \
+	  $(PY) bench/gpu.py --out results/gpu.jsonl $(GPU_FLAGS) --table; exit $$status
 
 check: setup ## ruff: style and likely mistakes
 	$(PY) -m ruff check .

@@ -37,11 +37,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
-from encoder.runtime import pick_device, pick_dtype
+from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
 from prompts import get_prompt
 from training.checkpoint import TrainingState
 from training.contrastive import LossSettings, attention_kernel, batch_gradients, batch_loss
-from training.pair_data import PairDataset, PairSampler, prefetch
+from training.pair_data import Pair, PairSampler, prefetch, read_pairs
 
 PROMPT = get_prompt("cluster").roles()["document"]
 TEMPERATURE, RANK, LR = 0.05, 64, 1e-4
@@ -60,6 +60,15 @@ def pairs_in_prompts(pairs: str) -> list[dict]:
     return [{k: PROMPT["prefix"] + v + PROMPT["suffix"] for k, v in row.items()} for row in rows]
 
 
+class PairsInMemory(list):
+    """What training takes for a `PairDataset`, which needs the package datasets."""
+
+    name, sha256 = "pairs", ""
+
+    def __getitem__(self, rows: list[int]) -> list[Pair]:
+        return [super(PairsInMemory, self).__getitem__(row) for row in rows]
+
+
 class Ours:
     def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None):
         flags = ["--model", folder, "--pairs", pairs, "--batch-size", args.batch_size, "--lora-rank", RANK, "--lr", LR, "--dtype", dtype]
@@ -72,7 +81,7 @@ class Ours:
         ]
         self.args = train.parse([str(f) for f in flags])
         self.args.gradient_checkpointing, self.args.lora_alpha = int(args.gradient_checkpointing), RANK
-        self.pairs = PairDataset([Path(pairs)])
+        self.pairs = PairsInMemory(read_pairs(Path(pairs)))
         self.encoder = train.make_encoder(self.args, self.pairs)
         if not fused:
             for module in self.encoder.decoder.modules():
@@ -211,7 +220,9 @@ def work(name: str, pipe, folder: str, pairs: str, args: argparse.Namespace, dev
                 gc.collect()
             else:
                 torch.cuda.empty_cache()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         pipe.send(f"out of memory: {str(error).split('.')[0]}")
 
 
@@ -231,7 +242,7 @@ class Workers:
         try:
             self.pipes[side].send((steps, rows))
             answer = self.pipes[side].recv()
-        except (EOFError, BrokenPipeError):
+        except (EOFError, BrokenPipeError, ConnectionResetError):
             answer = "it ended with an error, see above"
         if isinstance(answer, str):
             print(f"{side}: {answer}", flush=True)

@@ -18,7 +18,7 @@ LAYERS = [
     {"training.contrastive"},
     {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record"},
     {"make_pairs", "train", "evaluate", "attention", "models.pretrain"},
-    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
+    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
