@@ -513,7 +513,7 @@ def _check_shapes(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor | None
 
 
 @functools.cache
-def _can_launch() -> bool:
+def can_launch() -> bool:
     """Whether Triton can launch kernels here: its first launch compiles a driver, with a C compiler and Python's headers."""
     try:
         return bool(triton.runtime.driver.active)
@@ -537,7 +537,7 @@ def _pool(values, scores, query, mask, cu_seqlens, mode, norm_weight, eps, norma
         if mode == "query":
             query = query.to(dtype) / math.sqrt(max(1, values.shape[-1]))
             query = (query if norm_weight is None else query * norm_weight.to(dtype)).contiguous()
-        if backend == "triton" or (backend == "auto" and triton is not None and values.is_cuda and _can_launch()):
+        if backend == "triton" or (backend == "auto" and triton is not None and values.is_cuda and can_launch()):
             return _Pool.apply(values, scores, query, norm_weight, mask, cu_seqlens, mode, normalize, eps)
         out, normalizer = _reference(values, scores, query, mask, cu_seqlens, mode, norm_weight is not None, eps)
         if norm_weight is not None:

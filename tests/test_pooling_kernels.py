@@ -513,8 +513,8 @@ def test_a_gpu_without_a_c_compiler_takes_the_reference_and_says_so_once(monkeyp
             raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     monkeypatch.setattr(pooling_kernels.triton.runtime, "driver", Driver())
-    pooling_kernels._can_launch.cache_clear()
-    with pytest.warns(RuntimeWarning, match="pooling runs in PyTorch: .* Failed to find C compiler") as said:
-        assert not pooling_kernels._can_launch() and not pooling_kernels._can_launch()
+    pooling_kernels.can_launch.cache_clear()
+    with pytest.warns(RuntimeWarning, match="pooling runs in PyTorch: .*Failed to find C compiler") as said:
+        assert not pooling_kernels.can_launch() and not pooling_kernels.can_launch()
     assert len(said) == 1
-    pooling_kernels._can_launch.cache_clear()
+    pooling_kernels.can_launch.cache_clear()
