@@ -282,7 +282,7 @@ def test_two_processes_share_the_work_and_get_the_vectors_of_one(llama, tmp_path
     arguments = [str(tmp_path / "shard.py"), llama, json.dumps(MANY * 4), f"{tmp_path}/"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
     for command in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29591"]):
-        subprocess.forward([sys.executable, *command, *arguments], check=True, env=environment, capture_output=True)
+        subprocess.run([sys.executable, *command, *arguments], check=True, env=environment, capture_output=True)
     alone, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("alone", "0", "1"))
     assert (alone["vectors"] == first["vectors"]).all() and (alone["vectors"] == second["vectors"]).all()
     assert first["mine"] + second["mine"] == alone["mine"] == len(MANY) * 4 and min(first["mine"], second["mine"]) > 10
