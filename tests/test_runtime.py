@@ -73,6 +73,12 @@ def test_gpus_without_bfloat16_take_float16_to_encode_and_float32_to_train(two_g
     assert pick_dtype("bfloat16", gpu) == torch.bfloat16 and pick_dtype(None, cpu) == torch.float32
 
 
+def test_a_gpu_without_bfloat16_is_noted_unless_the_type_was_asked_for(llama, monkeypatch):
+    monkeypatch.setattr("encoder.encoder.emulates_bfloat16", lambda device: True)
+    assert Encoder.load(llama).notes == ["this GPU has no bfloat16 instructions: computing in float32"]
+    assert Encoder.load(llama, dtype="float32").notes == []
+
+
 @pytest.mark.parametrize(
     "message",
     [
