@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils import logging as transformers_logging
 
 from encoder.contract import CONTRACT_FILE, MODEL_FILES
-from encoder.runtime import all_reduce_number
+from encoder.runtime import all_reduce_number, is_out_of_memory
 from files.console import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,11 +167,11 @@ def _check_config(config, folder: Path, attention: str) -> None:
 def load_pretrained(
     folder: Path, trust_remote_code: bool, dtype: torch.dtype, device: torch.device, attention: str, quantize: str | None
 ) -> tuple[nn.Module, object]:
-    """The decoder without its language-model head, on the CPU (quantized: on the device), and its fast tokenizer.
+    """The decoder without its language-model head, on the device, and its fast tokenizer.
 
     attention     "causal" or "bidirectional"
     quantize      None, "nf4" or "int8"
-    Raises InputError where the folder does not hold a whole decoder that can be used here.
+    Raises InputError where the folder does not hold a whole decoder that can be used here, and where it does not fit into memory.
     """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # weights of the language-model head are left over, as expected
@@ -180,15 +180,27 @@ def load_pretrained(
         _check_config(config, folder, attention)
         if attention == "bidirectional":
             config.is_causal = False
-        settings = {"config": config, "dtype": dtype, "use_safetensors": True, "trust_remote_code": trust_remote_code}
+        # with a device map each weight goes from the file straight to the device
+        settings = {
+            "config": config,
+            "dtype": dtype,
+            "use_safetensors": True,
+            "trust_remote_code": trust_remote_code,
+            "device_map": {"": device},
+        }
         if quantize:
-            settings |= {"quantization_config": _quantization_config(quantize, dtype), "device_map": {"": device}}
+            settings["quantization_config"] = _quantization_config(quantize, dtype)
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **settings)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except InputError:
         raise
     except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
         raise InputError(f"{folder} does not hold a whole model: {' '.join(str(error).split())[:300]}") from None
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "take a smaller model" if quantize == "nf4" else "take --quantize nf4, or a smaller model"
+        raise InputError(f"{folder} does not fit into the memory of {device}: {hint}") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
     if report["missing_keys"]:  # transformers initializes them at random

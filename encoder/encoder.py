@@ -119,18 +119,16 @@ class Encoder:
         """Load a preset, a folder, a hub id or a training run.
 
         dtype       see `pick_dtype`; None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
-        shard       leave the weights on the CPU until `shard` divides them among the processes
+        shard       leave the weights in the CPU's memory until `shard` divides them among the processes
         overrides   contract fields: prompt (preset name or template), pooling, scope, layers, max_tokens, bos, eos,
                     keep_bos, attention, normalize, dims, quantize. None counts as not given. On a run, a value that contradicts
                     its contract raises InputError unless `override_contract`.
         """
         device, is_default_dtype = pick_device(device), dtype in (None, "auto")
         dtype = pick_dtype(dtype, device)
-        base = load_base(
-            spec, contract_fields(overrides), dtype, device, override_contract=override_contract, trust_remote_code=trust_remote_code
-        )
-        if not base.contract.quantize and not shard:
-            base.model.to(device)
+        # weights that are stored in this dtype are mapped from the file on a CPU: processes that shard them share one copy
+        place, trust = torch.device("cpu") if shard else device, trust_remote_code
+        base = load_base(spec, contract_fields(overrides), dtype, place, override_contract=override_contract, trust_remote_code=trust)
         encoder = cls(base, device, dtype)
         if is_default_dtype and emulates_bfloat16(device):
             encoder.notes.append(f"this GPU has no bfloat16 instructions: computing in {str(dtype).removeprefix('torch.')}")

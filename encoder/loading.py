@@ -26,7 +26,7 @@ class LoadedBase(NamedTuple):
 def load_base(
     spec: str, overrides: dict, dtype: torch.dtype, device: torch.device, *, override_contract: bool, trust_remote_code: bool
 ) -> LoadedBase:
-    """A preset, folder, hub id or run -> the frozen base, on the CPU (quantized: on the device), and the contract.
+    """A preset, folder, hub id or run -> the frozen base, on the device, and the contract.
 
     overrides     fields of the contract
     Raises InputError where they contradict the contract of a run (unless `override_contract`), and where the base of a run has

@@ -8,12 +8,14 @@ from pathlib import Path
 import huggingface_hub.constants
 import numpy as np
 import pytest
+import torch
+import transformers.core_model_loading
 from conftest import ARCHITECTURES, TEXTS, make_model, make_run, randomize_adapter
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, ModernBertConfig
 
 from encoder import Encoder, base_models
-from encoder.base_models import PRESETS
+from encoder.base_models import PRESETS, load_pretrained
 from files.console import InputError
 
 
@@ -150,6 +152,29 @@ def test_a_model_with_missing_weights_is_not_filled_with_random_ones(llama, tmp_
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": "three"}))
     with pytest.raises(InputError, match="does not hold a whole model"):
         Encoder.load(str(folder))
+
+
+def test_weights_go_straight_to_the_device(llama):
+    """Not by way of the CPU's memory, of which a machine with a large GPU may have little."""
+    model, _ = load_pretrained(Path(llama), False, torch.bfloat16, torch.device("meta"), "causal", None)
+    assert {tensor.device.type for tensor in (*model.parameters(), *model.buffers())} == {"meta"}
+
+
+def test_weights_of_the_type_asked_for_are_mapped_from_the_file(llama):
+    """So the processes of a machine share one copy of them."""
+    model, _ = load_pretrained(Path(llama), False, torch.float32, torch.device("cpu"), "causal", None)
+    mapped = {line.split("-")[0] for line in Path("/proc/self/maps").read_text().splitlines() if f"{llama}/model.safetensors" in line}
+    starts = sorted(int(start, 16) for start in mapped)
+    assert starts and all(starts[0] <= weight.data_ptr() < starts[-1] + 2**21 for weight in model.parameters())
+
+
+def test_a_model_that_does_not_fit_into_memory_is_one_line_that_says_what_to_take(llama, monkeypatch):
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(transformers.core_model_loading, "_materialize_copy", out_of_memory)
+    with pytest.raises(InputError, match="llama does not fit into the memory of cpu: take --quantize nf4, or a smaller model"):
+        Encoder.load(llama)
 
 
 # --------------------------------------------------------------------------------------------------------- the network

@@ -182,18 +182,18 @@ def torchrun(*flags, n: int = 2, script: Path = ROOT / "train.py") -> subprocess
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [(), ("--fsdp", "--gradient-checkpointing", 2)])
-def test_two_processes_train_as_one(small, tmp_path, more):
-    """Hard negatives that only some pairs have, a learned query, chunks; the base whole in each process, or divided."""
+@pytest.mark.parametrize(("pooling", "more"), [("query", ()), ("query", ("--fsdp", "--gradient-checkpointing", 2)), ("last", ("--fsdp",))])
+def test_two_processes_train_as_one(small, tmp_path, pooling, more):
+    """Hard negatives that only some pairs have, chunks; the base whole in each process, or divided, also with a trimmed last layer."""
     rows = [row | {"negatives": ["A river."] * (i % 3)} for i, row in enumerate(word_rows())]
     write_rows(small.pairs, rows + numbered_rows(20))
-    flags = ("--steps", 5, "--learn-temperature", "--chunk-size", 2, "--pooling", "query", "--hold-out", 0, "--batch-size", 8)
+    flags = ("--steps", 5, "--learn-temperature", "--chunk-size", 2, "--pooling", pooling, "--hold-out", 0, "--batch-size", 8)
     flags += ("--validation", write_labelled(tmp_path / "labelled.jsonl"), "--validate-every", 5)
     run(*small("one", *flags))
     done = torchrun(*small("two", *flags, *more))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained parameters") == 1  # the first process alone prints
-    for name in (ADAPTER, "pooling.safetensors"):
+    for name in (ADAPTER, "pooling.safetensors")[: 1 + (pooling == "query")]:
         one, two = (load_file(tmp_path / n / name) for n in ("one", "two"))
         torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)  # of steps of 1e-2
     losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("one", "two")]
