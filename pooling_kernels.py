@@ -106,6 +106,8 @@ def _reference(values, scores, query, mask, cu_seqlens, mode, norm, eps):
 # ------------------------------------------------------------------------------------------------------- the kernels
 
 if triton is not None:
+    # What changes from batch to batch: Triton would compile a kernel again for sizes of 1, for multiples of 16 and for others.
+    BATCH_SIZES = ["B", "L", "T", "S", "scores_stride_b", "mask_stride_b"]
 
     @triton.jit
     def _token_range(cu_seqlens_ptr, mask_ptr, mask_stride_l, b, L, PACKED: tl.constexpr, MASKED: tl.constexpr, LAST: tl.constexpr):
@@ -126,7 +128,7 @@ if triton is not None:
             first = tl.maximum(first, end - 1)
         return first, end
 
-    @triton.jit
+    @triton.jit(do_not_specialize=BATCH_SIZES)
     def _pool_fwd_kernel(
         x_ptr, scores_ptr, query_ptr, mask_ptr, cu_seqlens_ptr,
         split_pooled_ptr, split_max_ptr, split_denominator_ptr,  # (B, S, H, D), (B, S, H), (B, S, H)
@@ -196,7 +198,7 @@ if triton is not None:
             tl.store(split_max_ptr + out, row_max, mask=h < H)
             tl.store(split_denominator_ptr + out, denominator, mask=h < H)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=BATCH_SIZES)
     def _merge_kernel(
         split_pooled_ptr, split_max_ptr, split_denominator_ptr, norm_weight_ptr,
         out_ptr, pooled_ptr, normalizer_ptr,  # (B, H, D), the same before norm weight and L2 norm, (B, H)
@@ -240,7 +242,7 @@ if triton is not None:
                 normalizer = tl.where(denominator > 0, tl.log(tl.where(denominator > 0, denominator, 1)) + shift, float("-inf"))
             tl.store(normalizer_ptr + b * H + h, normalizer)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=BATCH_SIZES)
     def _pool_bwd_kernel(
         x_ptr, scores_ptr, query_ptr, mask_ptr, cu_seqlens_ptr, normalizer_ptr,
         dpooled_ptr, delta_ptr,  # (B, H, D) gradient; (B, H) dpooled . pooled - gradient of the log-sum-exp

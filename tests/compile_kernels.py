@@ -4,7 +4,8 @@
 
 The launch settings are those that `pooling_kernels` chooses for contiguous bfloat16 values (B, L, D) with D = 4096, and for
 Hopper also D = 5120, the widest that is benchmarked. Each line gives the registers of a thread, the bytes of registers spilled
-to memory, the bytes of shared memory and the bits of the widest load from the values.
+to memory, the bytes of shared memory, the bits of the widest load from the values, and the numbers for whose values (1, a multiple of
+16, any other) a launch would compile it again.
 """
 
 import json
@@ -34,7 +35,7 @@ POINTERS = {
     "mask_ptr": "*i1",
     "cu_seqlens_ptr": "*i64",
 }
-DIVISIBLE_BY_16 = ("x_stride_b", "x_stride_l", "D", "T")  # the launcher sees that these are, and Triton can then use wide loads
+DIVISIBLE_BY_16 = ("x_stride_b", "x_stride_l", "D")  # the launcher sees that these are, and Triton can then use wide loads
 
 
 def variants(target: GPUTarget):
@@ -98,6 +99,8 @@ def main() -> None:
         for kernel, constants, warps in variants(target):
             binary = compile_variant(kernel, constants, warps, target)
             row = {"target": f"{target.backend}:{target.arch}", "kernel": kernel.__name__, "shared": binary.metadata.shared, "warps": warps}
+            numbers = [p for p in kernel.params if not (p.is_constexpr or p.name.endswith("_ptr") or p.name == "eps")]
+            row["specialized"] = [p.name for p in numbers if not p.do_not_specialize]
             row |= measure_cuda(binary) if target.backend == "cuda" else measure_hip(binary)
             print(json.dumps(row | {k: v for k, v in constants.items() if k != "ACC"}), flush=True)
 

@@ -449,6 +449,15 @@ def test_every_kernel_compiles_for_every_target(compiled):
         assert {r["kernel"] for r in compiled if r["target"] == target} == {"_pool_fwd_kernel", "_merge_kernel", "_pool_bwd_kernel"}
 
 
+def test_kernels_are_not_compiled_again_for_the_sizes_of_every_batch(compiled):
+    """Specialized are what the values are made of, and what wide loads need: the width of vectors, heads and strides."""
+    fixed = {"D", "H", *(f"{name}_stride_{axis}" for name in ("x", "scores", "mask") for axis in "bldh")} - {
+        "mask_stride_b",
+        "scores_stride_b",
+    }
+    assert all(set(row["specialized"]) <= fixed and "D" in row["specialized"] for row in compiled)
+
+
 def test_compiled_kernels_load_16_bytes_and_do_not_spill(compiled):
     """At least two programs fit into a multiprocessor's 65,536 registers, or one if a token has more than 4,096 features."""
     for r in compiled:
