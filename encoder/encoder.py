@@ -45,6 +45,9 @@ from files.console import InputError, Progress
 from files.writing import write_atomic, write_text
 from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
 
+# Flash attention's backward pass holds 128 rows of float32 for a sequence, however short (2 MiB with 4,096 numbers a row): as much
+# as one layer holds of some 16 tokens, by the estimate of `memory_budget`.
+BACKWARD_COST = 16
 # a few texts of different kinds, by which `merge` measures how far it moves vectors
 SAMPLE_TEXTS = ["A cat sleeps.", "Interest rates rose again this month.", "def add(a, b): return a + b", "Où est la gare ?", "42"]
 
@@ -264,9 +267,10 @@ class Encoder:
             yield batch_rows, self.collate(tokenized, batch_rows)
 
     def costs(self, tokenized: TokenizedTexts, rows: list[int]) -> dict[int, int]:
-        """Tokens that each sequence adds to a batch: its own, and a share for attention to the prefix's keys and values."""
+        """Tokens that each sequence adds to a batch: its own, and shares for what attention holds for it besides."""
         shared = self._shared_prefix(tokenized)
-        return {row: len(tokenized.ids[row]) - shared + shared // 8 for row in rows}
+        backward = BACKWARD_COST if self.decoder.training and self.device.type == "cuda" else 0
+        return {row: len(tokenized.ids[row]) - shared + shared // 8 + backward for row in rows}
 
     # ----------------------------------------------------------------------------------------------- forward and pool
 

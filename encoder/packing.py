@@ -253,14 +253,16 @@ class PackedAttention:
         longest_query = 1 if trimmed else longest
         if trimmed:
             cu_query = torch.arange(len(query) + 1, dtype=torch.int32, device=self.device)
-        if "enable_gqa" not in VARLEN_PARAMETERS:
-            key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-        extra = {"enable_gqa": True} if "enable_gqa" in VARLEN_PARAMETERS else {}
-        extra |= {"num_splits": 1} if "num_splits" in VARLEN_PARAMETERS else {}  # else a text's bits depend on its neighbours
+        # Every release takes keys with fewer heads than queries; newer ones want to be told. Without splits a text's bits do not
+        # depend on its neighbours; ROCm has none and refuses to be told so.
+        extra = {"enable_gqa": True} | ({} if torch.version.hip else {"num_splits": 1})
         back = -1 if window is None else window - 1 if self.causal else window
-        reach = (back, 0 if self.causal else back)  # the last query is aligned with the last key, however many keys there are
+        ahead = 0 if self.causal else back  # the last query is aligned with the last key, however many keys there are
+        if trimmed and back < 0 and not torch.is_grad_enabled():
+            ahead = -1  # nothing is behind the last token anyway, and for one query without a window there is a faster kernel
         return varlen_attn(
-            query, key, value, cu_query, cu_key, longest_query, longest, scale=scale, window_size=reach, **extra
+            query, key, value, cu_query, cu_key, longest_query, longest, scale=scale, window_size=(back, ahead),
+            **{name: value for name, value in extra.items() if name in VARLEN_PARAMETERS},
         )  # fmt: skip
 
     # stacked: sequences under each other

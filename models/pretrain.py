@@ -242,18 +242,19 @@ def step_gradients(model: torch.nn.Module, losses: Callable[[Tensor, Tensor], Te
     """Add the gradients of the mean next-token loss of a batch (B, L + 1), and return that loss.
 
     The logits of a large vocabulary would take most of the memory, so they are computed for --chunk tokens at a time.
+    A GPU is waited for once, at the end.
     """
     batch = batch.to(args.device)
     with autocast(args):
         states = model.model(input_ids=batch[:, :-1], use_cache=False).last_hidden_state.flatten(0, 1)  # (T, D)
         targets, detached = batch[:, 1:].flatten(), states.detach().requires_grad_()
-        total = 0.0
+        total = torch.zeros((), device=args.device)
         for chunk, chunk_targets in zip(detached.split(args.chunk), targets.split(args.chunk), strict=True):
             loss = losses(chunk, chunk_targets).sum() / len(targets)
             loss.backward()
-            total += loss.item()
+            total += loss.detach()
     states.backward(detached.grad)
-    return total
+    return total.item()
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from encoder import Encoder, EncodingReport, PoolingConfig, packing, streaming
 from encoder.contract import POOLINGS, SCOPES
+from encoder.encoder import BACKWARD_COST
 from encoder.runtime import Distributed
 from files.console import InputError
 
@@ -90,11 +91,13 @@ def test_the_last_layer_is_whole_where_more_is_read(llama):
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
 
 
-def plain_varlen(query, key, value, cu_query, cu_key, max_query, max_key, *, scale, window_size, enable_gqa, num_splits):
+def plain_varlen(query, key, value, cu_query, cu_key, max_query, max_key, *, scale, window_size, **newer):
     """What `torch.nn.attention.varlen.varlen_attn` documents, a sequence at a time, in double precision."""
     back, ahead = window_size
     out = torch.zeros_like(query)
-    assert enable_gqa and num_splits == 1 and cu_query.dtype == cu_key.dtype == torch.int32 and len(cu_query) == len(cu_key)
+    assert newer == ({"enable_gqa": True, "num_splits": 1} if "enable_gqa" in packing.VARLEN_PARAMETERS else {})
+    assert max_query > 1 or torch.is_grad_enabled() or ahead < 0 or back >= 0  # else the faster kernel for one query is missed
+    assert cu_query.dtype == cu_key.dtype == torch.int32 and len(cu_query) == len(cu_key)
     assert cu_query[-1] == len(query) and cu_key[-1] == len(key) == len(value)
     assert max_query >= cu_query.diff().max() and max_key >= cu_key.diff().max()
     for q0, q1, k0, k1 in zip(cu_query, cu_query[1:], cu_key, cu_key[1:], strict=False):
@@ -106,15 +109,20 @@ def plain_varlen(query, key, value, cu_query, cu_key, max_query, max_key, *, sca
     return out
 
 
+@pytest.mark.parametrize("release", ["2.13", "2.11"])
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
-def test_one_call_for_all_lengths_equals_sequences_under_each_other(model, attention, monkeypatch):
+def test_one_call_for_all_lengths_equals_sequences_under_each_other(model, attention, release, monkeypatch):
     """The path that GPUs take, with the documented meaning of its arguments in place of the kernel."""
-    monkeypatch.setattr(packing, "varlen_attn", plain_varlen)
+    if release == "2.11":
+        monkeypatch.setattr(packing, "VARLEN_PARAMETERS", {"scale": None, "window_size": None})
+    groups = set()
+    monkeypatch.setattr(packing, "varlen_attn", lambda q, k, *a, **b: groups.add(q.shape[1] // k.shape[1]) or plain_varlen(q, k, *a, **b))
     poolings = [PoolingConfig("mean", "all"), PoolingConfig("attention", "text"), PoolingConfig("last", "all")]
     for chosen in (poolings, poolings[2:]):
         expected, vectors = both(model, poolings=chosen, implementation="varlen", attention=attention, bos=False)
         for config, a, b in zip(chosen, expected, vectors, strict=True):
             np.testing.assert_allclose(b, a, atol=1e-5, err_msg=str(config))
+    assert groups == {1 if model.endswith("gpt-neox") else 2}  # grouped heads are not copied
 
 
 def test_bfloat16_costs_no_more_on_the_fast_path_than_on_the_plain_one(model):
@@ -209,6 +217,16 @@ def test_batches_are_filled_to_the_budget(llama):
     assert sorted(itertools.chain(*plan)) == list(range(len(MANY) * 9))
     assert max(sizes) <= 100 and np.mean(sizes) > 80 and min(sizes[:-1]) > 70
     assert encoder.plan(tokens, [0, 1], 1) in ([[0], [1]], [[1], [0]])  # a text longer than the budget goes alone
+
+
+def test_a_sequence_costs_more_where_a_gpu_computes_gradients(llama):
+    encoder = Encoder.load(llama)
+    tokens = encoder.tokenize(MANY)
+    plain = encoder.costs(tokens, [0, 1])
+    encoder.device = torch.device("cuda")
+    assert encoder.costs(tokens, [0, 1]) == plain
+    encoder.decoder.train()
+    assert encoder.costs(tokens, [0, 1]) == {row: cost + BACKWARD_COST for row, cost in plain.items()}
 
 
 def test_what_does_not_fit_into_memory_is_halved(llama, monkeypatch):
