@@ -4,8 +4,9 @@
     python models/pretrain.py --out x/ --texts FOLDER --minutes 120 --compile  # and a folder of .txt.gz
     python models/pretrain.py --out x/ --resume                                # continue after an interruption
     python models/pretrain.py --out x/ --texts FOLDER --pack-only              # tokenize here, then train elsewhere:
-    python models/pretrain.py --out y/ --tokens x/training/tokens.safetensors --steps 5000
-    python models/pretrain.py --score models/tiny x/ --tokens x/training/tokens.safetensors    # bits per byte, side by side
+    python models/pretrain.py --out y/ --tokens x/training/tokens.safetensors.gz --steps 5000
+    python models/pretrain.py --out z/ --init models/tiny --texts FOLDER --minutes 9 --lr 2e-3     # go on from a model, with its tokenizer
+    python models/pretrain.py --score models/tiny x/ --tokens x/training/tokens.safetensors.gz     # bits per byte, side by side
 
 Text files are UTF-8, documents separated by a blank line; `name_00.txt.gz` and `name_01.txt.gz` are one domain, `name`.
 Some documents of each domain are held out and not trained on. Texts of the bundled evaluation tasks (`tasks/*.jsonl.gz`) and of
@@ -14,7 +15,7 @@ Some documents of each domain are held out and not trained on. Texts of the bund
 Leaves behind, in --out:
 
     config.json, model*.safetensors, tokenizer*       a Llama or Qwen3 for AutoModelForCausalLM, bfloat16, when finished
-    training/tokens.safetensors                       the text: packed uint16 ids; tokenizer, held-out text, counts as metadata
+    training/tokens.safetensors.gz                    the text: packed uint16 ids; tokenizer, held-out text, counts as metadata
     training/arguments.json, metrics.jsonl            resolved arguments and versions; one line for each step
     training/checkpoint.safetensors                   weights, optimizer states and step, to resume from
     training/summary.json                             tokens, time, held-out bits per byte; written when the run is finished
@@ -24,17 +25,13 @@ rate follows the clock. Needs neither `datasets` nor mteb.
 """
 
 import argparse
-import itertools
 import json
 import math
 import platform
-import random
-import re
 import signal
 import sys
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
@@ -45,146 +42,29 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from files.console import InputError, run_script, say
-from files.docstrings import bundled_task_files, contains_excluded, library_modules, read_allowed_docstrings, read_excluded
-from files.reading import read_documents
 from files.writing import write_atomic, write_json, write_text
-
-BOS, EOS = "<s>", "</s>"
-TOKENIZER_CHARACTERS = 60_000_000  # of training text that the tokenizer is learned from
-PIECE_CHARACTERS = 600  # held-out text is scored in pieces of at most this length, each without context
+from models.packed_text import TOKENS_FILE, PackedText, hub_tokenizer, load_tokenizer, pack, read_packed
 
 # B: sequences, L: tokens of a sequence, T: tokens of a batch, D: hidden size, N: tokens of the whole text
-
-
-# --------------------------------------------------------------------------------------- from text to packed tokens
-
-
-def read_file(path: Path, keys: set[str]) -> list[str]:
-    """The documents of one text file, without those that contain a text with one of the keys."""
-    return [d for d in read_documents(path) if not contains_excluded(d, keys)]
-
-
-def read_domains(folder: Path | None, docstrings: bool, exclude: list[Path]) -> dict[str, list[str]]:
-    """Domain -> its distinct documents, in the order of the files; what the JSONL files `exclude` name is left out.
-
-    Raises InputError for files that cannot be read and for a domain with fewer than two documents.
-    """
-    excluded = read_excluded(exclude)
-    domains: dict[str, list[str]] = {}
-    with ProcessPoolExecutor() as pool:
-        if folder is not None:
-            files = sorted(f for f in folder.iterdir() if f.name.endswith((".txt", ".txt.gz"))) if folder.is_dir() else []
-            if not files:
-                raise InputError(f"{folder} holds no .txt.gz or .txt file")
-            for file, documents in zip(files, pool.map(partial(read_file, keys=excluded.keys), files), strict=True):
-                domains.setdefault(re.sub(r"_\d+$", "", file.name.split(".txt")[0]), []).extend(documents)
-        if docstrings:
-            of_modules = pool.map(partial(read_allowed_docstrings, excluded=excluded), library_modules(), chunksize=64)
-            domains["docstrings"] = list(itertools.chain.from_iterable(of_modules))
-    domains = {name: list(dict.fromkeys(documents)) for name, documents in domains.items()}
-    for name, documents in domains.items():
-        if len(documents) < 2:
-            raise InputError(f"domain {name} has {len(documents)} documents, needs two: one is held out (blank lines separate documents)")
-    return domains
-
-
-def cut_pieces(text: str, size: int) -> list[str]:
-    """The text in pieces of at most `size` characters, cut before a space where there is one."""
-    pieces = []
-    while len(text) > size:
-        at = text.rfind(" ", 1, size) if " " in text[1:size] else size
-        pieces.append(text[:at])
-        text = text[at:]
-    return [*pieces, text]
-
-
-def hold_out(documents: list[str], characters: int) -> tuple[list[str], list[str]]:
-    """(held-out pieces, training documents): about `characters` characters are held out, at least one document, at most a tenth."""
-    lengths = itertools.accumulate(len(d) for d in documents)
-    n = next((i for i, length in enumerate(lengths, 1) if length > characters), len(documents))
-    n = min(n, max(1, len(documents) // 10))
-    pieces = [piece for document in documents[:n] for piece in cut_pieces(document, PIECE_CHARACTERS)]
-    return pieces[: max(1, characters // PIECE_CHARACTERS)], documents[n:]
-
-
-def train_tokenizer(documents: list[str], vocabulary: int) -> Tokenizer:
-    """Byte-level BPE (Radford et al. 2019), each digit a token; BOS and EOS have the first two ids. It can encode any text."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(False)])
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[BOS, EOS], initial_alphabet=alphabet, show_progress=False)
-    lengths = itertools.accumulate(len(d) for d in documents)
-    tokenizer.train_from_iterator((d for d, n in zip(documents, lengths, strict=True) if n < TOKENIZER_CHARACTERS), trainer)
-    return tokenizer
-
-
-def pack(args: argparse.Namespace, path: Path) -> None:
-    """Write the text to one file: `ids` (N,) uint16, BOS document EOS BOS document EOS ..., documents of all domains shuffled."""
-    rng = random.Random(args.seed)
-    domains = read_domains(args.texts, not args.no_docstrings, [*bundled_task_files(), *args.exclude])
-    held_out, counts, documents = {}, {}, []
-    for name, of_domain in domains.items():
-        rng.shuffle(of_domain)
-        held_out[name], trained = hold_out(of_domain, args.hold_out)
-        counts[name] = {"documents": len(trained), "bytes": sum(len(d.encode()) for d in trained)}
-        documents += trained
-    rng.shuffle(documents)
-    total = sum(c["bytes"] for c in counts.values())
-    say(f"{len(documents):,} documents, {total / 1e6:.1f} MB: " + ", ".join(f"{k} {c['bytes'] / 1e6:.1f}" for k, c in counts.items()))
-    tokenizer = train_tokenizer(documents, args.vocabulary)
-    bos, eos = tokenizer.token_to_id(BOS), tokenizer.token_to_id(EOS)
-    packed = []
-    for start in range(0, len(documents), 4096):
-        for encoding in tokenizer.encode_batch_fast(documents[start : start + 4096], add_special_tokens=False):
-            packed.append(np.array([bos, *encoding.ids, eos], np.uint16))
-    ids = np.concatenate(packed)
-    say(f"{len(ids):,} tokens, {total / len(ids):.2f} bytes each")
-    metadata = {"tokenizer": tokenizer.to_str(), "held_out": json.dumps(held_out), "counts": json.dumps(counts)}
-    write_atomic(path, lambda temporary: save_arrays({"ids": ids}, temporary, metadata=metadata))
-
-
-class PackedText(NamedTuple):
-    ids: Tensor  # (N,) int32
-    tokenizer: str  # as JSON
-    held_out: dict[str, list[str]]  # domain -> pieces of text
-    counts: dict[str, dict[str, int]]  # domain -> its "documents" and "bytes" of training text
-
-
-def read_packed(path: Path) -> PackedText:
-    """What `pack` wrote. Raises InputError where the file is missing or another one."""
-    try:
-        with safe_open(path, framework="np") as f:
-            ids, metadata = f.get_tensor("ids"), f.metadata()
-        held_out, counts = (json.loads(metadata[name]) for name in ("held_out", "counts"))
-        return PackedText(torch.from_numpy(ids.astype(np.int32)), metadata["tokenizer"], held_out, counts)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InputError(f"{path} is not a packed file of this script ({error}): make one with --pack-only") from None
-    except FileNotFoundError:
-        raise InputError(f"no file {path}: make one with --pack-only") from None
-
-
-def hub_tokenizer(text: str, positions: int) -> PreTrainedTokenizerFast:
-    """The tokenizer for AutoTokenizer. It puts BOS before a text, because every document began with BOS in training."""
-    tokenizer = Tokenizer.from_str(text)
-    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, tokenizer.token_to_id(BOS))])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=BOS, eos_token=EOS, pad_token=EOS, model_max_length=positions)
 
 
 # ------------------------------------------------------------------------------------------------- model and measurement
 
 
 def build_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
-    """A Llama or Qwen3 with random weights drawn from --seed."""
+    """A Llama or Qwen3 in float32: the one in --init, or with random weights drawn from --seed."""
+    # compiled for a CPU, plain matrix products are faster than the fused kernel, whose backward is slow there
+    attention = "eager" if args.compile and args.device.type == "cpu" else "sdpa"
+    if args.init:
+        settings = {"dtype": torch.float32, "attn_implementation": attention, "local_files_only": True, "use_safetensors": True}
+        return AutoModelForCausalLM.from_pretrained(args.init, **settings).to(args.device)
     torch.manual_seed(args.seed)
     config_class = {"llama": LlamaConfig, "qwen3": Qwen3Config}[args.architecture]
     config = config_class(
@@ -201,9 +81,7 @@ def build_model(args: argparse.Namespace, vocabulary: int) -> torch.nn.Module:
         eos_token_id=1,
         pad_token_id=1,
     )
-    # compiled for a CPU, plain matrix products are faster than the fused kernel, whose backward is slow there
-    eager = args.compile and args.device.type == "cpu"
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager" if eager else "sdpa").to(args.device)
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(args.device)
 
 
 def build_optimizers(model: torch.nn.Module, args: argparse.Namespace) -> dict[str, torch.optim.Optimizer]:
@@ -371,7 +249,7 @@ def train(args: argparse.Namespace) -> None:
     if (folder / "summary.json").is_file():
         say(f"{args.out} is finished: nothing to do")
         return
-    tokens = args.tokens or folder / "tokens.safetensors"
+    tokens = args.tokens or folder / TOKENS_FILE
     if not tokens.is_file():
         if (folder / "checkpoint.safetensors").is_file():  # other packages may be installed now, with other docstrings
             raise InputError(f"no file {tokens}: the run cannot be resumed without the text that it began with")
@@ -396,7 +274,9 @@ def start_run(args: argparse.Namespace, tokens: Path) -> Run:
     text = read_packed(tokens)
     if len(text.ids) < args.batch_tokens + 2 * args.positions:
         raise InputError(f"{tokens} has {len(text.ids):,} tokens: too few for one step of {args.batch_tokens}; lower --batch-tokens")
-    tokenizer = hub_tokenizer(text.tokenizer, args.positions)
+    tokenizer = load_tokenizer(args.init) if args.init else hub_tokenizer(text.tokenizer, args.positions)
+    if json.loads(tokenizer.backend_tokenizer.to_str())["model"] != json.loads(text.tokenizer)["model"]:
+        raise InputError(f"{tokens} was packed with another tokenizer than that of {args.init}: pack the text with --init")
     model = build_model(args, len(tokenizer))
     optimizers = build_optimizers(model, args)
     folder, state = args.out / "training", TrainingState()
@@ -411,7 +291,7 @@ def start_run(args: argparse.Namespace, tokens: Path) -> Run:
     rows = [json.loads(line) for line in lines if line.endswith("}")]
     write_text(metrics, "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= state.step))
     size = f"{sum(p.numel() for p in model.parameters()):,} parameters"
-    say(f"{args.architecture}, {size}, {args.dtype}, {args.device}; {len(text.ids):,} tokens; from step {state.step}")
+    say(f"{model.config.model_type}, {size}, {args.dtype}, {args.device}; {len(text.ids):,} tokens; from step {state.step}")
     model.train()
     return Run(args, text, tokenizer, model, optimizers, partial(token_losses, model.lm_head), state)
 
@@ -492,7 +372,8 @@ def finish(run: Run, wall_seconds: float) -> None:
         "wall_seconds_since_start_or_resume": round(wall_seconds, 1),
     }
     write_json(args.out / "training" / "summary.json", summary)
-    print_scores({str(args.out): bits})
+    before = {str(args.init): score(args.init, run.text.held_out, args)} if args.init else {}
+    print_scores(before | {str(args.out): bits})
 
 
 # ------------------------------------------------------------------------------------------------------------- main
@@ -507,9 +388,10 @@ def build_parser() -> argparse.ArgumentParser:
     add("--no-docstrings", action="store_true", help="do not use the docstrings of the installed packages")
     add("--exclude", type=Path, nargs="*", default=[], help="JSONL files whose texts must not be trained on, besides those of tasks/")
     add("--hold-out", type=int, default=60_000, help="characters to hold out of each domain, at most a tenth of it (default 60000)")
+    add("--init", type=Path, metavar="MODEL", help="go on from the Llama or Qwen3 in this folder, with its tokenizer (default: a new one)")
     add("--vocabulary", type=int, default=16384, help="tokens of the tokenizer, 300 to 65536 (default 16384)")
-    add("--tokens", type=Path, help="packed file of an earlier run, instead of texts")
-    add("--pack-only", action="store_true", help="write the packed file and stop")
+    add("--tokens", type=Path, help="packed file of an earlier run, instead of texts (default: pack --texts)")
+    add("--pack-only", action="store_true", help="write the packed file and stop (default: train)")
     # shape
     add("--architecture", choices=("llama", "qwen3"), default="llama", help="architecture (default llama)")
     add("--hidden", type=int, default=384, help="hidden size (default 384)")
@@ -547,7 +429,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and args.out and (path := args.out / "training" / "arguments.json").is_file():
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))["arguments"]
-            paths = {"exclude": [Path(p) for p in saved["exclude"]]} | {k: Path(saved[k]) for k in ("texts", "tokens") if saved[k]}
+            paths = {"exclude": [Path(p) for p in saved["exclude"]]} | {
+                k: Path(saved[k]) for k in ("texts", "tokens", "init") if saved.get(k)
+            }
             others = {k: v for k, v in saved.items() if k not in ("resume", "out", "device", *paths)}
         except (ValueError, KeyError, TypeError, AttributeError):
             raise InputError(f"{path} is damaged: delete it and give the arguments of the run, or start again in another --out") from None
@@ -573,6 +457,8 @@ def resolve(args: argparse.Namespace) -> None:
     for name in ("steps", "minutes", "batch_tokens", "hidden", "layers", "heads", "kv_heads", "mlp", "positions", "lr", "decay", "chunk"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise InputError(f"--{name.replace('_', '-')} must be above 0: {getattr(args, name)}")
+    if args.init:
+        check_init(args)
     if args.hidden % (2 * args.heads) or args.heads % (args.kv_heads or args.heads):
         raise InputError(f"--hidden {args.hidden} must be an even multiple of --heads {args.heads}, and --heads a multiple of --kv-heads")
     if not 300 <= args.vocabulary <= 65536:
@@ -584,6 +470,22 @@ def resolve(args: argparse.Namespace) -> None:
             raise InputError(f"no file {path}")
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())) and not args.resume:
         raise InputError(f"{args.out} exists already: choose another --out, or continue that run with --resume")
+
+
+def check_init(args: argparse.Namespace) -> None:
+    """Raise InputError where the folder of --init holds no model that can be gone on from, or other flags contradict it."""
+    try:
+        config = AutoConfig.from_pretrained(args.init, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise InputError(f"--init {args.init} holds no model: {' '.join(str(error).split())[:150]}") from None
+    if config.model_type not in ("llama", "qwen3"):
+        raise InputError(f"--init {args.init} is a {config.model_type}: this script trains Llama and Qwen3")
+    parser = build_parser()
+    for name in ("architecture", "vocabulary", "hidden", "layers", "heads", "kv_heads", "mlp", "untie"):
+        if getattr(args, name) != parser.get_default(name):
+            raise InputError(f"--init {args.init} has a shape already: leave --{name.replace('_', '-')} out")
+    if args.positions > config.max_position_embeddings:
+        raise InputError(f"--positions {args.positions} is more than the {config.max_position_embeddings} of {args.init}")
 
 
 def main(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ LAYERS = [
     {"training", "training.pair_data"},
     {"training.contrastive"},
     {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record"},
+    {"models.packed_text"},
     {"make_pairs", "train", "evaluate", "attention", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},
 ]

@@ -16,10 +16,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from encoder import Encoder
 from files.console import InputError
+from models import packed_text
 
 HERE = Path(__file__).resolve().parent.parent
 SCRIPT = HERE / "models" / "pretrain.py"
@@ -50,7 +51,7 @@ def tokens(texts, tmp_path_factory) -> Path:
     """The packed file of `texts`."""
     out = tmp_path_factory.mktemp("packed")
     run(*small("--texts", texts, "--out", out, "--pack-only"))
-    return out / "training" / "tokens.safetensors"
+    return out / "training" / packed_text.TOKENS_FILE
 
 
 def small(*flags) -> list[str]:
@@ -83,17 +84,17 @@ def same_tensors(one: Path, other: Path) -> bool:
 
 def test_pieces_together_are_the_text():
     text = "some words of a text " * 9 + "x" * 75
-    pieces = pretrain.cut_pieces(text, 50)
+    pieces = packed_text.cut_pieces(text, 50)
     assert "".join(pieces) == text and all(0 < len(p) <= 50 for p in pieces)
-    assert pretrain.cut_pieces("", 50) == [""] and pretrain.cut_pieces(" " + "y" * 60, 50)[0] == " " + "y" * 49
+    assert packed_text.cut_pieces("", 50) == [""] and packed_text.cut_pieces(" " + "y" * 60, 50)[0] == " " + "y" * 49
 
 
 def test_held_out_documents_have_about_as_many_characters_as_asked():
     documents = [c * 300 for c in "abcdefghijklmnopqrstuvwxyzABCD"]
-    assert pretrain.hold_out(documents, 500) == (documents[:1], documents[2:])  # one piece is enough; the rest is not used
-    assert pretrain.hold_out(documents, 10_000) == (documents[:3], documents[3:])  # a tenth of the documents at most
-    assert pretrain.hold_out(documents[:2], 10_000) == (documents[:1], documents[1:2])  # one document at least
-    assert pretrain.hold_out(["x" * 10_000, "y"], 1300) == (["x" * 600] * 2, ["y"])
+    assert packed_text.hold_out(documents, 500) == (documents[:1], documents[2:])  # one piece is enough; the rest is not used
+    assert packed_text.hold_out(documents, 10_000) == (documents[:3], documents[3:])  # a tenth of the documents at most
+    assert packed_text.hold_out(documents[:2], 10_000) == (documents[:1], documents[1:2])  # one document at least
+    assert packed_text.hold_out(["x" * 10_000, "y"], 1300) == (["x" * 600] * 2, ["y"])
 
 
 def test_packing_holds_out_whole_documents_of_every_domain(texts, tmp_path):
@@ -101,8 +102,8 @@ def test_packing_holds_out_whole_documents_of_every_domain(texts, tmp_path):
     first = read_documents(texts / "news_00.txt.gz")[0]
     excluded.write_text(json.dumps({"text": first.split("\n")[1].upper()}) + "\n")
     run(*small("--texts", texts, "--out", tmp_path / "out", "--pack-only", "--exclude", excluded))
-    packed = pretrain.read_packed(tmp_path / "out" / "training" / "tokens.safetensors")
-    tokenizer = pretrain.hub_tokenizer(packed.tokenizer, 256)
+    packed = packed_text.read_packed(tmp_path / "out" / "training" / packed_text.TOKENS_FILE)
+    tokenizer = packed_text.hub_tokenizer(packed.tokenizer, 256)
     decoded = tokenizer.decode(packed.ids.tolist())
     assert decoded.startswith("<s>") and decoded.endswith("</s>") and decoded.count("<s>") == decoded.count("</s><s>") + 1
     trained = decoded.removeprefix("<s>").removesuffix("</s>").split("</s><s>")
@@ -114,11 +115,11 @@ def test_packing_holds_out_whole_documents_of_every_domain(texts, tmp_path):
     joined = "\n\n".join(trained)
     for pieces in packed.held_out.values():
         assert pieces and not any(p in joined for p in pieces)
-        assert sum(map(len, pieces)) <= 2000 + pretrain.PIECE_CHARACTERS
+        assert sum(map(len, pieces)) <= 2000 + packed_text.PIECE_CHARACTERS
 
 
 def test_the_tokenizer_encodes_everything_and_splits_numbers():
-    tokenizer = pretrain.train_tokenizer(["the bank pays 2024 dollars"] * 50, 300)
+    tokenizer = packed_text.train_tokenizer(["the bank pays 2024 dollars"] * 50, 300)
     assert [tokenizer.token_to_id(t) for t in ("<s>", "</s>")] == [0, 1]
     for text in ("naïve 北京 \U0001f600\t\n", "2024", " x"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
@@ -132,10 +133,10 @@ def test_docstrings_of_the_installed_packages_are_a_domain_without_excluded_modu
     excluded = tmp_path / "task.jsonl"
     excluded.write_text(json.dumps({"text": "The sentence of a task.", "module": "pkg.task"}) + "\n")
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"purelib": str(tmp_path), "stdlib": str(tmp_path / "none")})
-    assert pretrain.read_domains(None, True, [excluded]) == {"docstrings": ["Kept as it is.", "Kept, too.\n\nAnd whole."]}
+    assert packed_text.read_domains(None, True, [excluded]) == {"docstrings": ["Kept as it is.", "Kept, too.\n\nAnd whole."]}
     (tmp_path / "pkg" / "other.py").unlink()
     with pytest.raises(InputError, match="domain docstrings has 1 documents"):
-        pretrain.read_domains(None, True, [excluded])
+        packed_text.read_domains(None, True, [excluded])
 
 
 # --------------------------------------------------------------------------------------------------------- training
@@ -181,7 +182,7 @@ def test_bits_per_byte_of_a_model_that_knows_nothing(tokens):
     """Equal logits cost log2(vocabulary) bits for each token, whatever the batch's padding."""
     args = pretrain.parse(small())
     args.device = torch.device("cpu")
-    model, tokenizer = pretrain.build_model(args, 300), pretrain.hub_tokenizer(pretrain.read_packed(tokens).tokenizer, 256)
+    model, tokenizer = pretrain.build_model(args, 300), packed_text.hub_tokenizer(packed_text.read_packed(tokens).tokenizer, 256)
     held_out = {"a": ["the bank pays", "naïve"], "b": ["a river " * 30]}
     alone = {k: pretrain.bits_per_byte(model, tokenizer, {k: v})[k] for k, v in held_out.items()}
     one_by_one, together = (pretrain.bits_per_byte(model, tokenizer, held_out, batch_tokens=n) for n in (1, 8192))
@@ -307,6 +308,56 @@ def test_a_run_whose_files_are_missing_or_damaged_is_named(whole_run, texts, tmp
     (training / "arguments.json").unlink()
     with pytest.raises(InputError, match="cannot be resumed without the text"):
         run(*small("--texts", texts, "--out", out, "--resume"))
+
+
+INIT = ("--no-docstrings", "--positions", 256, "--batch-tokens", 512, "--steps", 4, "--hold-out", 2000, "--checkpoint-every", 2)
+
+
+def test_a_model_is_gone_on_from_with_its_tokenizer(tokens, texts, tmp_path, capsys, monkeypatch):
+    run(*small("--tokens", tokens, "--out", tmp_path / "one", "--lr", 0.01))
+    run(*INIT, "--init", tmp_path / "one", "--texts", texts, "--out", tmp_path / "same", "--lr", 1e-12)
+    assert same_tensors(tmp_path / "one" / "model.safetensors", tmp_path / "same" / "model.safetensors")
+    packed, again = (packed_text.read_packed(path) for path in (tokens, tmp_path / "same" / "training" / packed_text.TOKENS_FILE))
+    assert torch.equal(packed.ids, again.ids) and packed.held_out == again.held_out  # the same text, seed and tokenizer
+    assert (
+        AutoTokenizer.from_pretrained(tmp_path / "same")("a bank").input_ids
+        == AutoTokenizer.from_pretrained(tmp_path / "one")("a bank").input_ids
+    )
+    capsys.readouterr()
+    run(*INIT, "--init", tmp_path / "one", "--tokens", tokens, "--out", tmp_path / "two", "--lr", 0.01)
+    before, after = (json.loads((tmp_path / n / "training" / "summary.json").read_text())["bits_per_byte"]["news"] for n in ("one", "two"))
+    assert after < before and f"{before:.3f}" in capsys.readouterr().out  # the table shows both
+
+
+def test_an_interrupted_run_from_a_model_is_resumed(tokens, tmp_path, monkeypatch):
+    run(*small("--tokens", tokens, "--out", tmp_path / "one"))
+    run(*INIT, "--init", tmp_path / "one", "--tokens", tokens, "--out", tmp_path / "whole")
+    update = pretrain.update
+    monkeypatch.setattr(
+        pretrain, "update", lambda run, loss: update(run, loss) if run.state.step < 3 else (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        run(*INIT, "--init", tmp_path / "one", "--tokens", tokens, "--out", tmp_path / "cut")
+    monkeypatch.setattr(pretrain, "update", update)
+    run("--out", tmp_path / "cut", "--resume")
+    assert same_tensors(*(tmp_path / name / "model.safetensors" for name in ("whole", "cut")))
+
+
+def test_what_contradicts_the_model_that_is_gone_on_from_is_refused(tokens, texts, tmp_path):
+    run(*small("--tokens", tokens, "--out", tmp_path / "one"))
+    other = tmp_path / "other"
+    run(*small("--texts", texts, "--out", other, "--pack-only", "--vocabulary", 320))
+    GPT2Config(n_embd=8, n_layer=1, n_head=1).save_pretrained(tmp_path / "gpt2")
+    for flags, message in (
+        (("--init", tmp_path / "one", "--hidden", 64, "--tokens", tokens), "has a shape already: leave --hidden out"),
+        (("--init", tmp_path / "one", "--positions", 512, "--tokens", tokens), "--positions 512 is more than the 256 of"),
+        (("--init", tmp_path / "one", "--tokens", other / "training" / packed_text.TOKENS_FILE), "packed with another tokenizer"),
+        (("--init", tmp_path / "gpt2", "--tokens", tokens), "is a gpt2: this script trains Llama and Qwen3"),
+        (("--init", tmp_path / "none", "--tokens", tokens), "holds no model"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*INIT, "--out", tmp_path / "x", *flags)
+        shutil.rmtree(tmp_path / "x", ignore_errors=True)
 
 
 def test_every_step_takes_the_scheduled_learning_rate_in_both_optimizers(tokens, tmp_path, monkeypatch):
