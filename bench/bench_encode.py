@@ -13,17 +13,22 @@ kept, logits computed).
 Texts are drawn from the bundled tasks and cut to length: `short` 10 to 20 tokens, `long` 150 to 300, `mixed` half of each.
 Prompts stand before the text: none, 8 tokens, 30 tokens. Every side's vectors must agree with ours in float32, one text at a
 time (cosine above 0.99999 in float32, above 0.999 in bfloat16), before anything is timed. Sides alternate A B B A; a ratio is
-the median of the rounds' ratios. tokens/s counts every token of every sequence, however often it was really computed.
+the median of the rounds' ratios. tokens/s counts every token of every sequence, however often it was really computed. All sides
+that compute in one dtype share one copy of the weights; a side that runs out of memory is a row that says so.
 """
 
 import argparse
+import contextlib
+import functools
 import gzip
+import importlib.util
 import json
 import os
 import platform
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -36,7 +41,7 @@ HERE = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(HERE))
 
 from encoder import Encoder  # noqa: E402, the folder above
-from encoder.runtime import pick_device, pick_dtype  # noqa: E402
+from encoder.runtime import empty_cache, is_out_of_memory, pick_device, pick_dtype  # noqa: E402
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMOLLM = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -57,8 +62,8 @@ PROMPTS = {
 }
 
 
-def make_model(name: str, folder: Path) -> str:
-    """The bundled model, or a published shape with random weights, as a folder that every side loads."""
+def make_model(name: str, folder: Path, device: torch.device) -> str:
+    """The bundled model, or a published shape with random weights drawn on the device, as a folder that every side loads."""
     if name == "tiny":
         return str(HERE / "models" / "tiny")
     tokenizer = AutoTokenizer.from_pretrained(HERE / "models" / "tiny")
@@ -66,9 +71,8 @@ def make_model(name: str, folder: Path) -> str:
     config.vocab_size, config.max_position_embeddings = len(tokenizer), 2048
     config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.eos_token_id
     torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16 if name == "mistral-7b" else torch.float32)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    torch.set_default_dtype(torch.float32)
+    with device:
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if name == "mistral-7b" else torch.float32).save_pretrained(folder)
     tokenizer.model_max_length = 2048
     tokenizer.save_pretrained(folder)
     return str(folder)
@@ -92,52 +96,132 @@ def make_texts(tokenizer, workload: str, n: int) -> list[str]:
 
 # ------------------------------------------------------------------------------------------------------------- sides
 
+Encode = Callable[[list[str]], np.ndarray]  # texts -> unit vectors (N, D)
 
-def ours(folder: str, prompt: str, pooling: str, dtype, device, **options):
-    settings = {"pooling": pooling, "scope": "all", "keep_bos": pooling == "mean" or None}
-    encoder = Encoder.load(folder, prompt=prompt + "{text}", dtype=dtype, device=str(device), **settings)
-    if options.pop("compile", False):
+
+class Sides:
+    """The sides of one comparison, by name. They read one folder, and share their weights where they compute in one dtype."""
+
+    def __init__(self, folder: str, prompt: str, pooling: str, dtype: torch.dtype, device: torch.device):
+        self.folder, self.prompt, self.pooling, self.dtype, self.device = folder, prompt, pooling, dtype, device
+        self.encoder = self.load_encoder(dtype)
+        self.weights = dict(self.encoder.decoder.named_parameters())
+
+    def load_encoder(self, dtype: torch.dtype) -> Encoder:
+        settings = {"pooling": self.pooling, "scope": "all", "keep_bos": self.pooling == "mean" or None}
+        return Encoder.load(self.folder, prompt=self.prompt + "{text}", dtype=dtype, device=str(self.device), **settings)
+
+    def exact(self, texts: list[str]) -> np.ndarray:
+        """The plain path: float32, one text at a time, every execution option off."""
+        encoder = self.load_encoder(torch.float32)
+        encoder.share_prefix = encoder.trim_last_layer = False
+        return np.concatenate([encoder.encode([text]) for text in texts])
+
+    def with_shared_weights(self, model: torch.nn.Module) -> torch.nn.Module:
+        """The model, loaded on the CPU, moved to the device; weights that are there already are not copied again."""
+        for name, weight in model.named_parameters():
+            shared = self.weights.get(name.removeprefix("model."))
+            if shared is not None and shared.dtype == weight.dtype:
+                weight.data = shared.data
+        return model.eval().to(self.device)
+
+    def ours(self, **options) -> Encode:
+        def encode(texts: list[str]) -> np.ndarray:
+            before = {name: getattr(self.encoder, name) for name in options}
+            vars(self.encoder).update(options)
+            try:
+                return self.encoder.encode(texts)
+            finally:
+                vars(self.encoder).update(before)
+
+        return encode
+
+    def ours_compiled(self) -> Encode:
+        encoder = self.load_encoder(self.dtype)
         encoder.compile()
-    for name, value in options.items():
-        setattr(encoder, name, value)
-    return encoder.encode
+        return encoder.encode
+
+    def sentence_transformer(self, dtype: torch.dtype | None) -> Callable[[int], Encode]:
+        """By batch size. dtype None: that of the stored weights."""
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+
+        body = Transformer(self.folder, max_seq_length=2048, **({} if dtype is None else {"model_kwargs": {"dtype": dtype}}))
+        self.with_shared_weights(body.model)
+        pool = Pooling(body.get_embedding_dimension(), pooling_mode="lasttoken" if self.pooling == "last" else "mean")
+        model = SentenceTransformer(modules=[body, pool], device=str(self.device))
+
+        def encode(texts: list[str], batch_size: int) -> np.ndarray:
+            vectors = model.encode([self.prompt + t for t in texts], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+            return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
+
+        return lambda batch_size: functools.partial(encode, batch_size=batch_size)
+
+    def plain_loop(self) -> Encode:
+        model = self.with_shared_weights(AutoModelForCausalLM.from_pretrained(self.folder, dtype=self.dtype))
+        tokenizer = AutoTokenizer.from_pretrained(self.folder)
+
+        @torch.no_grad()
+        def encode(texts: list[str]) -> np.ndarray:
+            batches = []
+            for at in range(0, len(texts), 32):
+                inputs = tokenizer([self.prompt + t for t in texts[at : at + 32]], padding=True, return_tensors="pt").to(self.device)
+                states = model(**inputs, output_hidden_states=True).hidden_states[-1].float()
+                mask = inputs["attention_mask"]
+                if self.pooling == "last":
+                    vectors = states[torch.arange(len(states)), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
+                else:
+                    vectors = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
+                batches.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
+            return torch.cat(batches).numpy()
+
+        return encode
 
 
-def sentence_transformer(folder: str, prompt: str, pooling: str, dtype, device, batch_size: int):
-    from sentence_transformers import SentenceTransformer
-    from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+def make_sides(sides: Sides, args: argparse.Namespace, texts: list[str]) -> tuple[dict[str, Encode], list[str]]:
+    """The sides that were asked for and the names of those that ran out of memory; of the library's batch sizes the fastest."""
+    made: dict[str, Encode] = {"ours": sides.ours()}
+    if args.ablate:
+        made["ours, prompt not shared"] = sides.ours(share_prefix=False)
+        if sides.pooling == "last":
+            made["ours, whole last layer"] = sides.ours(trim_last_layer=False)
+    out_of_memory = []
 
-    settings = {} if dtype is None else {"model_kwargs": {"dtype": dtype}}
-    body = Transformer(folder, max_seq_length=2048, **settings)
-    pool = Pooling(body.get_embedding_dimension(), pooling_mode="lasttoken" if pooling == "last" else "mean")
-    model = SentenceTransformer(modules=[body, pool], device=str(device))
+    def add(name: str, make: Callable[[], tuple[str, Encode]]) -> None:
+        try:
+            full_name, encode = make()
+            encode(texts[:64])
+            made[full_name] = encode
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            out_of_memory.append(name)
+            empty_cache(sides.device)
 
-    def encode(texts):
-        vectors = model.encode([prompt + t for t in texts], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
-        return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
+    def library_at_its_best() -> tuple[str, Encode]:
+        by_size, seconds = sides.sentence_transformer(sides.dtype), {}
+        for size in args.batch_sizes:
+            with contextlib.suppress(torch.OutOfMemoryError):
+                by_size(size)(texts[:64])
+                seconds[size] = min(clock(by_size(size), texts, sides.device) for _ in range(2))
+        if not seconds:
+            raise torch.OutOfMemoryError("out of memory with every batch size")
+        best = min(seconds, key=seconds.get)
+        return f"sentence-transformers, best (batch {best})", by_size(best)
 
-    return encode
-
-
-def plain_loop(folder: str, prompt: str, pooling: str, dtype, device):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-
-    @torch.no_grad()
-    def encode(texts):
-        batches = []
-        for at in range(0, len(texts), 32):
-            inputs = tokenizer([prompt + t for t in texts[at : at + 32]], padding=True, return_tensors="pt").to(device)
-            states = model(**inputs, output_hidden_states=True).hidden_states[-1].float()
-            mask = inputs["attention_mask"]
-            if pooling == "last":
-                vectors = states[torch.arange(len(states)), mask.shape[1] - 1 - mask.flip(1).argmax(1)]
-            else:
-                vectors = (states * mask[:, :, None]).sum(1) / mask.sum(1, keepdim=True)
-            batches.append(torch.nn.functional.normalize(vectors, dim=-1).cpu())
-        return torch.cat(batches).numpy()
-
-    return encode
+    if args.compile:
+        add("ours, compiled", lambda: ("ours, compiled", sides.ours_compiled()))
+    if importlib.util.find_spec("sentence_transformers"):
+        add("sentence-transformers, best", library_at_its_best)
+        defaults = "sentence-transformers, defaults"
+        add(defaults, lambda: (defaults, sides.sentence_transformer(None)(32)))
+        if sides.dtype == torch.bfloat16 and sides.device.type == "cpu":  # what its defaults are where the weights are stored so
+            float32 = "sentence-transformers, float32"
+            add(float32, lambda: (float32, sides.sentence_transformer(torch.float32)(32)))
+    else:
+        print("sentence-transformers is not installed: left out", file=sys.stderr)
+    add("AutoModelForCausalLM", lambda: ("AutoModelForCausalLM", sides.plain_loop()))
+    return made, out_of_memory
 
 
 # ------------------------------------------------------------------------------------------------------- measurement
@@ -199,53 +283,33 @@ def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = make_texts(tokenizer, workload, args.texts or (1024 if name == "tiny" else 512) // (8 if workload != "short" else 1))
     tokens = sum(len(ids) for ids in tokenizer([prompt + t for t in texts])["input_ids"])
-    settings = (folder, prompt, pooling)
-    plain = ours(*settings, "float32", device, share_prefix=False, trim_last_layer=False)
     checked = texts[:: max(1, len(texts) // 24)]
-    expected = np.concatenate([plain([t]) for t in checked])
-    del plain
-
-    sides = {"ours": ours(*settings, dtype, device)}
-    if args.compile:
-        sides["ours, compiled"] = ours(*settings, dtype, device, compile=True)
-    if args.ablate:
-        sides["ours, prompt not shared"] = ours(*settings, dtype, device, share_prefix=False)
-        if pooling == "last":
-            sides["ours, whole last layer"] = ours(*settings, dtype, device, trim_last_layer=False)
-    try:
-        by_size = {size: sentence_transformer(*settings, dtype, device, size) for size in args.batch_sizes}
-        for encode in by_size.values():
-            encode(texts[:64])
-        best = min(by_size, key=lambda size: min(clock(by_size[size], texts, device) for _ in range(2)))
-        sides[f"sentence-transformers, best (batch {best})"] = by_size[best]
-        sides["sentence-transformers, defaults"] = sentence_transformer(*settings, None, device, 32)
-        if dtype == torch.bfloat16 and device.type == "cpu":  # what its defaults are where the weights are stored so
-            sides["sentence-transformers, float32"] = sentence_transformer(*settings, torch.float32, device, 32)
-    except ImportError:
-        print("sentence-transformers is not installed: left out", file=sys.stderr)
-    sides["AutoModelForCausalLM"] = plain_loop(*settings, dtype, device)
-
+    sides = Sides(folder, prompt, pooling, dtype, device)
+    expected = sides.exact(checked)
+    made, out_of_memory = make_sides(sides, args, texts)
     needed = 0.99999 if dtype == torch.float32 else 0.999
-    for side, encode in sides.items():
+    for side, encode in made.items():
         if (cosine := closeness(encode(checked), expected)) < needed:
             raise SystemExit(f"{side} disagrees with the plain path: cosine {cosine:.6f} on {name}, {workload}, prompt {prompt_name}")
-    rows = []
-    weights = AutoModelForCausalLM.from_pretrained(folder).named_parameters()
-    parameters = sum(p.numel() for n, p in weights if "embed" not in n and "lm_head" not in n)
+    about = {"model": name, "workload": workload, "prompt": prompt_name, "pooling": pooling}
+    rows, parameters = [], sum(p.numel() for n, p in sides.weights.items() if "embed" not in n)
     peak = matmul_peak(dtype, device)
-    for side, row in compare(sides, texts, args.rounds, device).items():
+    for side, row in compare(made, texts, args.rounds, device).items():
         speed = {"texts_per_second": len(texts) / row["seconds"], "tokens_per_second": tokens / row["seconds"]}
         share = 2 * parameters * speed["tokens_per_second"] / peak
-        memory = peak_memory(sides[side], texts, device)
-        about = {"model": name, "workload": workload, "prompt": prompt_name, "pooling": pooling, "side": side}
-        rows.append(about | row | speed | {"matmul_share": share, "peak_mib": memory, "cosine": closeness(sides[side](checked), expected)})
-    return rows
+        memory = peak_memory(made[side], texts, device)
+        measured = row | speed | {"matmul_share": share, "peak_mib": memory, "cosine": closeness(made[side](checked), expected)}
+        rows.append(about | {"side": side} | measured)
+    return rows + [about | {"side": f"{side}: out of memory"} for side in out_of_memory]
 
 
 def show(rows: list[dict]) -> None:
     first = rows[0]
     print(f"\n{first['model']}, {first['workload']} texts, prompt {first['prompt']}, {first['pooling']} pooling")
     for row in rows:
+        if "seconds" not in row:
+            print(f"  {row['side']}", flush=True)
+            continue
         memory = "" if row["peak_mib"] is None else f", {row['peak_mib']:,.0f} MiB"
         print(
             f"  {row['side']:42} {row['texts_per_second']:9,.1f} texts/s {row['tokens_per_second']:10,.0f} tokens/s"
@@ -315,7 +379,7 @@ def main() -> None:
         rows = []
         for name in args.models or (["tiny", "smollm2-135m"] if device.type == "cpu" else ["qwen3-0.6b", "mistral-7b"]):
             with tempfile.TemporaryDirectory() as folder:
-                source = make_model(name, Path(folder))
+                source = make_model(name, Path(folder), device)
                 for workload in args.workloads:
                     for prompt in args.prompts:
                         for pooling in args.pooling:

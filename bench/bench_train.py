@@ -6,10 +6,11 @@
 
 Sides: ours with the defaults of `train.py`; sentence-transformers 6 with its plain and its cached loss, both symmetric, and with
 PyTorch's fused and its plain attention, the fastest of which is its best; a plain loop as in published code
-(`AutoModelForCausalLM`, padding, logits computed, every hidden state kept). Every side is a process that keeps its model
-throughout; only one works at a time. Their losses on the first batch have to agree before anything is timed. The sides alternate
-A B C C B A, and a ratio is the median of the rounds' ratios. A step's time runs from the end of the step before to its own end,
-so that it includes tokenizing. Memory is the peak of what was allocated on a GPU, or resident on a CPU, after loading.
+(`AutoModelForCausalLM`, padding, logits computed, every hidden state kept). Every side is a process. On a CPU they keep their models
+throughout and alternate, A B C C B A, with only one at work at a time. On a GPU one model is in memory at a time: A A B B C C.
+Losses on the first batch have to agree. A ratio is the median of the rounds' ratios; a side that runs out of memory is a row that
+says so. A step's time runs from the end of the step before to its own end, so that it includes tokenizing. Memory is the peak
+of what was allocated on a GPU, or resident on a CPU, after loading.
 
 Pairs are drawn from the sentences of the bundled tasks, each text 20 to 100 tokens long, inside the clustering prompt.
 """
@@ -22,7 +23,7 @@ import platform
 import sys
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -227,34 +228,48 @@ def work(name: str, pipe, folder: str, pairs: str, args: argparse.Namespace, dev
 
 
 class Workers:
-    """The processes of all sides. One that fails is reported and left out from then on."""
+    """The processes of all sides, each started when it is first asked. One that fails is reported and not asked again.
 
-    def __init__(self, sides: list[str], *work_args):
-        context, self.pipes, self.processes = multiprocessing.get_context("spawn"), {}, []
-        for side in sides:
-            self.pipes[side], other_end = context.Pipe()
-            self.processes.append(context.Process(target=work, args=(side, other_end, *work_args), daemon=True))
-            self.processes[-1].start()
-            other_end.close()
+    alive    how many may be alive at a time
+    """
+
+    def __init__(self, alive: int, *work_args):
+        self.alive, self.work_args, self.context = alive, work_args, multiprocessing.get_context("spawn")
+        self.pipes, self.processes, self.failed = {}, {}, {}
 
     def ask(self, side: str, steps: int, rows: int) -> tuple[float, float, float] | None:
         """Seconds, first loss and peak memory in GiB; None where the side has failed."""
+        if side in self.failed:
+            return None
+        if side not in self.pipes:
+            while len(self.pipes) >= self.alive:
+                self.close(next(iter(self.pipes)))
+            self.pipes[side], other_end = self.context.Pipe()
+            self.processes[side] = self.context.Process(target=work, args=(side, other_end, *self.work_args), daemon=True)
+            self.processes[side].start()
+            other_end.close()
         try:
             self.pipes[side].send((steps, rows))
             answer = self.pipes[side].recv()
         except (EOFError, BrokenPipeError, ConnectionResetError):
-            answer = "it ended with an error, see above"
+            answer = "failed, see above"
         if isinstance(answer, str):
             print(f"{side}: {answer}", flush=True)
-            del self.pipes[side]
+            self.failed[side] = answer
+            self.close(side)
             return None
         return answer
 
-    def close(self) -> None:
-        for pipe in self.pipes.values():
-            pipe.send(None)
-        for process in self.processes:
-            process.join(30)
+    def close(self, side: str) -> None:
+        """End a side's process, which gives its memory back."""
+        with suppress(BrokenPipeError, ConnectionResetError):
+            self.pipes[side].send(None)
+        del self.pipes[side]
+        self.processes[side].join(30)
+
+    def close_all(self) -> None:
+        for side in list(self.pipes):
+            self.close(side)
 
 
 def reset_peak_memory(device: str) -> None:
@@ -283,41 +298,47 @@ def check_losses(losses: dict[str, float], dtype: str) -> None:
     for side, loss in losses.items():
         if abs(loss - losses["ours"]) > (0.02 if dtype == "bfloat16" else 1e-3) * losses["ours"]:
             raise SystemExit(f"{side} has a loss of {loss:.4f} on the first batch, ours is {losses['ours']:.4f}")
-    print(f"losses on the first batch {', '.join(f'{loss:.4f}' for loss in losses.values())}", flush=True)
 
 
 def compare(model: str, args: argparse.Namespace, device: str, dtype: str) -> list[dict]:
-    """Time all sides on one model: a row for each side that has not failed; none where ours has."""
+    """Time all sides on one model: a row for each."""
     print(model, flush=True)
-    n_pairs = 20 * args.batch_size
+    on_cpu, n_pairs, sides = device == "cpu", 20 * args.batch_size, args.sides
+    turns = [side for r in range(args.rounds) for side in (sides if r % 2 == 0 else reversed(sides))]
+    requests = [(side, 1, args.batch_size) for side in sides] + [(side, args.steps + 1, n_pairs) for side in turns]
+    if not on_cpu:
+        requests.sort(key=lambda request: sides.index(request[0]))
     with tempfile.TemporaryDirectory() as scratch:
-        folder, pairs = make_model(model, Path(scratch) / "model"), Path(scratch) / "pairs.jsonl"
+        folder, pairs = make_model(model, Path(scratch) / "model", torch.device(device)), Path(scratch) / "pairs.jsonl"
         write_pairs(pairs, AutoTokenizer.from_pretrained(folder), n_pairs)
-        workers = Workers(args.sides, folder, str(pairs), args, device, dtype)
-        losses = {side: answer[1] for side in args.sides if (answer := workers.ask(side, 1, args.batch_size))}
-        if "ours" not in losses:
-            return []
-        check_losses(losses, dtype)
-        times, memory = {side: [] for side in losses}, {}
-        for r in range(args.rounds):
-            for side in list(workers.pipes) if r % 2 == 0 else list(reversed(workers.pipes)):
-                if answer := workers.ask(side, args.steps + 1, n_pairs):
-                    times[side].append(answer[0] / args.steps)
-                    memory[side] = answer[2]
-        workers.close()
-    if "ours" not in workers.pipes:
-        return []
-    rows = []
-    for side in workers.pipes:
-        pairs_per_second = args.batch_size / float(np.median(times[side]))
-        ratio = float(np.median(np.array(times[side]) / np.array(times["ours"])))
-        rows.append({"model": model, "side": side, "times_ours": ratio, "pairs_per_second": pairs_per_second, "peak_gib": memory[side]})
-        print(
-            f"  {side:48} {pairs_per_second:8.1f} pairs/s  ours is {ratio:5.2f} x"
-            f"  {memory[side]:6.2f} GiB, ours {memory['ours'] / memory[side]:4.0%} of it",
-            flush=True,
-        )
-    return rows
+        workers = Workers(len(sides) if on_cpu else 1, folder, str(pairs), args, device, dtype)
+        losses, times, memory = {}, {side: [] for side in sides}, {}
+        for side, steps, rows in requests:
+            if not (answer := workers.ask(side, steps, rows)):
+                continue
+            if side not in losses:
+                losses[side] = answer[1]
+                if "ours" in losses:
+                    check_losses(losses, dtype)
+            else:
+                times[side].append(answer[0] / args.steps)
+                memory[side] = answer[2]
+        workers.close_all()
+    return [report(model, side, workers.failed.get(side), times, memory, args.batch_size) for side in sides]
+
+
+def report(model: str, side: str, failure: str | None, times: dict[str, list[float]], memory: dict[str, float], batch_size: int) -> dict:
+    """Print and return the row of a side."""
+    row = {"model": model, "side": side}
+    if failure:
+        return row | {"side": f"{side}: {failure}"}
+    row["pairs_per_second"], row["peak_gib"] = batch_size / float(np.median(times[side])), memory[side]
+    line = f"  {side:48} {row['pairs_per_second']:8.1f} pairs/s {memory[side]:6.2f} GiB"
+    if "ours" in memory and len(times["ours"]) == len(times[side]):
+        row["times_ours"] = float(np.median(np.array(times[side]) / np.array(times["ours"])))
+        line += f"  ours is {row['times_ours']:5.2f} x, takes {memory['ours'] / memory[side]:4.0%}"
+    print(line, flush=True)
+    return row
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
     python bench/gpu.py --out rows.jsonl --dry-run        # everything small, on a CPU, in two minutes: does it run at all?
     python bench/gpu.py --out rows.jsonl                  # nine minutes; repeat it until it says that nothing is left
     python bench/gpu.py --out rows.jsonl --table          # what the file holds, as Markdown for bench/README.md
+    python bench/gpu.py --out rows.jsonl --tokens x/training/tokens.safetensors.gz    # in the time left, pre-train models/tiny further
 
 Every step is a process of its own, and a line of the file as soon as it has ended:
 
@@ -12,7 +13,11 @@ A call that is cut off loses at most the step it was at, and the next call goes 
 delete a line to repeat its step. A step that has not ended with the call's time is killed and left out of the file; one that
 takes longer than its own limit is a row "timed out". The exit status is 1 where a step has failed or timed out.
 
-Runs from a copy of the tree, without git, and without datasets, mteb and sentence-transformers.
+Runs from a copy of the tree, without git, and without datasets, mteb and sentence-transformers. With Triton 3.6 the dry run needs
+NumPy below 2.4, for Triton's interpreter; a GPU does not.
+
+The tokens for --tokens are made elsewhere: python models/pretrain.py --init models/tiny --texts FOLDER --out x/ --pack-only. The
+model goes to the folder `pretrained` beside --out, in files of 15 MB.
 """
 
 import argparse
@@ -28,7 +33,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -39,8 +44,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "test_gpu.py"
 LAST_LINES, LINE_WIDTH = 40, 400  # of a step's output that its row keeps
 TEST_SECONDS, BENCH_SECONDS = 240, 510  # limits of a step; a call of nine minutes has time for any of them
+# the rate is a third of the bundled model's first one; --minutes is filled in when the step begins
+PRETRAIN_FLAGS = ["--lr", "2e-3", "--batch-tokens", "65536", "--decay", "0.9", "--max-shard-mb", "15", "--minutes", "MINUTES"]
+PRETRAIN_SECONDS = 60  # that loading, measuring and saving take besides
 OUT_OF_MEMORY = re.compile(
-    r"^(E +|FAILED .* - )?(torch\.\S*OutOfMemoryError|\S*Error: .*(CUDA error: out of memory|ALLOC_FAILED|does not fit into memory))"
+    r"^(E +|FAILED .* - )?(torch\.\S*OutOfMemoryError|\S*Error: .*(CUDA error: out of memory|ALLOC_FAILED|does not fit into (the )?memory))"
     r"|^ours: out of memory",
     re.MULTILINE,
 )
@@ -156,7 +164,8 @@ def profile() -> dict:
     on_gpu = torch.cuda.is_available()
     with tempfile.TemporaryDirectory() as folder:
         name = "qwen3-0.6b" if on_gpu else "tiny"
-        encoder = Encoder.load(make_model(name, Path(folder)), prompt=PROMPTS["30 tokens"] + "{text}", pooling="last", dtype="bfloat16")
+        source = make_model(name, Path(folder), torch.device("cuda" if on_gpu else "cpu"))
+        encoder = Encoder.load(source, prompt=PROMPTS["30 tokens"] + "{text}", pooling="last", dtype="bfloat16")
     texts = make_texts(encoder.tokenizer, "short", 256 if on_gpu else 8)
     tokenized = encoder.tokenize(texts)
 
@@ -175,14 +184,27 @@ def profile() -> dict:
     return {"model": name, "texts": len(texts), "tokens": sum(map(len, tokenized.ids)), "milliseconds": 1000 * sorted(seconds)[2]}
 
 
-OWN_STEPS: dict[str, Callable[[], dict]] = {"versions": versions, "tiny": tiny, "profile": profile}
+def pretrain() -> dict:
+    """One step of pre-training the bundled model further, on the paragraphs of the README files."""
+    from models import pretrain
+
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [(ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "bench/README.md")]
+        (Path(folder) / "text.txt").write_text("\n\n".join(texts), encoding="utf-8")
+        flags = f"--init {ROOT}/models/tiny --texts {folder} --no-docstrings --out {folder}/model --steps 1 --batch-tokens 512 --lr 1e-3"
+        pretrain.main(pretrain.parse(shlex.split(flags)))
+        return json.loads(Path(folder, "model", "training", "summary.json").read_text())["bits_per_byte"]
+
+
+OWN_STEPS: dict[str, Callable[[], dict]] = {"versions": versions, "tiny": tiny, "profile": profile, "pretrain": pretrain}
 
 
 # ------------------------------------------------------------------------------------------------------------------- steps
 
 
-def make_steps(dry_run: bool) -> list[Step]:
+def make_steps(args: argparse.Namespace) -> list[Step]:
     """All steps, in their order."""
+    dry_run = args.dry_run
 
     def script(line: str) -> list[str]:
         name, *flags = shlex.split(line)
@@ -197,6 +219,11 @@ def make_steps(dry_run: bool) -> list[Step]:
     steps += [Step(name, pytest + [f"{TESTS}::{test}" for test in group], TEST_SECONDS) for name, group in groups.items()]
     for name, line, dry_flags in BENCHMARKS:
         steps.append(Step(name, script(f"{line.split()[0]} {dry_flags}" if dry_run else line), BENCH_SECONDS))
+    if dry_run:
+        steps.append(Step("pre-training further", script("gpu.py --step pretrain"), TEST_SECONDS))
+    elif args.tokens:
+        flags = ["--init", ROOT / "models" / "tiny", "--tokens", args.tokens, "--out", args.out.parent / "pretrained", *PRETRAIN_FLAGS]
+        steps.append(Step("pre-training further", [sys.executable, str(ROOT / "models" / "pretrain.py"), *map(str, flags)], 3600))
     return steps
 
 
@@ -218,6 +245,11 @@ def started(step: Step, dry_run: bool, output) -> Iterator[subprocess.Popen]:
 def run_step(step: Step, seconds_left: float, dry_run: bool) -> dict | None:
     """Run a step -> its row; None where the call's time was over first."""
     began = time.monotonic()
+    if "MINUTES" in step.command:
+        minutes = (seconds_left - PRETRAIN_SECONDS) / 60
+        if minutes < 1:
+            return None
+        step = replace(step, command=[f"{minutes:.2f}" if word == "MINUTES" else word for word in step.command])
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as output:
         with started(step, dry_run, output) as process:
             try:
@@ -229,7 +261,7 @@ def run_step(step: Step, seconds_left: float, dry_run: bool) -> dict | None:
         output.seek(0)
         lines, result = separate(output.read().splitlines())
     text = "\n".join(lines)
-    if OUT_OF_MEMORY.search(text) and (code or not result.get("rows", True)):
+    if OUT_OF_MEMORY.search(text) and (code or "\nours: out of memory" in f"\n{text}"):
         status = "out of memory"
     else:
         status = "timed out" if code is None else "failed" if code else "passed"
@@ -304,7 +336,7 @@ def markdown(rows: list[dict]) -> str:
     for row in rows:
         table = row["result"].get("rows")
         if table:
-            names = list(table[0])
+            names = list(max(table, key=len))  # the row of a side that failed has its name alone
             lines += ["", f"{row['step']}:", "", f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
             lines += [f"| {' | '.join(as_cell(cells.get(name, '')) for name in names)} |" for cells in table]
         elif row["step"].startswith("profile"):
@@ -323,6 +355,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--minutes", type=float, default=9.0, help="time of this call (default 9)")
     add("--dry-run", action="store_true", help="everything on the CPU with tiny shapes (default: the GPU)")
     add("--table", action="store_true", help="run nothing, print what --out holds as Markdown (default: run)")
+    add("--tokens", type=Path, metavar="FILE", help="packed text for further pre-training in the time left (default: none)")
     add("--step", choices=OWN_STEPS, help="run this one step in this process, without --out (default: all steps)")
     return parser
 
@@ -350,11 +383,13 @@ def main(args: argparse.Namespace) -> None:
     if args.table:
         print(markdown(read_rows(args.out, args.dry_run)))
         return
+    if args.tokens and not args.tokens.is_file():
+        raise InputError(f"no file {args.tokens}: pack text with models/pretrain.py --pack-only")
     if not args.dry_run:
         check_device()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the process of a step is killed as well
     end = time.monotonic() + 60 * args.minutes
-    done, steps = {row["step"] for row in read_rows(args.out, args.dry_run)}, make_steps(args.dry_run)
+    done, steps = {row["step"] for row in read_rows(args.out, args.dry_run)}, make_steps(args)
     for step in steps:
         seconds_left = end - time.monotonic()
         if step.name in done:

@@ -1,0 +1,52 @@
+"""The steps of `bench/gpu.py`: what becomes of one that ends, fails, runs out of memory or out of time, and of a call that is cut off."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+from gpu import Step, append_row, markdown, read_rows, run_step
+
+
+def step(program: str, limit: float = 60) -> Step:
+    return Step("a step", [sys.executable, "-c", program], limit)
+
+
+@pytest.mark.parametrize(
+    ("program", "status"),
+    [
+        ("""print('{"a": 1}')""", "passed"),
+        ("""print('{"a": 1}'); raise ValueError('wrong')""", "failed"),
+        ("import builtins; raise RuntimeError('CUDA error: out of memory')", "out of memory"),
+        ("""print('plain loop: out of memory: tried to allocate'); print('{"rows": [{"side": "ours"}]}')""", "passed"),
+        ("""print('ours: out of memory: tried to allocate'); print('{"rows": [{"side": "ours: out of memory"}]}')""", "out of memory"),
+        ("import sys; sys.exit('ValueError: models/tiny does not fit into the memory of cuda:0')", "out of memory"),
+    ],
+)
+def test_how_a_step_ends_is_in_its_row(program, status):
+    row = run_step(step(program), 60, dry_run=False)
+    assert row["status"] == status and ("a" not in row["result"] or row["result"] == {"a": 1})
+
+
+def test_a_step_that_outlasts_its_limit_is_a_row_and_one_that_outlasts_the_call_is_not():
+    endless = "while True: pass"
+    assert run_step(step(endless, limit=0.3), 60, dry_run=False)["status"] == "timed out"
+    assert run_step(step(endless, limit=60), 0.3, dry_run=False) is None
+
+
+def test_a_line_that_was_cut_off_costs_its_own_step_alone(tmp_path):
+    rows = [{"step": name, "status": "passed", "seconds": 1, "output": [], "result": {"n": i}} for i, name in enumerate("ab")]
+    path = tmp_path / "rows.jsonl"
+    append_row(path, rows[0])
+    path.write_text(path.read_text() + json.dumps(rows[1])[:20])
+    append_row(path, rows[1] | {"dry_run": True})
+    append_row(path, rows[1])
+    assert read_rows(path, False) == rows and [row["step"] for row in read_rows(path, True)] == ["b"]
+
+
+def test_the_table_shows_a_side_that_failed_by_its_name():
+    sides = [{"side": "ours: out of memory"}, {"side": "plain loop", "seconds": 2.0}]
+    text = markdown([{"step": "x", "status": "passed", "seconds": 1, "output": [], "result": {"rows": sides}}])
+    assert "| ours: out of memory |  |" in text and "| plain loop | 2 |" in text
