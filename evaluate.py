@@ -22,6 +22,7 @@ Legend: N texts, D numbers of a vector.
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -40,8 +41,9 @@ from pathlib import Path
 import numpy as np
 
 from encoder import Contract, Encoder, EncodingReport
-from encoder.base_models import PRESETS, find_base, go_offline, hub_answers, is_run, newest_run
+from encoder.base_models import PRESETS, check_base, go_offline, hub_answers, is_run, newest_run
 from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, default_scope
+from encoder.loading import base_of_run
 from encoder.runtime import end_distributed
 from files.console import InputError, process_rank, run_script, say, warn
 from files.writing import check_absent, write_json
@@ -224,18 +226,39 @@ def load_encoder(spec: str, args: argparse.Namespace, **contract_fields) -> Enco
     return encoder
 
 
-def table_rows(args: argparse.Namespace, task_type: str) -> Iterator[list[MtebModel]]:
-    """The table's rows for a type of task, in groups that share one model in memory; a group is loaded when it is asked for."""
+@contextlib.contextmanager
+def other_rows_go_on(args: argparse.Namespace, failures: list[str]) -> Iterator[None]:
+    """Of several models, let one that fails not cost the scores of the others: its InputError is printed and added to `failures`.
+
+    Not under torchrun: a process that fails alone would no longer meet the others, which would wait for it.
+    """
+    try:
+        yield
+    except InputError as error:
+        if len(args.model or []) < 2 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+            raise
+        if str(error) not in failures:
+            failures.append(str(error))
+            warn(str(error))
+
+
+def table_rows(args: argparse.Namespace, task_type: str, failures: list[str]) -> Iterator[list[MtebModel]]:
+    """The table's rows for a type of task, in groups that share one model in memory; a group is loaded when it is asked for.
+
+    Why a model could not be loaded is added to `failures`.
+    """
     if args.baselines:
         if task_type != "Clustering" and "tfidf" in args.baselines:
             raise InputError(f"--baselines tfidf is fitted on the texts that it embeds: it can score clustering, not {task_type}")
         yield from ([baseline(name)] for name in args.baselines)
     newest = None if args.model else newest_run(RUNS)
     for spec in args.model or [str(newest or "tiny")]:
-        if is_run(spec):
-            yield from run_rows(spec, args, beside_its_base=newest is not None)
-        else:
-            yield from (base_rows(spec, prompt, args) for prompt in args.prompt or [TASK_PROMPTS.get(task_type, "none")])
+        for prompt in [None] if is_run(spec) else args.prompt or [TASK_PROMPTS.get(task_type, "none")]:
+            with other_rows_go_on(args, failures):
+                if prompt is None:
+                    yield from run_rows(spec, args, beside_its_base=newest is not None)
+                else:
+                    yield base_rows(spec, prompt, args)
 
 
 def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = False) -> Iterator[list[MtebModel]]:
@@ -300,8 +323,9 @@ def check_models(args: argparse.Namespace) -> None:
     for spec in args.model or []:
         if is_run(spec):
             changes_to_run(spec, args)
+            check_base(base_of_run(Path(spec), Contract.read(spec)), args.trust_remote_code)
         else:
-            find_base(spec)
+            check_base(spec, args.trust_remote_code)
     if args.keep_bos and "all" not in (args.scope or []):
         raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
 
@@ -341,15 +365,22 @@ def score(task, model: MtebModel) -> dict:
     return cell
 
 
-def score_all(args: argparse.Namespace, tasks: list) -> Iterator[dict]:
-    """The table's cells, one type of task after the other, each announced on standard error as soon as it is there."""
+def score_all(args: argparse.Namespace, tasks: list, failures: list[str]) -> Iterator[dict]:
+    """The table's cells, one type of task after the other, each announced on standard error as soon as it is there.
+
+    Why a cell is missing is added to `failures`.
+    """
     tasks_of_type = defaultdict(list)
     for task in tasks:
         tasks_of_type[task.metadata.type].append(task)
     for task_type, same_type in tasks_of_type.items():
-        for rows in table_rows(args, task_type):
+        for rows in table_rows(args, task_type, failures):
             for task, model in itertools.product(same_type, rows):
-                cell = score(task, model)
+                cell = None
+                with other_rows_go_on(args, failures):
+                    cell = score(task, model)
+                if cell is None:
+                    continue
                 say("{task}, {model}: {metric} {percent:.1f} ({seconds:.0f} s)".format(percent=100 * cell["score"], **cell), error=True)
                 yield cell
 
@@ -431,9 +462,9 @@ def main(args: argparse.Namespace) -> None:
     check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    cells = []
+    cells, failures = [], []
     try:
-        for cell in score_all(args, tasks):
+        for cell in score_all(args, tasks, failures):
             cells.append(cell)
     except BaseException:  # Ctrl-C, or a task whose download fails after hours: the scores so far are kept
         if cells:
@@ -441,9 +472,13 @@ def main(args: argparse.Namespace) -> None:
             if out:
                 write_results(cells, out.with_name(out.name + ".partial"))
         raise
+    if not cells:
+        raise InputError("; ".join(failures))
     say(table(cells))
     if out:
         write_results(cells, out)
+    if failures:
+        raise InputError(f"the table lacks what could not be computed: {'; '.join(failures)}")
     end_distributed()
 
 

@@ -4,12 +4,14 @@ A base is a preset, a local folder or a hub id (`org/name` or `org/name@revision
 downloaded to it where the hub answers.
 """
 
+import contextlib
 import functools
 import importlib.util
 import os
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -20,7 +22,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
 from encoder.contract import CONTRACT_FILE, MODEL_FILES
@@ -29,6 +31,8 @@ from files.console import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKED_TYPES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox")  # tested: see tests/conftest.py; others are padded
+# what the classes of transformers raise where a config is not for them
+RUNNING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError)
 transformers_logging.disable_progress_bar()
 
 
@@ -123,12 +127,12 @@ def find_base(spec: str) -> tuple[str, str, str | None]:
     return name, name, revision or None
 
 
-def fetch(source: str, revision: str | None, trust_remote_code: bool) -> Path:
+def fetch(source: str, revision: str | None, trust_remote_code: bool, files: tuple[str, ...] = MODEL_FILES) -> Path:
     """The folder of a hub model in the local cache, downloaded where the hub answers. The folder's name is the commit."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HTTPError  # of the client that the hub package uses
 
-    patterns = [f for f in MODEL_FILES if trust_remote_code or f != "*.py"]
+    patterns = [f for f in files if trust_remote_code or f != "*.py"]
     online = hub_answers()  # else every file would be asked for with retries, for half a minute
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=not online))
@@ -156,12 +160,63 @@ def _quantization_config(kind: str, dtype: torch.dtype):
 def _check_config(config, folder: Path, attention: str) -> None:
     """Raise InputError for a model that is no decoder, or that cannot have the attention asked for."""
     tested = config.model_type in PACKED_TYPES
-    if not tested and config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+    encoders = MODEL_FOR_MASKED_LM_MAPPING_NAMES  # some of them have a class for generation as well
+    is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in encoders
+    if not tested and (not is_decoder or config.is_encoder_decoder):
         raise InputError(f"{folder} is a model of type {config.model_type!r}, no decoder: take one of {', '.join(PACKED_TYPES)}")
     if getattr(config, "use_bidirectional_attention", False):
         raise InputError(f"{folder} was trained to read in both directions (use_bidirectional_attention): it is no decoder")
     if not tested and attention == "bidirectional":
         raise InputError(f"{folder}: bidirectional attention is not tested with models of type {config.model_type!r}")
+
+
+def find_blocks(model: nn.Module) -> nn.ModuleList | None:
+    """The model's blocks, whatever their list is called: the one outermost list with a module for each hidden layer."""
+    lists, modules = [], list(model.children())
+    while modules:
+        module = modules.pop()
+        if not isinstance(module, nn.ModuleList):
+            modules += module.children()
+        elif len(module) == getattr(model.config, "num_hidden_layers", None):
+            lists.append(module)
+    return lists[0] if len(lists) == 1 else None
+
+
+def _check_blocks(model: nn.Module, folder: Path) -> None:
+    if find_blocks(model) is None:
+        raise InputError(f"{folder} is a {type(model).__name__}, whose blocks cannot be found: take one of {', '.join(PACKED_TYPES)}")
+
+
+@contextlib.contextmanager
+def _loading(folder: Path, out_of_memory: str = "does not fit into memory") -> Iterator[None]:
+    """Raise what goes wrong inside as InputError; transformers says nothing but errors."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # weights of the language-model head are left over, as expected
+    try:
+        yield
+    except InputError:
+        raise
+    except (*RUNNING_ERRORS, OSError, SafetensorError, StrictDataclassError) as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise InputError(f"{folder} {out_of_memory}") from None
+        raise InputError(f"{folder} does not hold a whole model: {' '.join(str(error).split())[:300]}") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def check_base(spec: str, trust_remote_code: bool) -> None:
+    """Raise InputError where the config alone shows that a preset, folder or hub id cannot be loaded. No weights are read."""
+    _, source, revision = find_base(spec)
+    is_local = Path(source).is_dir()
+    folder = Path(source) if is_local else fetch(source, revision, trust_remote_code, ("config.json", "*.py"))
+    with _loading(folder):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        _check_config(config, folder, "causal")
+        with torch.device("meta"):
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+    _check_blocks(model, folder)
+    if is_local and not any(folder.glob("*.safetensors")):
+        raise InputError(f"{folder} does not hold a whole model: it has no weights in safetensors files")
 
 
 def load_pretrained(
@@ -173,9 +228,8 @@ def load_pretrained(
     quantize      None, "nf4" or "int8"
     Raises InputError where the folder does not hold a whole decoder that can be used here, and where it does not fit into memory.
     """
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()  # weights of the language-model head are left over, as expected
-    try:
+    smaller = "take a smaller model" if quantize == "nf4" else "take --quantize nf4, or a smaller model"
+    with _loading(folder, f"does not fit into the memory of {device}: {smaller}"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         _check_config(config, folder, attention)
         if attention == "bidirectional":
@@ -192,21 +246,9 @@ def load_pretrained(
             settings["quantization_config"] = _quantization_config(quantize, dtype)
         model, report = AutoModel.from_pretrained(folder, output_loading_info=True, **settings)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError, StrictDataclassError) as error:
-        raise InputError(f"{folder} does not hold a whole model: {' '.join(str(error).split())[:300]}") from None
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        hint = "take a smaller model" if quantize == "nf4" else "take --quantize nf4, or a smaller model"
-        raise InputError(f"{folder} does not fit into the memory of {device}: {hint}") from None
-    finally:
-        transformers_logging.set_verbosity(verbosity)
     if report["missing_keys"]:  # transformers initializes them at random
         raise InputError(f"{folder} does not hold a whole model: no weights for {sorted(report['missing_keys'])[:3]}")
-    if not isinstance(getattr(model, "layers", None), nn.ModuleList):
-        raise InputError(f"{folder} is a {type(model).__name__}, whose layers cannot be found: take one of {', '.join(PACKED_TYPES)}")
+    _check_blocks(model, folder)
     if not tokenizer.is_fast:
         raise InputError(f"{folder}: its tokenizer has no fast version, which this project needs")
     return model, tokenizer

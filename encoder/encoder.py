@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from encoder import lora
-from encoder.base_models import PACKED_TYPES
+from encoder.base_models import PACKED_TYPES, RUNNING_ERRORS, find_blocks
 from encoder.contract import CONTRACT_FILE, POOLINGS, QUERY_FILE, PoolingConfig, adapter_hash, fingerprint
 from encoder.loading import LoadedBase, contract_fields, load_base
 from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, select_tokens, trim_hook
@@ -33,6 +33,7 @@ from encoder.runtime import (
     default_batch_tokens,
     distributed,
     emulates_bfloat16,
+    is_out_of_memory,
     memory_budget,
     pick_device,
     pick_dtype,
@@ -81,7 +82,7 @@ class Encoder:
 
     def __init__(self, base: LoadedBase, device: torch.device, dtype: torch.dtype):
         model = base.model
-        self.decoder, self.blocks, self.tokenizer, self.contract = model, model.layers, base.tokenizer, base.contract
+        self.decoder, self.blocks, self.tokenizer, self.contract = model, find_blocks(model), base.tokenizer, base.contract
         self.source, self.base_hash, self.adapter_hash = base.source, base.base_hash, None
         self.device, self.dtype = device, dtype
         self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
@@ -93,7 +94,8 @@ class Encoder:
         self.memory_limit = sys.maxsize  # tokens of a batch beyond which memory has run out
         self.notes = [] if self.packed else [f"{model.config.model_type} models are not packed: texts are padded, which is slower"]
         self._forward_lock = threading.RLock()  # hooks and the adapter's switch belong to the model, not to a call
-        model.set_attn_implementation("packed" if self.packed else "sdpa")
+        if self.packed:
+            model.set_attn_implementation("packed")  # others keep the implementation that their class chooses
         self.tokenizer.backend_tokenizer.no_truncation()
         self.tokenizer.backend_tokenizer.no_padding()
         self._apply_contract()
@@ -105,7 +107,13 @@ class Encoder:
             _check_layer(index, len(self.blocks))
         if self.contract.dims is not None and self.contract.dims > config.hidden_size:
             raise InputError(f"dims {self.contract.dims} is more than the {config.hidden_size} numbers of this model's vectors")
+        if self.contract.pooling == "attention":
+            self._check_attention_is_read()
         self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.contract, getattr(config, "max_position_embeddings", None))
+
+    def _check_attention_is_read(self) -> None:
+        if not self.packed:
+            raise InputError(f"{type(self.decoder).__name__} does not let its attention be read: take another pooling")
 
     @classmethod
     def load(
@@ -135,6 +143,8 @@ class Encoder:
         encoder = cls(base, device, dtype)
         if is_default_dtype and emulates_bfloat16(device):
             encoder.notes.append(f"this GPU has no bfloat16 instructions: computing in {str(dtype).removeprefix('torch.')}")
+        if not encoder.packed:
+            _check_padded(encoder)
         if base.run:
             encoder._load_adapter(base.run)
         return encoder
@@ -171,6 +181,8 @@ class Encoder:
         options     peft's own, such as use_rslora and use_dora
         """
         self.peft = lora.add_lora(self.decoder, self.blocks, rank, alpha, dropout, **options)
+        if unreached := lora.unreached(self.blocks):
+            self.notes.append(f"LoRA reaches linear layers only: the weights of {', '.join(unreached)} are not trained")
         self.query.requires_grad_(self.contract.pooling == "query")
         return sum(p.numel() for p in self.trainable().values())
 
@@ -180,6 +192,8 @@ class Encoder:
 
     def set_gradient_checkpointing(self, every: int) -> None:
         """Compute every n-th layer, counted from the last, again in the backward pass instead of keeping its states; 0: none."""
+        if every and not self.decoder.supports_gradient_checkpointing:
+            raise InputError(f"{type(self.decoder).__name__} has no gradient checkpointing: set it to 0")
         if every:  # transformers has renamed it
             enable = getattr(self.decoder, "activation_checkpointing_enable", self.decoder.gradient_checkpointing_enable)
             enable({"use_reentrant": False})
@@ -279,8 +293,8 @@ class Encoder:
         poolings = poolings or [self.contract.pooling_config()]
         numbers = {index: _check_layer(index, len(self.blocks)) for pooling in poolings for index in pooling.layers}
         needs_scores = any(p.pooling == "attention" for p in poolings)
-        if needs_scores and not self.packed:
-            raise InputError(f"{type(self.decoder).__name__} does not let its attention be read: take another pooling")
+        if needs_scores:
+            self._check_attention_is_read()
         last_layer, trim = len(self.blocks) - 1, _can_trim(self, batch, poolings, numbers)
         packed = PackedAttention(
             batch,
@@ -452,7 +466,7 @@ def _recorded_states(blocks: nn.ModuleList, numbers: set[int]) -> Iterator[dict[
     def recorder(number: int):
         def hook(_, args, kwargs, output=None):
             state = output if output is not None else args[0] if args else kwargs["hidden_states"]
-            states[number] = state[0] if isinstance(state, tuple) else state
+            states[number] = state[0] if isinstance(state, (tuple, list)) else state
 
         return hook
 
@@ -466,6 +480,31 @@ def _recorded_states(blocks: nn.ModuleList, numbers: set[int]) -> Iterator[dict[
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def _check_padded(encoder: Encoder) -> None:
+    """Run a few tokens through a model that nothing here was written for. Raises InputError where its states cannot be read.
+
+    The model must be causal, also where texts are padded, and every state must be as wide as the config says.
+    """
+    model = encoder.decoder
+    name, width = f"{encoder.contract.base}, of type {model.config.model_type!r}", model.config.hidden_size
+    tokens = TokenizedTexts([[1, 2, 3, 4, 5], [1, 2, 3], [1, 2, 3, 5, 4]], [(0, 5), (0, 3), (0, 5)], 0, 0, 0)
+    batch = collate(tokens, [0, 1, 2], 0, False, next(model.parameters()).device)
+    try:
+        states = encoder.forward(batch, [PoolingConfig("mean", layers=(0, 1, -1))]).layers.values()
+    except RUNNING_ERRORS as error:
+        if isinstance(error, RuntimeError) and is_out_of_memory(error):
+            raise
+        raise InputError(f"{name}, cannot be run here: {' '.join(str(error).split())[:200]}") from None
+    for state in states:
+        if state.shape[1:] != (width,):
+            raise InputError(f"{name}: its states have {tuple(state.shape[1:])} numbers instead of {width}, which is not supported")
+        first, *others = (state[start : start + 3].float() for start in (0, 5, 8))
+        tolerance = torch.finfo(encoder.dtype).eps ** 0.5 * first.norm()
+        if not all((first - other).norm() < tolerance for other in others):
+            raise InputError(f"{name}: its states change with the tokens behind them, or with padding: it is no causal decoder")
 
 
 class NonFiniteError(InputError):

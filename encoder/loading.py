@@ -36,7 +36,7 @@ def load_base(
     if is_run(spec):
         run = Path(spec)
         contract = Contract.read(run).override(overrides, force=override_contract)
-        spec = _base_of_run(run, contract)
+        spec = base_of_run(run, contract)
     name, source, revision = find_base(spec)
     is_local = Path(source).is_dir()
     if contract and not is_local:
@@ -93,7 +93,7 @@ def _default_contract(name: str, revision: str, overrides: dict, config, tokeniz
     return Contract(base=name, revision=revision, **settings)
 
 
-def _base_of_run(run: Path, contract: Contract) -> str:
+def base_of_run(run: Path, contract: Contract) -> str:
     """Where a run's base is: the folder that its adapter's config names, the bundled model, or the hub."""
     try:
         recorded = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]

@@ -5,11 +5,13 @@ and merged.
 """
 
 import functools
+import inspect
 import json
 import os
 import tempfile
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import torch.nn.functional as F
 from safetensors import SafetensorError
@@ -17,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from transformers.pytorch_utils import Conv1D
 
 from encoder.contract import ADAPTER_CONFIG, ADAPTER_FILE
 from files.console import InputError
@@ -25,11 +28,19 @@ from files.writing import write_atomic
 
 def _wrap(model: nn.Module, config):
     from peft import get_peft_model
+    from peft.utils import transformers_weight_conversion as conversion
 
-    with warnings.catch_warnings():
+    # peft would take `down_proj` among the targets for the experts' weights of that name, and leave out linear layers of that name
+    keep_targets = mock.patch.object(conversion, "convert_peft_config_for_transformers", lambda *_, **__: None)
+    with keep_targets, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by a name that it is about to drop
         warnings.simplefilter("ignore", UserWarning)  # a hub model is loaded from its snapshot; `save_lora` writes its hub id
         return get_peft_model(model, config)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Routers of experts may be linear layers by class, but return more than a product."""
+    return isinstance(module, (nn.Linear, Conv1D)) and not type(module).__name__.endswith("Router")
 
 
 def add_lora(model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | None, dropout: float, **options):
@@ -40,11 +51,33 @@ def add_lora(model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | No
     """
     from peft import LoraConfig
 
-    targets = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if isinstance(module, nn.Linear)})
+    _check_reachable(blocks)
+    targets = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if _is_linear(module)})
+    options |= {"fan_in_fan_out": any(isinstance(module, Conv1D) for module in blocks.modules())}  # their weights are (in, out)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none", **options)
     handle = _wrap(model, config)
     fuse_adapter(model)
     return handle
+
+
+def unreached(blocks: nn.ModuleList) -> list[str]:
+    """Names of the modules whose matrices are in no linear layer, such as a mixture's experts."""
+    names = set()
+    for name, module in blocks.named_modules():
+        is_known = _is_linear(module) or isinstance(module, nn.Conv1d)
+        if not is_known and any(p.squeeze().dim() > 1 for p in module.parameters(recurse=False)):
+            names.add(name.partition(".")[2])
+    return sorted(names)
+
+
+def _check_reachable(blocks: nn.ModuleList) -> None:
+    """Raise InputError for state-space layers whose fused kernels take the weights of linear layers, past any adapter."""
+    for module in blocks.modules():
+        children = dict(module.named_children())
+        if any(isinstance(child, nn.Conv1d) for child in children.values()):
+            source = inspect.getsource(type(module))
+            if any(isinstance(child, nn.Linear) and f"self.{name}.weight" in source for name, child in children.items()):
+                raise InputError(f"{type(module).__name__} reads weights of linear layers past an adapter: it cannot be trained")
 
 
 def load_lora(model: nn.Module, run: Path):

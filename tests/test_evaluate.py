@@ -288,7 +288,7 @@ def test_a_note_on_a_base_is_printed_once(llama, capsys, monkeypatch):
     monkeypatch.setattr(Encoder, "load", load_with_note)
     evaluate.warn_once.cache_clear()
     for task_type in ("Clustering", "STS"):
-        assert len(list(evaluate.table_rows(parse("--model", llama, "--prompt", "none", "cluster"), task_type))) == 2
+        assert len(list(evaluate.table_rows(parse("--model", llama, "--prompt", "none", "cluster"), task_type, []))) == 2
     assert capsys.readouterr().err == "warning: llama: texts are padded\n"
 
 

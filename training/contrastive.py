@@ -239,7 +239,7 @@ def fall_back_after_out_of_memory(encoder: Encoder, state: "TrainingState", n_pa
     First every second layer is computed again in the backward pass, then every layer; then chunks are halved.
     Raises InputError where a chunk is a single pair already.
     """
-    if state.gradient_checkpointing != 1:
+    if state.gradient_checkpointing != 1 and encoder.decoder.supports_gradient_checkpointing:
         state.gradient_checkpointing = 1 if state.gradient_checkpointing else 2
         encoder.set_gradient_checkpointing(state.gradient_checkpointing)
         setting = f"--gradient-checkpointing {state.gradient_checkpointing}"

@@ -1,0 +1,196 @@
+"""Decoders that are run padded: every class against transformers' own forward pass, its adapter, and what is refused."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, TEXTS, make_tokenizer, randomize_adapter
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from encoder import Encoder, PoolingConfig
+from encoder.base_models import PACKED_TYPES, check_base, find_blocks
+from encoder.contract import SCOPES
+from files.console import InputError
+
+GQA = {"num_key_value_heads": 2, "intermediate_size": 48}
+HEADS = GQA | {"head_dim": 8}
+TOP2 = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MLA = {"num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+DELTA = {"linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
+MIXED = {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+MAMBA2 = {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8}
+# small configs by type; sliding windows are shorter than the longest text
+CONFIGS = {
+    "apertus": GQA,
+    "arcee": GQA,
+    "biogpt": {"intermediate_size": 48},
+    "bloom": {},
+    "codegen": {"rotary_dim": 4},
+    "cohere": GQA,
+    "cohere2": GQA | {"sliding_window": 12},
+    "deepseek_v2": MLA | TOP2 | {"intermediate_size": 48, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "deepseek_v3": MLA | TOP2 | {"intermediate_size": 48, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "ernie4_5": GQA,
+    "exaone4": GQA | {"sliding_window": 12},
+    "falcon": {},
+    "falcon-alibi": {"model_type": "falcon", "alibi": True, "multi_query": False},
+    "gemma": HEADS,
+    "gemma2": HEADS | {"sliding_window": 12, "query_pre_attn_scalar": 8},
+    "glm": HEADS,
+    "glm4": HEADS,
+    "glm4_moe": HEADS | TOP2 | {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
+    "gpt2": {},
+    "gpt_bigcode": {},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1], [["global"], 1]], "window_size": 12},
+    "gpt_oss": HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 12},
+    "gptj": {"rotary_dim": 4},
+    "granite": GQA,
+    "granitemoe": GQA | {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "helium": HEADS,
+    "ministral": HEADS | {"sliding_window": 12},
+    "ministral3": HEADS,
+    "mixtral": GQA | {"num_local_experts": 4},
+    "mpt": {},
+    "nemotron": HEADS,
+    "olmo": GQA,
+    "olmo2": GQA,
+    "olmo3": GQA | {"sliding_window": 12},
+    "olmoe": GQA | {"num_experts": 4, "num_experts_per_tok": 2},
+    "openai-gpt": {},
+    "opt": {"ffn_dim": 48, "word_embed_proj_dim": 32},
+    "persimmon": {"intermediate_size": 48},
+    "phi": GQA,
+    "phi3": GQA,
+    "phimoe": GQA | {"num_local_experts": 4},
+    "qwen2": GQA,
+    "qwen2_moe": GQA | TOP2 | {"shared_expert_intermediate_size": 16, "num_experts": 4},
+    "qwen3_5_text": HEADS | DELTA | MIXED,
+    "qwen3_moe": HEADS | TOP2 | {"num_experts": 4},
+    "qwen3_next": HEADS | TOP2 | DELTA | MIXED | {"num_experts": 4, "shared_expert_intermediate_size": 16},
+    "seed_oss": HEADS,
+    "smollm3": GQA,
+    "stablelm": GQA,
+    "starcoder2": GQA | {"sliding_window": 12},
+    "xglm": {"ffn_dim": 48},
+}
+# state-space models: their kernels read the weights of linear layers directly, so that they have no adapter
+UNTRAINED = {
+    "falcon_h1": HEADS | MAMBA2,
+    "falcon_mamba": {"state_size": 8},
+    "jamba": GQA | {"mamba_d_state": 8},
+    "mamba": {"state_size": 8},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 8},
+}
+POOLINGS = [
+    PoolingConfig(pooling, scope, layers)
+    for pooling, scope in zip(("mean", "last", "position-mean", "query"), SCOPES * 2, strict=True)
+    for layers in ((-1,), (2,), (0, -2))
+]
+
+
+def make(folder, name: str, **changes) -> str:
+    extra = dict((CONFIGS | UNTRAINED)[name])
+    settings = SMALL | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | extra | changes
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type", name), **settings))
+    with torch.no_grad():  # larger weights than at a usual start: differences between paths must show
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(4)
+    model.save_pretrained(folder)
+    make_tokenizer("bytes", bos=True).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """Each small model, made when it is first asked for."""
+    made = {}
+    return lambda name: made.get(name) or made.setdefault(name, make(tmp_path_factory.mktemp("padded") / name, name))
+
+
+def plain(model, encoder: Encoder, text: str, query: torch.Tensor) -> list[np.ndarray]:
+    """One text through transformers alone, without padding, the poolings written out: what `encode` must equal."""
+    tokenized = encoder.tokenize([text])
+    ids, (start, end) = tokenized.ids[0], tokenized.spans[0]
+    with torch.no_grad():
+        out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+    hidden = out.hidden_states
+    if "mamba" in encoder.decoder.config.model_type:  # whose own list begins behind the first block
+        hidden = model.get_input_embeddings()(torch.tensor([ids])).detach(), *hidden
+    states = {0: hidden[0], 2: hidden[2], -1: out.last_hidden_state, -2: hidden[len(encoder.blocks) - 1]}
+    vectors = []
+    for config in POOLINGS:
+        x = torch.stack([states[i][0] for i in config.layers]).double().mean(0)
+        x = x[start:end] if config.scope == "text" and end > start else x[1:] if len(ids) > 1 else x  # without BOS
+        weights = {
+            "mean": torch.ones(len(x)).double(),
+            "last": (torch.arange(len(x)) == len(x) - 1).double(),
+            "position-mean": torch.arange(1, len(x) + 1).double(),
+            "query": (x @ query / x.shape[1] ** 0.5).softmax(0),
+        }[config.pooling]
+        y = weights @ x
+        vectors.append((y / y.norm()).numpy())
+    return vectors
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, *UNTRAINED])
+def test_vectors_are_those_of_transformers_alone_and_in_a_batch(name, folders):
+    encoder = Encoder.load(folders(name), prompt="cluster", max_tokens=30)
+    query = encoder.query.data.normal_(generator=torch.Generator().manual_seed(0))[0].double()
+    attention = "sdpa" if name == "falcon-alibi" else "eager"  # where transformers 5.23 adds its biases twice
+    model = AutoModel.from_pretrained(folders(name), attn_implementation=attention).eval()
+    expected = zip(*(plain(model, encoder, text, query) for text in TEXTS), strict=True)
+    alone = [np.concatenate(vectors) for vectors in zip(*(encoder.encode([t], poolings=POOLINGS) for t in TEXTS), strict=True)]
+    together = encoder.encode(TEXTS, poolings=POOLINGS)
+    for config, a, b, c in zip(POOLINGS, expected, alone, together, strict=True):
+        np.testing.assert_allclose(b, np.stack(a), atol=1e-5, err_msg=str(config))
+        np.testing.assert_allclose(c, b, atol=1e-5, err_msg=str(config))
+    assert np.abs(together[0] - together[1]).max() > 1e-2  # another layer is another vector
+    assert encoder.notes == [f"{encoder.decoder.config.model_type} models are not packed: texts are padded, which is slower"]
+
+
+def gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
+    batch = encoder.collate(encoder.tokenize(TEXTS), list(range(len(TEXTS))))
+    torch.manual_seed(0)  # some classes have dropout
+    (encoder.embed(batch)[0] @ torch.linspace(-1, 1, 32)).square().sum().backward()
+    found = {name: p.grad.clone() for name, p in encoder.trainable().items() if p.grad is not None}
+    encoder.decoder.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_adapter_of_every_class(name, folders, tmp_path):
+    """It reaches every linear layer, is trained, saved and merged; layers computed again have the same gradients."""
+    encoder = Encoder.load(folders(name), prompt="cluster", max_tokens=30)
+    base = encoder.encode(TEXTS)
+    linear = [n for n, m in encoder.blocks.named_modules() if type(m).__name__ in ("Linear", "FalconLinear", "Conv1D")]
+    encoder.add_adapter(2)
+    adapted = {n.split(".lora_")[0] for n, _ in encoder.blocks.named_parameters() if ".lora_A" in n}
+    assert adapted == set(linear) and len(linear) >= 3 * 4 and len(encoder.trainable()) == 2 * len(linear)
+    has_experts = any(p.dim() == 3 and n.endswith("_proj") for n, p in encoder.blocks.named_parameters())
+    assert has_experts == any("LoRA reaches linear layers only" in note and ".experts" in note for note in encoder.notes)
+
+    torch.manual_seed(0)
+    randomize_adapter(encoder, 0.05)
+    encoder.decoder.train()
+    whole = gradients(encoder)
+    assert set(whole) == set(encoder.trainable()) and min(g.abs().max() for g in whole.values()) > 0
+    if encoder.decoder.supports_gradient_checkpointing:
+        encoder.set_gradient_checkpointing(1)
+        for parameter, gradient in gradients(encoder).items():
+            torch.testing.assert_close(gradient, whole[parameter], rtol=1e-4, atol=1e-6)
+    else:
+        with pytest.raises(InputError, match="has no gradient checkpointing"):
+            encoder.set_gradient_checkpointing(1)
+    before = encoder.encode(TEXTS)
+    for parameter, weight in encoder.trainable().items():
+        weight.data -= 0.05 * whole[parameter].sign()
+    trained = encoder.encode(TEXTS)
+    assert np.abs(before - base).max() > 1e-3 and np.abs(trained - before).max() > 1e-3
+
+    encoder.save(tmp_path)
+    again = Encoder.load(str(tmp_path))
+    np.testing.assert_allclose(again.encode(TEXTS), trained, atol=1e-6)
+    np.testing.assert_allclose(again.untuned().encode(TEXTS), base, atol=1e-6)
+    assert again.merge() < 1e-6 and again.merged
+    np.testing.assert_allclose(again.encode(TEXTS), trained, atol=1e-5)
