@@ -164,8 +164,9 @@ def _check_config(config, folder: Path, attention: str) -> None:
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in encoders
     if not tested and (not is_decoder or config.is_encoder_decoder):
         raise InputError(f"{folder} is a model of type {config.model_type!r}, no decoder: take one of {', '.join(PACKED_TYPES)}")
-    if getattr(config, "use_bidirectional_attention", False):
-        raise InputError(f"{folder} was trained to read in both directions (use_bidirectional_attention): it is no decoder")
+    for name, value in (("use_bidirectional_attention", True), ("is_causal", False)):
+        if getattr(config, name, not value) is value:
+            raise InputError(f"{folder} was trained to read in both directions ({name}): it is no decoder")
     if not tested and attention == "bidirectional":
         raise InputError(f"{folder}: bidirectional attention is not tested with models of type {config.model_type!r}")
 

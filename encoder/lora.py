@@ -52,9 +52,13 @@ def add_lora(model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | No
     from peft import LoraConfig
 
     _check_reachable(blocks)
-    targets = sorted({name.split(".")[-1] for name, module in blocks.named_modules() if _is_linear(module)})
+    linear = {module for module in blocks.modules() if _is_linear(module)}
+    paths = {name: module in linear for name, module in model.named_modules()}
+    names = {path.split(".")[-1] for path, is_target in paths.items() if is_target}
+    if any(not is_target and path.split(".")[-1] in names for path, is_target in paths.items()):  # such as "0", in a sequence of layers
+        names = {path for path, is_target in paths.items() if is_target}
     options |= {"fan_in_fan_out": any(isinstance(module, Conv1D) for module in blocks.modules())}  # their weights are (in, out)
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=targets, bias="none", **options)
+    config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=sorted(names), bias="none", **options)
     handle = _wrap(model, config)
     fuse_adapter(model)
     return handle

@@ -2,13 +2,17 @@ import gzip
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import make_run
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig
 
 import evaluate
 from encoder import Encoder
@@ -199,6 +203,32 @@ def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeyp
         run("--data", path, "--model", llama, "--prompt", "none", "cluster", "--out", tmp_path / "r.json")
     assert "(incomplete)" in capsys.readouterr().out and not (tmp_path / "r.json").exists()
     assert len(json.loads((tmp_path / "r.json.partial").read_text())["results"]) == 1
+
+
+def test_a_model_that_fails_does_not_cost_the_rows_of_the_others(llama, tmp_path, capsys, monkeypatch):
+    """Weights are read late. The table and the file have the other rows; the exit is that of an error."""
+    path, damaged = labelled(tmp_path / "mine.csv"), shutil.copytree(llama, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    infinite = make_run(llama, tmp_path / "infinite")
+    weights = load_file(f"{infinite}/adapter_model.safetensors")
+    save_file({name: weight * torch.inf for name, weight in weights.items()}, f"{infinite}/adapter_model.safetensors")
+    with pytest.raises(InputError, match=r"the table lacks .*: \S*damaged does not hold a whole model.*; .*not finite"):
+        run("--data", path, "--model", damaged, infinite, llama, "--out", tmp_path / "r.json")
+    printed = capsys.readouterr()
+    assert "llama, cluster, last" in printed.out and printed.err.count("warning: ") == 2
+    assert [cell["model"] for cell in json.loads((tmp_path / "r.json").read_text())["results"]] == ["llama, cluster, last, all"]
+    with pytest.raises(InputError, match=r"^\S*damaged does not hold a whole model"):
+        run("--data", path, "--model", damaged)
+
+
+def test_what_a_config_shows_is_said_before_anything_is_scored(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "score", lambda *_: pytest.fail("a model was scored"))
+    path, base = labelled(tmp_path / "mine.csv"), shutil.copytree(llama, tmp_path / "base")
+    trained = make_run(str(base), tmp_path / "run")
+    BertConfig().save_pretrained(base)
+    for spec in (base, trained):
+        with pytest.raises(InputError, match="of type 'bert', no decoder"):
+            run("--data", path, "--model", llama, spec)
 
 
 def test_bos_is_pooled_in_the_rows_of_scope_all_only(llama):

@@ -97,9 +97,10 @@ def test_what_is_no_decoder_is_refused(llama, tmp_path):
 def test_a_base_trained_to_read_in_both_directions_is_refused(models_dir, tmp_path):
     folder = shutil.copytree(models_dir["gemma3"], tmp_path / "both")
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"use_bidirectional_attention": True}))
-    with pytest.raises(InputError, match="trained to read in both directions"):
-        Encoder.load(str(folder))
+    for setting in ({"use_bidirectional_attention": True}, {"is_causal": False}):
+        (folder / "config.json").write_text(json.dumps(config | setting))
+        with pytest.raises(InputError, match="trained to read in both directions"):
+            Encoder.load(str(folder))
 
 
 def test_damaged_or_changed_runs_are_refused(llama, tmp_path):

@@ -1,13 +1,16 @@
 """Decoders that are run padded: every class against transformers' own forward pass, its adapter, and what is refused."""
 
+import shutil
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from conftest import SMALL, TEXTS, make_tokenizer, randomize_adapter
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig
 
 from encoder import Encoder, PoolingConfig
-from encoder.base_models import PACKED_TYPES, check_base, find_blocks
+from encoder.base_models import check_base, find_blocks
 from encoder.contract import SCOPES
 from files.console import InputError
 
@@ -27,6 +30,7 @@ CONFIGS = {
     "codegen": {"rotary_dim": 4},
     "cohere": GQA,
     "cohere2": GQA | {"sliding_window": 12},
+    "ctrl": {"dff": 48},
     "deepseek_v2": MLA | TOP2 | {"intermediate_size": 48, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "deepseek_v3": MLA | TOP2 | {"intermediate_size": 48, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1},
     "ernie4_5": GQA,
@@ -88,7 +92,7 @@ POOLINGS = [
 
 
 def make(folder, name: str, **changes) -> str:
-    extra = dict((CONFIGS | UNTRAINED)[name])
+    extra = (CONFIGS | UNTRAINED).get(name, {})
     settings = SMALL | {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0} | extra | changes
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(settings.pop("model_type", name), **settings))
@@ -194,3 +198,71 @@ def test_the_adapter_of_every_class(name, folders, tmp_path):
     np.testing.assert_allclose(again.untuned().encode(TEXTS), base, atol=1e-6)
     assert again.merge() < 1e-6 and again.merged
     np.testing.assert_allclose(again.encode(TEXTS), trained, atol=1e-5)
+
+
+# ----------------------------------------------------------------------------------------------------- what is refused
+
+
+def test_state_space_layers_are_not_trained(folders):
+    """On a GPU their kernels take the weights of linear layers, and the adapter would have no part in the vectors."""
+    for name in UNTRAINED:
+        encoder = Encoder.load(folders(name))
+        with pytest.raises(InputError, match="reads weights of linear layers past an adapter: it cannot be trained"):
+            encoder.add_adapter(2)
+
+
+def test_states_of_another_width_are_refused(tmp_path):
+    with pytest.raises(InputError, match=r"of type 'opt': its states have \(16,\) numbers instead of 32"):
+        Encoder.load(make(tmp_path / "model", "opt", word_embed_proj_dim=16))
+
+
+def test_a_model_that_reads_ahead_or_sees_padding_is_refused(folders, monkeypatch):
+    """Its class says that it is a decoder, and only its states say otherwise."""
+
+    def all_visible(config, inputs_embeds, **_):
+        return torch.zeros(len(inputs_embeds), 1, *[inputs_embeds.shape[1]] * 2)
+
+    monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.create_causal_mask", all_visible)
+    with pytest.raises(InputError, match="of type 'qwen2': its states change with the tokens behind them, or with padding"):
+        Encoder.load(folders("qwen2"))
+
+
+def test_what_fails_in_its_forward_pass_is_refused(folders, monkeypatch):
+    def fail(*_, **__):
+        raise TypeError("forward() got an unexpected keyword argument")
+
+    monkeypatch.setattr("transformers.GPT2Model.forward", fail)
+    with pytest.raises(InputError, match="of type 'gpt2', cannot be run here: forward"):
+        Encoder.load(folders("gpt2"))
+
+
+def test_the_config_shows_early_what_cannot_be_loaded(folders, tmp_path):
+    for name in CONFIGS:
+        check_base(folders(name), False)
+    folder = shutil.copytree(folders("gpt2"), tmp_path / "model")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(InputError, match="no weights in safetensors files"):
+        check_base(str(folder), False)
+    LlavaConfig().save_pretrained(folder)
+    with pytest.raises(InputError, match="of type 'llava', no decoder"):
+        check_base(str(folder), False)
+    (folder / "config.json").write_text('{"model_type": "of-tomorrow"}')
+    with pytest.raises(InputError, match="does not hold a whole model"):
+        check_base(str(folder), False)
+
+
+def test_blocks_are_the_one_list_with_a_module_for_each_layer():
+    def model(**lists):
+        module = torch.nn.Module()
+        module.config, module.inner = SimpleNamespace(num_hidden_layers=2), torch.nn.Module()
+        for name, modules in lists.items():
+            setattr(module.inner, name, torch.nn.ModuleList(modules))
+        return module
+
+    def some(n):
+        return [torch.nn.Identity() for _ in range(n)]
+
+    blocks = [torch.nn.ModuleDict({"experts": torch.nn.ModuleList(some(2))}) for _ in range(2)]
+    simple = model(h=blocks, heads=some(3))
+    assert find_blocks(simple) is simple.inner.h
+    assert find_blocks(model(h=blocks, norms=some(2))) is None and find_blocks(model(h=some(3))) is None
