@@ -30,7 +30,12 @@ from encoder.runtime import all_reduce_number, is_out_of_memory
 from files.console import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKED_TYPES = ("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox")  # tested: see tests/conftest.py; others are padded
+# run without padding, and tested in tests/conftest.py and tests/test_classes.py; other decoders are padded
+PACKED_TYPES = (
+    *("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox"),
+    *("cohere", "cohere2", "exaone4", "gemma", "glm", "glm4", "granite", "ministral", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
+)
 # what the classes of transformers raise where a config is not for them
 RUNNING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError)
 transformers_logging.disable_progress_bar()
@@ -163,7 +168,7 @@ def _check_config(config, folder: Path, attention: str) -> None:
     encoders = MODEL_FOR_MASKED_LM_MAPPING_NAMES  # some of them have a class for generation as well
     is_decoder = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in encoders
     if not tested and (not is_decoder or config.is_encoder_decoder):
-        raise InputError(f"{folder} is a model of type {config.model_type!r}, no decoder: take one of {', '.join(PACKED_TYPES)}")
+        raise InputError(f"{folder} is a model of type {config.model_type!r}, no decoder: take one like {', '.join(PACKED_TYPES[:5])}")
     for name, value in (("use_bidirectional_attention", True), ("is_causal", False)):
         if getattr(config, name, not value) is value:
             raise InputError(f"{folder} was trained to read in both directions ({name}): it is no decoder")
@@ -185,7 +190,7 @@ def find_blocks(model: nn.Module) -> nn.ModuleList | None:
 
 def _check_blocks(model: nn.Module, folder: Path) -> None:
     if find_blocks(model) is None:
-        raise InputError(f"{folder} is a {type(model).__name__}, whose blocks cannot be found: take one of {', '.join(PACKED_TYPES)}")
+        raise InputError(f"{folder} is a {type(model).__name__}, whose blocks cannot be found: take one like {', '.join(PACKED_TYPES[:5])}")
 
 
 @contextlib.contextmanager

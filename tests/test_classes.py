@@ -1,16 +1,18 @@
-"""Decoders that are run padded: every class against transformers' own forward pass, its adapter, and what is refused."""
+"""Classes of decoders beside those of conftest.py: against transformers' own forward pass, their adapters, and what is refused."""
 
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import test_encoder
+import test_packing
 import torch
 from conftest import SMALL, TEXTS, make_tokenizer, randomize_adapter
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig
 
 from encoder import Encoder, PoolingConfig
-from encoder.base_models import check_base, find_blocks
+from encoder.base_models import PACKED_TYPES, check_base, find_blocks
 from encoder.contract import SCOPES
 from files.console import InputError
 
@@ -89,6 +91,7 @@ POOLINGS = [
     for pooling, scope in zip(("mean", "last", "position-mean", "query"), SCOPES * 2, strict=True)
     for layers in ((-1,), (2,), (0, -2))
 ]
+OF_ATTENTION = [PoolingConfig("attention", scope) for scope in SCOPES]
 
 
 def make(folder, name: str, **changes) -> str:
@@ -112,26 +115,30 @@ def folders(tmp_path_factory):
     return lambda name: made.get(name) or made.setdefault(name, make(tmp_path_factory.mktemp("padded") / name, name))
 
 
-def plain(model, encoder: Encoder, text: str, query: torch.Tensor) -> list[np.ndarray]:
+def plain(model, encoder: Encoder, text: str, query: torch.Tensor, poolings: list[PoolingConfig]) -> list[np.ndarray]:
     """One text through transformers alone, without padding, the poolings written out: what `encode` must equal."""
     tokenized = encoder.tokenize([text])
     ids, (start, end) = tokenized.ids[0], tokenized.spans[0]
     with torch.no_grad():
-        out = model(torch.tensor([ids]), output_hidden_states=True, use_cache=False)
+        out = model(torch.tensor([ids]), output_hidden_states=True, output_attentions=encoder.packed, use_cache=False)
     hidden = out.hidden_states
     if "mamba" in encoder.decoder.config.model_type:  # whose own list begins behind the first block
         hidden = model.get_input_embeddings()(torch.tensor([ids])).detach(), *hidden
     states = {0: hidden[0], 2: hidden[2], -1: out.last_hidden_state, -2: hidden[len(encoder.blocks) - 1]}
     vectors = []
-    for config in POOLINGS:
-        x = torch.stack([states[i][0] for i in config.layers]).double().mean(0)
-        x = x[start:end] if config.scope == "text" and end > start else x[1:] if len(ids) > 1 else x  # without BOS
+    for config in poolings:
+        scope = slice(start, end) if config.scope == "text" and end > start else slice(1, None)  # without BOS
+        x = torch.stack([states[i][0] for i in config.layers]).double().mean(0)[scope]
         weights = {
             "mean": torch.ones(len(x)).double(),
             "last": (torch.arange(len(x)) == len(x) - 1).double(),
             "position-mean": torch.arange(1, len(x) + 1).double(),
             "query": (x @ query / x.shape[1] ** 0.5).softmax(0),
-        }[config.pooling]
+        }
+        if config.pooling == "attention":
+            heads = out.attentions[-1][0, :, -1, scope].double()
+            weights["attention"] = (heads / heads.sum(1, keepdim=True)).mean(0)
+        weights = weights[config.pooling]
         y = weights @ x
         vectors.append((y / y.norm()).numpy())
     return vectors
@@ -143,14 +150,31 @@ def test_vectors_are_those_of_transformers_alone_and_in_a_batch(name, folders):
     query = encoder.query.data.normal_(generator=torch.Generator().manual_seed(0))[0].double()
     attention = "sdpa" if name == "falcon-alibi" else "eager"  # where transformers 5.23 adds its biases twice
     model = AutoModel.from_pretrained(folders(name), attn_implementation=attention).eval()
-    expected = zip(*(plain(model, encoder, text, query) for text in TEXTS), strict=True)
-    alone = [np.concatenate(vectors) for vectors in zip(*(encoder.encode([t], poolings=POOLINGS) for t in TEXTS), strict=True)]
-    together = encoder.encode(TEXTS, poolings=POOLINGS)
-    for config, a, b, c in zip(POOLINGS, expected, alone, together, strict=True):
+    poolings = POOLINGS + OF_ATTENTION * encoder.packed
+    expected = zip(*(plain(model, encoder, text, query, poolings) for text in TEXTS), strict=True)
+    alone = [np.concatenate(vectors) for vectors in zip(*(encoder.encode([t], poolings=poolings) for t in TEXTS), strict=True)]
+    together = encoder.encode(TEXTS, poolings=poolings)
+    for config, a, b, c in zip(poolings, expected, alone, together, strict=True):
         np.testing.assert_allclose(b, np.stack(a), atol=1e-5, err_msg=str(config))
         np.testing.assert_allclose(c, b, atol=1e-5, err_msg=str(config))
     assert np.abs(together[0] - together[1]).max() > 1e-2  # another layer is another vector
-    assert encoder.notes == [f"{encoder.decoder.config.model_type} models are not packed: texts are padded, which is slower"]
+    padded = f"{encoder.decoder.config.model_type} models are not packed: texts are padded, which is slower"
+    assert encoder.notes == ([] if name in PACKED_TYPES else [padded])
+
+
+# the tests of packed rows that decide, on the classes that conftest.py leaves out to save time
+DECISIVE = {
+    "bidirectional": lambda folder, _: test_encoder.test_bidirectional_vectors_are_those_that_transformers_gives(folder),
+    "trimmed": lambda folder, patch: test_packing.test_a_trimmed_last_layer_changes_nothing(folder, test_packing.LONG, "causal", patch),
+    "varlen": lambda folder, patch: test_packing.test_one_call_for_all_lengths_equals_sequences_under_each_other(folder, "causal", patch),
+    "gradients": lambda folder, patch: test_packing.test_gradients_flow_through_the_shared_prefix(folder, "last", "stacked", patch),
+}
+
+
+@pytest.mark.parametrize("check", DECISIVE)
+@pytest.mark.parametrize("name", [name for name in CONFIGS if name in PACKED_TYPES])
+def test_packed_rows_of_every_class(name, check, folders, monkeypatch):
+    DECISIVE[check](folders(name), monkeypatch)
 
 
 def gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
@@ -169,6 +193,7 @@ def test_the_adapter_of_every_class(name, folders, tmp_path):
     base = encoder.encode(TEXTS)
     linear = [n for n, m in encoder.blocks.named_modules() if type(m).__name__ in ("Linear", "FalconLinear", "Conv1D")]
     encoder.add_adapter(2)
+    encoder.trim_last_layer = False  # layers that are computed again are not trimmed, and would draw other dropout
     adapted = {n.split(".lora_")[0] for n, _ in encoder.blocks.named_parameters() if ".lora_A" in n}
     assert adapted == set(linear) and len(linear) >= 3 * 4 and len(encoder.trainable()) == 2 * len(linear)
     has_experts = any(p.dim() == 3 and n.endswith("_proj") for n, p in encoder.blocks.named_parameters())
@@ -222,9 +247,9 @@ def test_a_model_that_reads_ahead_or_sees_padding_is_refused(folders, monkeypatc
     def all_visible(config, inputs_embeds, **_):
         return torch.zeros(len(inputs_embeds), 1, *[inputs_embeds.shape[1]] * 2)
 
-    monkeypatch.setattr("transformers.models.qwen2.modeling_qwen2.create_causal_mask", all_visible)
-    with pytest.raises(InputError, match="of type 'qwen2': its states change with the tokens behind them, or with padding"):
-        Encoder.load(folders("qwen2"))
+    monkeypatch.setattr("transformers.models.stablelm.modeling_stablelm.create_causal_mask", all_visible)
+    with pytest.raises(InputError, match="of type 'stablelm': its states change with the tokens behind them, or with padding"):
+        Encoder.load(folders("stablelm"))
 
 
 def test_what_fails_in_its_forward_pass_is_refused(folders, monkeypatch):
