@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import GQA, SMALL, TEXTS, make_tokenizer, randomize_adapter
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, StableLmConfig
 
 from encoder import Encoder, EncodingReport, PoolingConfig, packing, streaming
 from encoder.contract import POOLINGS, SCOPES
@@ -171,27 +171,27 @@ def test_gradients_flow_through_the_shared_prefix(model, pooling, path, monkeypa
 
 
 @pytest.fixture(scope="session")
-def qwen2(tmp_path_factory) -> str:
+def stablelm(tmp_path_factory) -> str:
     """A decoder that nothing here was written for."""
-    folder = tmp_path_factory.mktemp("other") / "qwen2"
+    folder = tmp_path_factory.mktemp("other") / "stablelm"
     torch.manual_seed(0)
     small = {k: v for k, v in GQA.items() if k != "head_dim"}
-    AutoModelForCausalLM.from_config(Qwen2Config(**SMALL, **small, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(StableLmConfig(**SMALL, **small, bos_token_id=1, eos_token_id=2)).save_pretrained(folder)
     make_tokenizer("bytes", bos=True).save_pretrained(folder)
     return str(folder)
 
 
-def test_an_unknown_decoder_is_padded_and_says_so(qwen2):
-    encoder = Encoder.load(qwen2, prompt="cluster", max_tokens=20)
+def test_an_unknown_decoder_is_padded_and_says_so(stablelm):
+    encoder = Encoder.load(stablelm, prompt="cluster", max_tokens=20)
     poolings = [config for config in ALL_POOLINGS if config.pooling != "attention"]
     alone = [np.concatenate(a) for a in zip(*(encoder.encode([t], poolings=poolings) for t in MANY), strict=True)]
     for config, a, b in zip(poolings, alone, encoder.encode(MANY, poolings=poolings, batch_tokens=60), strict=True):
         np.testing.assert_allclose(b, a, atol=1e-5, err_msg=str(config))
-    assert encoder.notes == ["qwen2 models are not packed: texts are padded, which is slower"]
+    assert encoder.notes == ["stablelm models are not packed: texts are padded, which is slower"]
     with pytest.raises(InputError, match="does not let its attention be read"):
-        Encoder.load(qwen2, pooling="attention").encode(["a"])
+        Encoder.load(stablelm, pooling="attention").encode(["a"])
     with pytest.raises(InputError, match="bidirectional attention is not tested"):
-        Encoder.load(qwen2, attention="bidirectional")
+        Encoder.load(stablelm, attention="bidirectional")
 
 
 # ------------------------------------------------------------------------------------------- streams, memory, devices
