@@ -139,10 +139,11 @@ class LoRALinear(Function):
         flat = x.reshape(-1, x.shape[-1]).to(weight.dtype)
         a, b = a.to(weight.dtype), (scale * b).to(weight.dtype)
         inner = flat @ a.T
-        out = F.linear(flat, weight, bias).addmm_(inner, b.T)
+        out = F.linear(flat.view(x.shape), weight, bias)  # in its final shape: a view could not be changed in place, as OLMo does
+        out.view(-1, len(weight)).addmm_(inner, b.T)
         ctx.save_for_backward(flat, weight, a, b, inner)
         ctx.scale, ctx.shape, ctx.dtype = scale, x.shape, x.dtype
-        return out.view(*x.shape[:-1], len(weight))
+        return out
 
     @staticmethod
     @once_differentiable

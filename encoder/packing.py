@@ -23,7 +23,6 @@ from transformers import AttentionInterface
 from encoder.contract import PoolingConfig
 from encoder.runtime import to_device
 from encoder.tokenization import TokenizedTexts
-from files.console import InputError
 
 try:
     from torch.nn.attention.varlen import varlen_attn
@@ -335,11 +334,9 @@ def trim_hook(packed: PackedAttention):
 
 @torch.compiler.disable  # also where hooks on layers take effect: compiled code does not see them change
 def _packed_attention(
-    module, query, key, value, attention_mask, packed: PackedAttention, scaling=None, dropout=0.0, sliding_window=None, softcap=None, **_
+    module, query, key, value, attention_mask, packed: PackedAttention, scaling=None, dropout=0.0, sliding_window=None, **_
 ):
     """What the model's layers call: query (1, H, T, d), key and value (1, K, T, d) -> (1, T, H, d)."""
-    if softcap is not None:
-        raise InputError("this model caps its attention scores, which packed attention does not: set attn_logit_softcapping to null")
     width, n = query.shape[2], len(packed.batch.ids)  # the row may have been filled up
     query, key, value = (x[0].transpose(0, 1)[:n] for x in (query, key, value))
     out = packed(module.layer_idx, query, key, value, scaling, sliding_window, dropout)
