@@ -34,7 +34,8 @@ def _wrap(model: nn.Module, config):
     keep_targets = mock.patch.object(conversion, "convert_peft_config_for_transformers", lambda *_, **__: None)
     with keep_targets, warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5.23 by a name that it is about to drop
-        warnings.simplefilter("ignore", UserWarning)  # a hub model is loaded from its snapshot; `save_lora` writes its hub id
+        # a hub model is loaded from its snapshot, and `save_lora` writes its hub id; for Conv1D peft sets fan_in_fan_out itself
+        warnings.simplefilter("ignore", UserWarning)
         return get_peft_model(model, config)
 
 
@@ -57,7 +58,6 @@ def add_lora(model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | No
     names = {path.split(".")[-1] for path, is_target in paths.items() if is_target}
     if any(not is_target and path.split(".")[-1] in names for path, is_target in paths.items()):  # such as "0", in a sequence of layers
         names = {path for path, is_target in paths.items() if is_target}
-    options |= {"fan_in_fan_out": any(isinstance(module, Conv1D) for module in blocks.modules())}  # their weights are (in, out)
     config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=sorted(names), bias="none", **options)
     handle = _wrap(model, config)
     fuse_adapter(model)

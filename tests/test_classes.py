@@ -15,6 +15,7 @@ from encoder import Encoder, PoolingConfig
 from encoder.base_models import PACKED_TYPES, check_base, find_blocks
 from encoder.contract import SCOPES
 from files.console import InputError
+from training.contrastive import fall_back_after_out_of_memory
 
 GQA = {"num_key_value_heads": 2, "intermediate_size": 48}
 HEADS = GQA | {"head_dim": 8}
@@ -196,6 +197,7 @@ def test_the_adapter_of_every_class(name, folders, tmp_path):
     encoder.trim_last_layer = False  # layers that are computed again are not trimmed, and would draw other dropout
     adapted = {n.split(".lora_")[0] for n, _ in encoder.blocks.named_parameters() if ".lora_A" in n}
     assert adapted == set(linear) and len(linear) >= 3 * 4 and len(encoder.trainable()) == 2 * len(linear)
+    assert encoder.peft.peft_config["default"].fan_in_fan_out == (name in ("gpt2", "openai-gpt"))
     has_experts = any(p.dim() == 3 and n.endswith("_proj") for n, p in encoder.blocks.named_parameters())
     assert has_experts == any("LoRA reaches linear layers only" in note and ".experts" in note for note in encoder.notes)
 
@@ -223,6 +225,12 @@ def test_the_adapter_of_every_class(name, folders, tmp_path):
     np.testing.assert_allclose(again.untuned().encode(TEXTS), base, atol=1e-6)
     assert again.merge() < 1e-6 and again.merged
     np.testing.assert_allclose(again.encode(TEXTS), trained, atol=1e-5)
+
+
+def test_out_of_memory_halves_the_chunk_where_layers_cannot_be_computed_again(folders):
+    state = SimpleNamespace(gradient_checkpointing=0, chunk_size=8)
+    fall_back_after_out_of_memory(Encoder.load(folders("openai-gpt")), state, 8)
+    assert (state.gradient_checkpointing, state.chunk_size) == (0, 4)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused
