@@ -1,4 +1,4 @@
-"""Small random models of every supported class, made on the spot: real configs and tokenizers, no download."""
+"""Small random models of the classes that most tests run, made on the spot: real configs and tokenizers, no download."""
 
 import itertools
 import os

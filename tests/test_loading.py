@@ -73,6 +73,7 @@ def test_a_model_in_the_hub_cache_loads_without_network(llama, tmp_path, offline
         shutil.copy(file, home / "blobs" / digest)
         (snapshot / file.name).symlink_to(home / "blobs" / digest)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    check_base("org/llama", trust_remote_code=False)
     encoder = Encoder.load("org/llama", prompt="cluster")
     assert (encoder.contract.base, encoder.contract.revision) == ("org/llama", commit)
     encoder.add_adapter(2)
