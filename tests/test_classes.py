@@ -9,6 +9,7 @@ import test_encoder
 import test_packing
 import torch
 from conftest import SMALL, TEXTS, make_tokenizer, randomize_adapter
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, LlavaConfig
 
 from encoder import Encoder, PoolingConfig
@@ -258,6 +259,15 @@ def test_a_model_that_reads_ahead_or_sees_padding_is_refused(folders, monkeypatc
     monkeypatch.setattr("transformers.models.stablelm.modeling_stablelm.create_causal_mask", all_visible)
     with pytest.raises(InputError, match="of type 'stablelm': its states change with the tokens behind them, or with padding"):
         Encoder.load(folders("stablelm"))
+
+
+def test_damaged_weights_are_not_taken_for_another_class(folders, tmp_path):
+    folder = shutil.copytree(folders("gpt2"), tmp_path / "model")
+    weights = load_file(folder / "model.safetensors")
+    weights["transformer.ln_f.weight"] *= torch.nan
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="are the weights damaged"):
+        Encoder.load(str(folder)).encode(["a"])
 
 
 def test_what_fails_in_its_forward_pass_is_refused(folders, monkeypatch):

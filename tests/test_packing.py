@@ -189,7 +189,9 @@ def test_an_unknown_decoder_is_padded_and_says_so(stablelm):
         np.testing.assert_allclose(b, a, atol=1e-5, err_msg=str(config))
     assert encoder.notes == ["stablelm models are not packed: texts are padded, which is slower"]
     with pytest.raises(InputError, match="does not let its attention be read"):
-        Encoder.load(stablelm, pooling="attention").encode(["a"])
+        Encoder.load(stablelm, pooling="attention")
+    with pytest.raises(InputError, match="does not let its attention be read"):
+        Encoder.load(stablelm).last_token_attention(["a"])
     with pytest.raises(InputError, match="bidirectional attention is not tested"):
         Encoder.load(stablelm, attention="bidirectional")
 
