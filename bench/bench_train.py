@@ -71,7 +71,7 @@ class PairsInMemory(list):
 
 
 class Ours:
-    def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None):
+    def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None, trim=True):
         flags = ["--model", folder, "--pairs", pairs, "--batch-size", args.batch_size, "--lora-rank", RANK, "--lr", LR, "--dtype", dtype]
         flags += [
             "--temperature",
@@ -90,6 +90,7 @@ class Ours:
         if tokens:
             batches = self.encoder.batches
             self.encoder.batches = lambda tokenized, rows, _: batches(tokenized, rows, tokens)
+        self.encoder.trim_last_layer = trim
         self.trained = self.encoder.trainable()
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LR)
         self.state = TrainingState(args.batch_size, self.args.gradient_checkpointing)
@@ -197,6 +198,7 @@ class PlainLoop:
 SIDES = {
     "ours": (Ours, {}),
     "ours, LoRA through peft's layers": (Ours, {"fused": False}),
+    "ours, whole last layer": (Ours, {"trim": False}),
     "ours, 2048 tokens a batch": (Ours, {"tokens": 2048}),
     "ours, 8192 tokens a batch": (Ours, {"tokens": 8192}),
     "sentence-transformers, sdpa": (SentenceTransformers, {}),

@@ -7,6 +7,7 @@ downloaded to it where the hub answers.
 import contextlib
 import functools
 import importlib.util
+import logging
 import os
 import socket
 import sys
@@ -156,6 +157,7 @@ def _quantization_config(kind: str, dtype: torch.dtype):
 
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"quantize {kind} needs the package bitsandbytes: pip install bitsandbytes, or leave it out")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it says for every product that it casts bfloat16 to float16
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
