@@ -13,22 +13,27 @@ Leaves behind one JSONL file with a pair a line:
 
 `mine` adds {"negatives": [str], "scores": cosines of the anchor to the positive and to each of the negatives}.
 
-Input may be txt (a text a line), csv, tsv or jsonl, each also gzipped, or parquet. Docstrings are read from the source files;
-no code is imported or run. The modules behind the bundled evaluation tasks (`tasks/*.jsonl.gz`) are left out, and so is any
-docstring that shares a sentence with them.
+--input and --corpus take txt (a text a line), csv, tsv, jsonl or json, each also gzipped, parquet, or `-` for standard input: JSONL
+where it begins with {, else a text a line. --pairs takes the same, with columns anchor,positive and perhaps negative. Of a text, crop
+and noise take the first 2,048 words; in scripts without spaces a character is a word.
+
+Docstrings are read from the source files; no code is imported or run. The modules behind the bundled evaluation tasks
+(`tasks/*.jsonl.gz`) are left out, and so is any docstring that shares a sentence with them.
 """
 
 import argparse
 import hashlib
 import json
 import random
-from collections import defaultdict
-from collections.abc import Callable
+import re
+import unicodedata
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from files.console import InputError, Progress, run_script, say, warn
 from files.docstrings import SENTENCE_END, bundled_task_files, normalized_key, read_excluded, read_library
-from files.reading import read_jsonl, read_texts
+from files.reading import display_name, left_out, read_texts
 from files.writing import check_absent, write_new, write_text
 
 HERE = Path(__file__).resolve().parent
@@ -43,6 +48,15 @@ TEMPLATES = {
 }
 # A resumed rewriting job must have been started with the same values of these.
 REWRITING_SETTINGS = ("chat_model", "seed", "temperature", "top_p", "repetition_penalty", "max_new_tokens", "templates")
+MAX_WORDS = 2048  # of a text that crop and noise take: models cut at 512 tokens by default, and a word is seldom less than one
+# Scripts written without spaces, and emoji: Thai to Myanmar, Khmer, symbols, CJK and kana, more Myanmar, fullwidth forms, pictographs
+UNSPACED = re.compile(
+    "[\u0e00-\u109f\u1780-\u17ff\u2600-\u27bf\u2e80-\u312f\u31a0-\u9fff\ua9e0-\ua9ff\uaa60-\uaa7f\uf900-\ufaff\uff00-\uff9f"
+    "\U0001f000-\U0001faff\U00020000-\U0003ffff]"
+)
+INVISIBLE = re.compile("[\u200b-\u200d\ufe00-\ufe0f]")
+JOINS_NEXT = "\u200d\u1039\u17d2"  # the joiner of emoji, and the signs that stack consonants
+FLAG_LETTER = re.compile("[\U0001f1e6-\U0001f1ff]")  # two make a flag
 SIMILARITIES_AT_ONCE = 2**26  # entries of the similarity matrix of one step of mining: 256 MiB in float32
 
 Rewrite = Callable[[list[tuple[str, str, str]], int], list[str]]  # jobs (source, text, template) and a seed -> the new texts
@@ -77,21 +91,74 @@ def read_input(path: Path, column: str | None) -> list[tuple[str, str]]:
     return texts
 
 
+def split_words(text: str) -> tuple[list[str], str]:
+    """The words of a text, and what joins them again: a space.
+
+    Where most characters belong to scripts without spaces, these characters are the words (a combining mark, and what a joiner
+    connects, stay with theirs), and so is each run of other characters. A word then keeps the space before it, and "" joins them.
+    """
+    words = text.split()
+    visible = INVISIBLE.sub("", "".join(words))
+    if 2 * len(UNSPACED.sub("", visible)) >= len(visible):
+        return words, " "
+    units = []
+    for c in " ".join(words):
+        if units and c != " " and (units[-1] == " " or is_joined(units[-1], c)):
+            units[-1] += c
+        elif len(units) > MAX_WORDS:  # of no more use
+            break
+        else:
+            units.append(c)
+    return units, ""
+
+
+def is_joined(unit: str, c: str) -> bool:
+    """Whether a character belongs to the unit before it."""
+    if unicodedata.category(c) in ("Mn", "Mc", "Me", "Cf") or "\U0001f3fb" <= c <= "\U0001f3ff" or unit[-1] in JOINS_NEXT:
+        return True  # marks, invisible characters, skin tones
+    if UNSPACED.match(c):
+        return bool(FLAG_LETTER.match(c) and FLAG_LETTER.fullmatch(unit.strip()))
+    return not UNSPACED.search(unit)
+
+
+def read_words(args: argparse.Namespace, reasons: Counter[str]) -> Iterator[tuple[str, str, list[str], str]]:
+    """Source, text, and its words with what joins them, see `split_words`, of each row with a text; at most `MAX_WORDS` words.
+
+    At the end prints how many texts were cut, and how many the caller has left out for the reasons that it counted.
+    Raises InputError where all were left out.
+    """
+    texts, n_cut = read_input(args.input, args.column), 0
+    for source, text in texts:
+        words, space = split_words(text)
+        if len(words) > MAX_WORDS:
+            words, n_cut = words[:MAX_WORDS], n_cut + 1
+            text = space.join(words)
+        yield source, text, words, space
+    if n_cut:
+        say(f"{n_cut} of {len(texts)} texts cut to their first {MAX_WORDS:,} words")
+    if reasons.total() == len(texts):
+        raise InputError(f"{display_name(args.input)}: no pairs were made, {left_out('text', reasons)}")
+    if reasons:
+        say(left_out("text", reasons))
+
+
 def crop_pairs(args: argparse.Namespace) -> list[dict]:
     """Two random spans of each document, each of 30 to 70 % of its words (Contriever, Izacard et al. 2022, arXiv 2112.09118)."""
-    rng = random.Random(args.seed)
+    rng, reasons = random.Random(args.seed), Counter()
     pairs = []
-    for source, text in read_input(args.input, args.column):
-        words = text.split()
+    for source, _, words, space in read_words(args, reasons):
         if len(words) < args.min_words:
+            reasons[f"of fewer than {args.min_words} words (--min-words)"] += 1
             continue
         spans = []
         for _ in range(2):
             length = max(1, round(len(words) * rng.uniform(0.3, 0.7)))
             start = rng.randint(0, len(words) - length)
-            spans.append(" ".join(words[start : start + length]))
+            spans.append(space.join(words[start : start + length]).strip())
         if spans[0] != spans[1]:
             pairs.append({"anchor": spans[0], "positive": spans[1], "engine": "crop", "source": source})
+        else:
+            reasons["whose two spans are equal"] += 1
     return pairs
 
 
@@ -101,26 +168,30 @@ def damage(text: str, rng: random.Random, delete: float, swap: float, chars: flo
     delete, swap, chars     probability of each, for each word
     The first and the last letter of a word stay where they are. At least one word is left.
     """
-    words = text.split()
+    words, space = split_words(text)
     kept = [word for word in words if rng.random() >= delete] or words[:1]
     for i in range(len(kept) - 1):
         if rng.random() < swap:
             kept[i], kept[i + 1] = kept[i + 1], kept[i]
     for i, word in enumerate(kept):
+        if not space and UNSPACED.search(word):  # one character, though of several codes
+            continue
         if len(word) > 3 and rng.random() < chars:
             at = rng.randint(1, len(word) - 3)
             kept[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
-    return " ".join(kept)
+    return space.join(kept).strip()
 
 
 def noise_pairs(args: argparse.Namespace) -> list[dict]:
     """Each text and its damaged copy; texts that no damage has changed are left out."""
-    rng = random.Random(args.seed)
+    rng, reasons = random.Random(args.seed), Counter()
     pairs = []
-    for source, text in read_input(args.input, args.column):
+    for source, text, words, space in read_words(args, reasons):
         damaged = damage(text, rng, args.delete, args.swap, args.chars)
-        if damaged != " ".join(text.split()):
+        if damaged != space.join(words):
             pairs.append({"anchor": text, "positive": damaged, "engine": "noise", "source": source})
+        else:
+            reasons["that the damage did not change"] += 1
     return pairs
 
 
@@ -230,19 +301,6 @@ def load_chat_model(args: argparse.Namespace) -> Rewrite:
 # --------------------------------------------------------------------------------------------------------- hard negatives
 
 
-def read_pairs(path: Path) -> list[dict]:
-    """The rows of a file of pairs, with all their fields. Raises InputError with the line, and where there is no pair."""
-    from training.pair_data import validate_pair
-
-    rows = []
-    for number, row in read_jsonl(path):
-        validate_pair(row, f"{path}, line {number}")
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path} holds no pairs")
-    return rows
-
-
 def mined_pairs(args: argparse.Namespace) -> list[dict]:
     """The pairs with hard negatives: for each anchor the most similar texts of a corpus that are probably wrong answers.
 
@@ -254,8 +312,9 @@ def mined_pairs(args: argparse.Namespace) -> list[dict]:
     import torch.nn.functional as F
 
     from encoder import Encoder, EncodingReport
+    from training.pair_data import read_pair_rows
 
-    pairs = read_pairs(args.pairs)[: args.limit]
+    pairs = [row for _, row in read_pair_rows(args.pairs)][: args.limit]
     candidates = [text for _, text in read_input(args.corpus, args.column)] if args.corpus else [pair["positive"] for pair in pairs]
     corpus = list(dict.fromkeys(candidates))
     encoder, report = Encoder.load(args.model, dtype=args.dtype, device=args.device), EncodingReport()
@@ -330,7 +389,7 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
     common.add_argument("--limit", type=positive_int, help="make at most this many pairs (default: all)")
     table = argparse.ArgumentParser(add_help=False)
-    table.add_argument("--input", type=Path, required=True, help="file of texts: txt, csv, tsv, jsonl (also .gz) or parquet")
+    table.add_argument("--input", type=Path, required=True, help="file of texts: txt, csv, tsv, jsonl (also .gz), parquet, or -")
     table.add_argument("--column", help="column that holds the text (default: guessed, and printed)")
     table.add_argument("--out", type=Path, required=True, help="JSONL file to write")
 
@@ -339,7 +398,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=HERE / "pairs" / "docstrings.jsonl", help="JSONL file to write (default pairs/docstrings.jsonl)"
     )
     crop = engines.add_parser("crop", parents=[common, table], help="two spans of one document")
-    crop.add_argument("--min-words", type=positive_int, default=8, help="leave shorter documents out (default 8)")
+    crop.add_argument("--min-words", type=positive_int, default=8, help="leave documents of fewer words out (default 8)")
     noise = engines.add_parser("noise", parents=[common, table], help="a text and its damaged copy")
     for name, what in (
         ("delete", "deleting a word"),
@@ -358,12 +417,12 @@ def build_parser() -> argparse.ArgumentParser:
     llm.add_argument("--top-p", type=float, default=0.9, help="share of the probability mass to sample from (default 0.9)")
     llm.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty on repeated tokens; 1 is none (default 1.0)")
     mine = engines.add_parser("mine", help="hard negatives for pairs, chosen by a model's own mistakes")
-    mine.add_argument("--pairs", type=Path, required=True, help="JSONL file of another engine, may be gzipped")
+    mine.add_argument("--pairs", type=Path, required=True, help="file of pairs, such as another engine's")
     mine.add_argument(
         "--model", default="tiny", help="run, preset, folder or hub id; the run trained so far is best (default tiny, the bundled model)"
     )
     mine.add_argument(
-        "--corpus", type=Path, help="file to take negatives from: txt, csv, tsv, jsonl (also .gz) or parquet (default: the positives)"
+        "--corpus", type=Path, help="file to take negatives from, of the kinds that --input takes elsewhere (default: the positives)"
     )
     mine.add_argument("--column", help="column of --corpus that holds the text (default: guessed, and printed)")
     mine.add_argument("--negatives", type=positive_int, default=4, help="negatives of each pair (default 4)")
@@ -382,7 +441,8 @@ def main(args: argparse.Namespace) -> None:
     pairs = ENGINES[args.engine](args)[: args.limit]
     if not pairs:
         raise InputError("no pairs were made: the texts are too short or too few")
-    write_new(args.out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in pairs).encode())
+    lines = (json.dumps(pair, ensure_ascii=False, default=str) + "\n" for pair in pairs)
+    write_new(args.out, "".join(lines).encode(errors="backslashreplace"))  # half a surrogate pair is written as JSON's escape
     partial_file(args.out).unlink(missing_ok=True)
     say(f"{args.out}: {len(pairs)} pairs, for example")
     for pair in pairs[:2]:

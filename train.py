@@ -48,6 +48,7 @@ from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES
 from encoder.lora import keep_input_dtype
 from encoder.runtime import all_reduce_number, distributed, end_distributed, pick_device, pick_dtype
 from files.console import InputError, Progress, run_script, say, warn
+from files.reading import file_kind
 from files.writing import write_json, write_text
 from prompts import PROMPTS
 from training.checkpoint import TrainingState, gather_random_states, has_checkpoint, load_checkpoint, save_checkpoint
@@ -100,7 +101,7 @@ def add_data_arguments(add) -> None:
     add("--weights", type=float, nargs="+", help="share of each file of --pairs in training (default: in proportion to their pairs)")
     add("--same-source-batches", action="store_true", help="draw every batch from a single file of --pairs: harder in-batch negatives")
     add("--hold-out", type=int, default=256, help="pairs kept for validation, at most a twentieth of all (default 256; 0: none)")
-    add("--validation", type=Path, help="JSONL with text and label: validate by the V-measure of these texts, and hold no pairs out")
+    add("--validation", type=Path, help="file with columns text,label: validate by the V-measure of these texts, and hold no pairs out")
     add("--out", type=Path, help="folder of the run (default runs/MODEL)")
 
 
@@ -230,8 +231,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--weights takes a number above 0 for each of the {n_files} files of --pairs, not {args.weights}")
     if args.same_source_batches and n_files < 2:
         raise InputError("--same-source-batches needs several files of --pairs, one for each source")
-    if args.validation is not None and not args.validation.is_file():
-        raise InputError(f"no file {args.validation}: --validation takes JSONL with text and label")
+    if args.validation is not None:
+        file_kind(args.validation)  # not found out only after the base was loaded
     if args.fsdp and (world_size == 1 or args.quantize):
         raise InputError("--fsdp divides a base among several processes: start them with torchrun, and leave --quantize out")
     if args.track and importlib.util.find_spec(args.track) is None:

@@ -24,7 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from files.reading import read_jsonl
+from files.reading import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 ROWS, PAIRS, BATCH, LR = 2048, 7680, 96, 2e-3
@@ -60,7 +60,7 @@ def labelled_sets(args: argparse.Namespace) -> list[Path]:
     """Write the labelled sets as evaluate.py reads them: text and label, one file each."""
     files = []
     for path in sorted(args.data):
-        rows = [row for _, row in read_jsonl(path)]
+        rows = [row for _, row in read_rows(path)]
         random.Random(0).shuffle(rows)
         for column in (c for c in ("label", "domain") if c in rows[0]):
             files.append(args.out / "sets" / f"{path.name.split('.')[0]}-{column}.jsonl")
@@ -72,7 +72,7 @@ def labelled_sets(args: argparse.Namespace) -> list[Path]:
 def write_mixed_sources(args: argparse.Namespace) -> None:
     """Write 6,000 random pairs of each file of --mix, with texts cut to 64 words: long ones would take most of the time."""
     for path in args.mix:
-        rows = [row for _, row in read_jsonl(path)]
+        rows = [row for _, row in read_rows(path)]
         rows = random.Random(0).sample(rows, min(6000, len(rows)))
         cut = [{k: " ".join(row[k].split()[:64]) for k in ("anchor", "positive")} for row in rows]
         out = args.out / "mix" / f"{path.name.split('.')[0]}.jsonl"

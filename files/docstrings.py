@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files.console import InputError
-from files.reading import read_jsonl
+from files.reading import read_rows
 
 TASKS_FOLDER = Path(__file__).resolve().parent.parent / "tasks"
 
@@ -157,15 +157,15 @@ def bundled_task_files() -> list[Path]:
 
 
 def read_excluded(paths: Iterable[Path]) -> Excluded:
-    """The texts of JSONL files with a column `text`, and the modules where they have a column `module`.
+    """The texts of files with a column `text`, and the modules where they have a column `module`.
 
-    Raises InputError, with the line, for a row without a text.
+    Raises InputError, with the place, for a row without a text.
     """
     excluded = Excluded(set(), set())
     for path in paths:
-        for number, row in read_jsonl(path):
+        for place, row in read_rows(path):
             if not isinstance(row.get("text"), str):
-                raise InputError(f"{path}, line {number}: needs a column 'text' that holds a string")
+                raise InputError(f"{place}: needs a column 'text' that holds a string")
             excluded.keys.add(normalized_key(row["text"]))
             if isinstance(row.get("module"), str):
                 excluded.modules.add(row["module"])

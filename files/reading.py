@@ -1,141 +1,336 @@
-"""Tables and JSONL files of the user, read by the same rules in every script; what cannot be read is one InputError.
+"""Rows of the user's files, read by the same rules in every script; what cannot be read is one InputError.
 
-Tables (csv, tsv, jsonl, txt, each also gzipped, and parquet) are read whole, through `datasets`; JSONL is read a line at a time,
-so that it may be larger than memory. All are UTF-8, with or without a byte-order mark.
+    csv, tsv       the first line names the columns; cells are strings as they stand. A csv is separated by commas, or by
+                   semicolons where its first line has semicolons and no comma
+    txt            one column `text`, a line each
+    jsonl, json    an object a line; json may also be one array of objects
+    parquet
+
+All but parquet may be gzipped (.gz), and are UTF-8 with or without a byte-order mark. Blank lines of csv and jsonl are skipped.
+`-` is standard input: JSONL where its first line that is not blank begins with `{`, else a text a line. Files are read a row at a
+time (a JSON array at once), so that they may be larger than memory.
 """
 
 import csv
 import gzip
+import io
+import itertools
 import json
 import math
 import re
+import sys
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from files.console import InputError
 
-TABLE_KINDS = {"txt": "text", "csv": "csv", "tsv": "csv", "json": "json", "jsonl": "json", "parquet": "parquet"}
+KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
+STDIN = Path("-")
+PARQUET_BATCH = 1024  # rows
 # a column of one of these names is taken for the text where no other is asked for
 TEXT_COLUMNS = ("text", "sentence", "sentences", "content", "document", "body", "abstract", "question", "title", "anchor")
-NOT_UTF8 = "convert it first, for example with iconv -t utf-8"
+CSV_ERRORS = {
+    "unexpected end of data": "a quote in this row is never closed",
+    "expected after": "a quoted cell goes on after its closing quote: write quotes inside a cell twice",
+}
+
+Row = tuple[str, dict]  # its place, such as "mine.csv, line 3" or "t.parquet, row 3", and its cells by column
+Lines = Iterator[tuple[int, str]]
 
 
-def open_text(path: Path, newline: str | None = None) -> IO[str]:
-    """A UTF-8 file for reading, decompressed where its name ends in .gz."""
-    return (gzip.open if path.suffix == ".gz" else open)(path, "rt", encoding="utf-8-sig", newline=newline)
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
+def display_name(path: Path) -> str:
+    return "standard input" if path == STDIN else str(path)
+
+
+def excerpt(value: object, length: int = 80) -> str:
+    """The beginning of a value on one line, printable whatever it holds."""
+    return " ".join(str(value)[: 2 * length].encode(errors="backslashreplace").decode().split())[:length]
 
 
 @contextmanager
 def errors_of(path: Path) -> Iterator[None]:
-    """Turns what can go wrong while a text file is read into InputError."""
+    """Turns what can go wrong while a file is opened and decompressed into InputError."""
     try:
         yield
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 ({error.reason}): {NOT_UTF8}") from None
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise InputError(f"no file {path}") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a folder: name a file") from None
+    except PermissionError:
+        raise InputError(f"no permission to read {path}") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path} is damaged: {error}") from None
+        raise InputError(f"{path} is damaged, or no gzip file: {error}") from None
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror or error}") from None
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[int, dict]]:
-    """Line number and object of every line of a JSONL file that is not blank.
+def file_kind(path: Path) -> str:
+    """One of `KINDS`, by the file's name. Raises InputError for another name, for a folder, and where there is no file."""
+    with errors_of(path):
+        path.stat()
+        if path.is_dir():
+            raise IsADirectoryError
+    kind = Path(path.name.lower().removesuffix(".gz")).suffix[1:]
+    if kind not in KINDS or path.name.lower().endswith(".parquet.gz"):
+        raise InputError(f"{path}: unknown kind of file, take one of .{', .'.join(KINDS)} (all but parquet may be gzipped)")
+    return kind
 
-    Raises InputError, with the line, for what is no JSON object.
-    """
-    with errors_of(path), open_text(path) as f:
+
+def open_text(path: Path, newline: str | None) -> IO[str]:
+    """A file or standard input as text; bytes that are not UTF-8 become halves of surrogate pairs."""
+    options = {"encoding": "utf-8-sig", "errors": "surrogateescape", "newline": newline}
+    if path == STDIN:
+        return io.TextIOWrapper(open(sys.stdin.fileno(), "rb", closefd=False), **options)
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", **options)
+
+
+def read_lines(path: Path, newline: str | None = None) -> Lines:
+    """Number and text of every line. Raises InputError for a file that cannot be read, is not UTF-8, or holds a NUL byte."""
+    with errors_of(path), open_text(path, newline) as f:
         for number, line in enumerate(f, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error.msg})") from None
-            except (ValueError, RecursionError) as error:  # thousands of digits or brackets
-                raise InputError(f"{path}, line {number}: cannot be read ({str(error)[:80]})") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}, line {number}: needs a JSON object, has {line.strip()[:80]}")
-            yield number, row
+            if "\0" in line:
+                raise InputError(f"{display_name(path)}, line {number}: holds a NUL byte: is this UTF-16, or no text?")
+            if not line.isascii() and not is_encodable(line):
+                convert = "convert it first, for example with iconv -t utf-8"
+                raise InputError(f"{display_name(path)} is not UTF-8 (line {number}): {convert}")
+            yield number, line
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def read_documents(path: Path) -> list[str]:
     """The documents of a text file, separated by blank lines. Raises InputError where the file cannot be read."""
-    with errors_of(path), open_text(path) as f:
-        documents = [document.strip() for document in re.split(r"\n\s*\n", f.read())]
-    return [document for document in documents if document]
+    documents = re.split(r"\n\s*\n", "".join(line for _, line in read_lines(path)))
+    return [document.strip() for document in documents if document.strip()]
 
 
-def read_table(path: Path) -> list[dict]:
-    """Rows of a txt, csv, tsv, jsonl (each also .gz) or parquet file; cells of csv and tsv are strings as they stand.
+# ----------------------------------------------------------------------------------------------------------------- rows
 
-    A txt file has the one column `text`, a line each. Raises InputError for what cannot be read, and for a file without rows.
+
+def read_rows(path: Path, notes: list[str] | None = None) -> Iterator[Row]:
+    """Every row of a file or of standard input, see the top of this module.
+
+    notes      receives what was noticed on the way: the semicolons of a csv
+    Raises InputError, with the place, for what cannot be read, and for a file without rows.
     """
-    from datasets import Features, Value, load_dataset
-    from datasets.exceptions import DatasetGenerationError
-    from datasets.utils.logging import set_verbosity_error
-
-    set_verbosity_error()
-    if not path.is_file():
-        raise InputError(f"no file {path}")
-    suffix = "".join(s for s in path.suffixes[-2:] if s != ".gz").lower().rpartition(".")[2]
-    if suffix not in TABLE_KINDS:
-        raise InputError(f"{path}: unknown kind of file, take one of .{', .'.join(TABLE_KINDS)} (all but parquet may be gzipped)")
-    kind = TABLE_KINDS[suffix]
-    options = {"encoding": "utf-8-sig"} if kind in ("text", "csv") else {}
-    try:
-        if kind == "csv":  # "NA" is a text and "007" a label: no type is guessed
-            options |= {"sep": "\t" if suffix == "tsv" else ",", "keep_default_na": False}
-            with open_text(path, newline="") as f:
-                header = next(csv.reader(f, delimiter=options["sep"]), [])
-            options["features"] = Features({name: Value("string") for name in header})
-        rows = list(load_dataset(kind, data_files=str(path), split="train", streaming=True, **options))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 (byte {error.start}): {NOT_UTF8}") from None
-    except (DatasetGenerationError, ValueError, OSError, EOFError, StopIteration, zlib.error) as error:
-        raise InputError(f"cannot read {path}: {' '.join(str(error).split())[:200] or 'it is empty'}") from None
-    if not rows:
-        raise InputError(f"{path} is empty")
-    return rows
+    kind, name = "stdin" if path == STDIN else file_kind(path), display_name(path)
+    if kind == "parquet":
+        rows = parquet_rows(path)
+    else:
+        first, lines = peek(read_lines(path, newline="" if kind in ("csv", "tsv") else None))
+        if kind in ("csv", "tsv"):
+            unquoted = re.sub(r'"[^"]*"', "", first)
+            delimiter = "\t" if kind == "tsv" else ";" if ";" in unquoted and "," not in unquoted else ","
+            if delimiter == ";" and notes is not None:
+                notes.append("separated by semicolons")
+            rows = csv_rows(name, lines, delimiter)
+        elif kind == "txt" or (kind == "stdin" and not first.startswith("{")):
+            rows = ((f"{name}, line {number}", {"text": line.rstrip("\n")}) for number, line in lines)
+        elif kind == "json" and first.startswith("["):
+            rows = array_rows(name, lines)
+        else:
+            rows = jsonl_rows(name, lines)
+    row = None
+    for row in rows:
+        yield row
+    if row is None:
+        raise InputError(f"{name} is empty" + (" below its first line" if kind in ("csv", "tsv") and first else ""))
 
 
-def read_column(rows: list[dict], name: str, path: Path, kind: type) -> list:
-    """One column of a table as str or float. Only a text or title may be empty. Raises InputError naming the row."""
-    values = []
-    for i, cells in enumerate(rows, 1):
-        value = "" if cells.get(name) is None else cells[name]
-        if value == "" and not name.startswith(("text", "title")):
-            raise InputError(f"{path}, row {i}: {name} is empty")
+def peek(lines: Lines) -> tuple[str, Lines]:
+    """The first line that is not blank, without the space around it ("" where there is none), and all lines."""
+    head = []
+    for number, line in lines:
+        head.append((number, line))
+        if line.strip():
+            break
+    return head[-1][1].strip() if head else "", itertools.chain(head, lines)
+
+
+def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[Row]:
+    csv.field_size_limit(2**31 - 1)
+    reader = csv.reader((line for _, line in lines), delimiter=delimiter, strict=True)
+    columns = None
+    while True:
+        place = f"{name}, line {reader.line_num + 1}"
         try:
-            values.append(kind(value))
-        except (ValueError, TypeError):
-            raise InputError(f"{path}, row {i}: {name} is {value!r}, which is not a number") from None
-        if kind is float and not math.isfinite(values[-1]):
-            raise InputError(f"{path}, row {i}: {name} is {value!r}, which is not a finite number")
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            why = next((why for part, why in CSV_ERRORS.items() if part in str(error)), str(error))
+            raise InputError(f"{place}: {why}") from None
+        if not cells or (len(cells) == 1 and cells[0].isspace()):  # a blank line
+            continue
+        if columns is None:
+            columns = cells
+            check_columns(columns, place)
+        elif len(cells) != len(columns):
+            raise InputError(f"{place}: {len(cells)} cells, but the first line names {len(columns)} columns (is a quote missing?)")
+        else:
+            yield place, dict(zip(columns, cells, strict=True))
+
+
+def check_columns(columns: list[str], place: str) -> None:
+    repeated = [column for column, count in Counter(columns).items() if count > 1]
+    if "" in columns:
+        raise InputError(f"{place}: column {columns.index('') + 1} has no name: name it, or take it out")
+    if repeated:
+        raise InputError(f"{place}: two columns are called {excerpt(repeated[0])}: rename one")
+
+
+def parse_json(text: str, name: str, number: int) -> object:
+    """The value of JSON text that begins in line `number`."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{name}, line {number + error.lineno - 1}: not JSON ({error.msg})") from None
+    except (ValueError, RecursionError) as error:  # thousands of digits or brackets
+        raise InputError(f"{name}, line {number}: cannot be read ({excerpt(error)})") from None
+
+
+def checked_object(value: object, place: str) -> dict:
+    if not isinstance(value, dict):
+        raise InputError(f"{place}: needs a JSON object, has {excerpt(json.dumps(value))}")
+    return value
+
+
+def jsonl_rows(name: str, lines: Lines) -> Iterator[Row]:
+    for number, line in lines:
+        if line.strip():
+            place = f"{name}, line {number}"
+            yield place, checked_object(parse_json(line, name, number), place)
+
+
+def array_rows(name: str, lines: Lines) -> Iterator[Row]:
+    for number, value in enumerate(parse_json("".join(line for _, line in lines), name, 1), 1):
+        place = f"{name}, row {number}"
+        yield place, checked_object(value, place)
+
+
+def parquet_rows(path: Path) -> Iterator[Row]:
+    import pyarrow as pa
+    from pyarrow.parquet import ParquetFile
+
+    number = 0
+    with errors_of(path), open(path, "rb") as f:
+        try:
+            file = ParquetFile(f)
+            check_columns(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(PARQUET_BATCH):
+                for cells in batch.to_pylist():
+                    number += 1
+                    yield f"{path}, row {number}", cells
+        except InputError:
+            raise
+        except (pa.ArrowException, OSError, ValueError, OverflowError):
+            where = f"is damaged after row {number}" if number else "is damaged, or no parquet file"
+            raise InputError(f"{path} {where}: write it again") from None
+
+
+# -------------------------------------------------------------------------------------------------------------- columns
+
+
+def column_names(rows: list[Row]) -> list[str]:
+    """The columns of all rows, in order of appearance: objects of JSONL need not have the same ones."""
+    return list(dict.fromkeys(itertools.chain.from_iterable(cells for _, cells in rows)))
+
+
+def describe(value: object) -> str:
+    """What a cell holds that is no string."""
+    names = {type(None): "missing", bool: "a boolean", int: "a number", float: "a number", list: "a list", dict: "an object"}
+    return names.get(type(value), f"of type {type(value).__name__}")
+
+
+def as_text(value: object) -> str:
+    """A cell's text, which may be empty. Like the next two, raises ValueError saying what it is instead."""
+    if not isinstance(value, str):
+        raise ValueError(f"is {describe(value)}, not a string")
+    if not is_encodable(value):
+        raise ValueError("holds half a surrogate pair, which cannot be written as UTF-8")
+    return value
+
+
+def as_label(value: object) -> str:
+    """A label as a string."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"is {value}")
+    if value is None or value == "":
+        raise ValueError("is empty")
+    return str(value) if isinstance(value, (bool, int, float)) else as_text(value)
+
+
+def as_number(value: object) -> float:
+    """A finite number."""
+    if value is None or value == "":
+        raise ValueError("is empty")
+    try:
+        number = float(value)
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f"is {excerpt(repr(value))}, which is not a number") from None
+    if not math.isfinite(number):
+        raise ValueError(f"is {value!r}, which is not a finite number")
+    return number
+
+
+def read_column(rows: list[Row], name: str, convert: Callable[[object], str | float]) -> list:
+    """One column through `as_text`, `as_label` or `as_number`. Raises InputError with the place and the column."""
+    values = []
+    for place, cells in rows:
+        try:
+            values.append(convert(cells.get(name)))
+        except ValueError as error:
+            raise InputError(f"{place}: {name} {error}") from None
     return values
 
 
+def left_out(what: str, reasons: Counter[str]) -> str:
+    """How many were left out and why: "3 rows left out: 2 without text, 1 whose text is a number"."""
+    n = reasons.total()
+    return f"{n} {what}{'s' * (n != 1)} left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
+
+
 def read_texts(path: Path, column: str | None = None) -> tuple[list[tuple[str, str]], str]:
-    """(source, text) of every row with a text, source being FILE:ROW; and a line that says which column was taken.
+    """(source, text) of every row with a text, source being FILE:ROW; and a line that says what was taken and left out.
 
     column     None: the one that is plainly the text, see TEXT_COLUMNS
     Raises InputError for what cannot be read and where no column is plainly the text.
     """
-    rows = read_table(path)
-    columns = list(rows[0])
-    strings = [name for name in columns if any(isinstance(row.get(name), str) for row in rows[:100])]
-    guess = next((name for name in TEXT_COLUMNS if name in strings), strings[0] if len(strings) == 1 else None)
+    notes, texts, reasons = [], [], Counter()
+    rows, name = list(read_rows(path, notes)), display_name(path)
+    columns = column_names(rows)
+    strings = [c for c in columns if any(isinstance(cells.get(c), str) for _, cells in rows[:100])]
+    guess = next((c for c in TEXT_COLUMNS if c in strings), strings[0] if len(strings) == 1 else None)
     chosen = column or guess
     if chosen not in columns:
-        raise InputError(f"{path}: no column {column or 'that is plainly the text'}; it has {', '.join(columns)}: name one with --column")
-    texts = [
-        (f"{path.name}:{i}", row[chosen].strip())
-        for i, row in enumerate(rows, 1)
-        if isinstance(row.get(chosen), str) and row[chosen].strip()
-    ]
+        missing = f"no column {column or 'that is plainly the text'}; it has {excerpt(', '.join(columns), 200)}"
+        raise InputError(f"{name}: {missing}: name one with --column")
+    for i, (_, cells) in enumerate(rows, 1):
+        value = cells.get(chosen)
+        try:
+            text = "" if value is None else as_text(value).strip()
+        except ValueError as error:
+            reasons[f"whose text {str(error).partition(',')[0]}"] += 1
+            continue
+        if text:
+            texts.append((f"{path.name}:{i}", text))
+        else:
+            reasons["without text"] += 1
     if not texts:
-        raise InputError(f"{path}: column {chosen} holds no text")
-    how = "as asked" if column else "guessed"
-    return texts, f"{path}: {len(texts)} texts in column {chosen!r} ({how}), {len(rows) - len(texts)} empty rows left out"
+        raise InputError(f"{name}: column {excerpt(chosen)} holds no text; {left_out('row', reasons)}")
+    notes.insert(0, f"{name}: {len(texts)} texts in column {chosen!r} ({'as asked' if column else 'guessed'})")
+    return texts, ", ".join(notes) + (f"; {left_out('row', reasons)}" if reasons else "")

@@ -12,7 +12,18 @@ from pathlib import Path
 
 from files.console import InputError
 from files.docstrings import bundled_task_files
-from files.reading import read_column, read_table
+from files.reading import (
+    STDIN,
+    Row,
+    as_label,
+    as_number,
+    as_text,
+    column_names,
+    display_name,
+    excerpt,
+    read_column,
+    read_rows,
+)
 
 METRICS = {"Clustering": "v_measure", "Classification": "accuracy", "STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}
 # mteb's names for what is compared with what: texts with categories, or texts with texts
@@ -28,58 +39,71 @@ def bundled_tasks() -> dict[str, Path]:
 
 
 def local_task(path: Path, task_type: str | None = None):
-    """A file or folder as an mteb task, named after it.
+    """A file or folder as one mteb task, see `tasks_of`."""
+    return tasks_of(path, [task_type])[0]
 
-    task_type     "Clustering", "Classification", "STS" or "Retrieval"; None: the first one that the columns allow
+
+def tasks_of(path: Path, types: list[str | None]) -> list:
+    """A file, standard input or a folder as an mteb task of each of `types`, named after it.
+
+    types     "Clustering", "Classification", "STS" or "Retrieval"; None: the first one that the columns allow
     Raises InputError for what cannot be read, columns that are missing, values that cannot be scored, and a type that the columns
     do not allow.
     """
     if path.is_dir():
-        name, rows, columns = path.resolve().name, [], set()
-        types, shape = ("Retrieval",), "a folder"
-    elif path.exists():
-        name, rows = path.name.removesuffix(".gz").rsplit(".", 1)[0], read_table(path)
-        columns = set(rows[0])
-        if {"text1", "text2", "score"} <= columns:
-            types, shape = ("STS",), "columns text1,text2,score"
-        elif {"text", "label"} <= columns:
-            types, shape = ("Clustering", "Classification"), "columns text,label"
+        name, rows = path.resolve().name, []
+        possible, shape = ("Retrieval",), "a folder"
+    elif path.exists() or path == STDIN:
+        name = "stdin" if path == STDIN else path.name.removesuffix(".gz").rsplit(".", 1)[0]
+        rows = list(read_rows(path))
+        columns = column_names(rows)
+        if {"text1", "text2", "score"} <= set(columns):
+            possible, shape = ("STS",), "columns text1,text2,score"
+        elif {"text", "label"} <= set(columns):
+            possible, shape = ("Clustering", "Classification"), "columns text,label"
         else:
-            raise InputError(f"{path}: needs columns text,label or text1,text2,score; it has {', '.join(sorted(columns))}")
+            has = excerpt(", ".join(columns), 200)
+            raise InputError(f"{display_name(path)}: needs columns text,label or text1,text2,score; it has {has}")
     else:
         raise InputError(f"no file or folder {path}")
-    task_type = task_type or types[0]
-    if task_type not in types:
-        raise InputError(f"{path}: {shape} make a task of type {' or '.join(types)}, --task asks for {task_type}")
-    if task_type == "Retrieval":
-        return make_task(name, task_type, retrieval_data(path))
-    return make_task(name, task_type, sts_data(rows, path) if task_type == "STS" else labelled_data(rows, path, task_type))
+    tasks, shown = [], display_name(path)
+    for task_type in (asked or possible[0] for asked in types):
+        if task_type not in possible:
+            raise InputError(f"{shown}: {shape} make a task of type {' or '.join(possible)}, --task asks for {task_type}")
+        if task_type == "Retrieval":
+            data = retrieval_data(path)
+        else:
+            data = sts_data(rows, shown) if task_type == "STS" else labelled_data(rows, shown, task_type)
+        tasks.append(make_task(name, task_type, data))
+    return tasks
 
 
 def local_tasks(paths: list[Path], types: list[str | None]) -> list:
-    """Every file or folder as a task of each of `types`, see `local_task`. Raises InputError for two tasks of one name and type."""
-    tasks = [local_task(path, task_type) for path in paths for task_type in types]
+    """Every file or folder as a task of each of `types`, see `tasks_of`. Raises InputError for two tasks of one name and type."""
+    tasks = [task for path in paths for task in tasks_of(path, types)]
     for (name, task_type), count in Counter((task.metadata.name, task.metadata.type) for task in tasks).items():
         if count > 1:
             raise InputError(f"two --data files make a {task_type} task called {name!r}: rename one, the table could not tell them apart")
     return tasks
 
 
-def labelled_data(rows: list[dict], path: Path, task_type: str) -> dict:
+def labelled_data(rows: list[Row], path: str, task_type: str) -> dict:
     """Columns text,label under the names that mteb's clustering or classification tasks expect."""
-    texts, labels = read_column(rows, "text", path, str), read_column(rows, "label", path, str)
+    texts, labels = read_column(rows, "text", as_text), read_column(rows, "label", as_label)
     if len(set(labels)) < 2:
         raise InputError(f"{path}: one class only ({labels[0]!r}), there is nothing to tell apart")
+    if task_type == "Classification" and len(set(labels)) == len(labels):
+        raise InputError(f"{path}: every class has one row only, classification needs two rows of a class")
     names = ("sentences", "labels") if task_type == "Clustering" else ("text", "label")
     return dict(zip(names, (texts, labels), strict=True))
 
 
-def sts_data(rows: list[dict], path: Path) -> dict:
+def sts_data(rows: list[Row], path: str) -> dict:
     """Columns text1,text2,score under the names that mteb's STS tasks expect."""
-    scores = read_column(rows, "score", path, float)
+    scores = read_column(rows, "score", as_number)
     if len(set(scores)) < 2:
         raise InputError(f"{path}: all scores are {scores[0]}, there is nothing to correlate with")
-    return {"sentence1": read_column(rows, "text1", path, str), "sentence2": read_column(rows, "text2", path, str), "score": scores}
+    return {"sentence1": read_column(rows, "text1", as_text), "sentence2": read_column(rows, "text2", as_text), "score": scores}
 
 
 def retrieval_data(folder: Path) -> dict:
@@ -105,12 +129,13 @@ def retrieval_data(folder: Path) -> dict:
 
 def retrieval_texts(path: Path) -> dict[str, list[str]]:
     """Columns id, text and, where the file has it, title of a corpus or of queries; every id is unique."""
-    rows = read_table(path)
-    if not {"_id", "text"} <= set(rows[0]):
-        raise InputError(f"{path}: needs _id and text, has {', '.join(rows[0])}")
-    columns = {"id": read_column(rows, "_id", path, str), "text": read_column(rows, "text", path, str)}
-    if "title" in rows[0]:
-        columns["title"] = read_column(rows, "title", path, str)
+    rows = list(read_rows(path))
+    names = column_names(rows)
+    if not {"_id", "text"} <= set(names):
+        raise InputError(f"{path}: needs _id and text, has {excerpt(', '.join(names), 200)}")
+    columns = {"id": read_column(rows, "_id", as_label), "text": read_column(rows, "text", as_text)}
+    if "title" in names:  # not every document has one
+        columns["title"] = read_column(rows, "title", lambda title: "" if title is None else as_text(title))
     repeated = [number for number, count in Counter(columns["id"]).items() if count > 1]
     if repeated:
         raise InputError(f"{path}: _id {repeated[0]!r} occurs more than once")
@@ -119,17 +144,17 @@ def retrieval_texts(path: Path) -> dict[str, list[str]]:
 
 def relevance_judgements(path: Path, queries: set[str], documents: set[str]) -> dict[str, dict[str, int]]:
     """Relevance judgements {query id: {document id: grade}}; the ids have to be in `queries` and `documents`."""
-    rows = read_table(path)
-    if not {"query-id", "corpus-id", "score"} <= set(rows[0]):
-        raise InputError(f"{path}: needs a first line with query-id, corpus-id and score, has {', '.join(map(str, rows[0]))}")
-    scores = read_column(rows, "score", path, float)
-    pairs = zip(read_column(rows, "query-id", path, str), read_column(rows, "corpus-id", path, str), strict=True)
+    rows = list(read_rows(path))
+    names = column_names(rows)
+    if not {"query-id", "corpus-id", "score"} <= set(names):
+        raise InputError(f"{path}: needs a first line with query-id, corpus-id and score, has {excerpt(', '.join(names), 200)}")
+    columns = [read_column(rows, "query-id", as_label), read_column(rows, "corpus-id", as_label), read_column(rows, "score", as_number)]
     relevant = defaultdict(dict)
-    for i, ((query, document), score) in enumerate(zip(pairs, scores, strict=True), 1):
+    for (place, _), query, document, score in zip(rows, *columns, strict=True):
         if query not in queries or document not in documents:
-            raise InputError(f"{path}, row {i}: query {query!r} or document {document!r} is not in the other files")
+            raise InputError(f"{place}: query {query!r} or document {document!r} is not in the other files")
         if score != int(score):
-            raise InputError(f"{path}, row {i}: score is {score}, but mteb grades relevance in whole numbers")
+            raise InputError(f"{place}: score is {score}, but mteb grades relevance in whole numbers")
         relevant[query][document] = int(score)
     if not any(grade > 0 for grades in relevant.values() for grade in grades.values()):
         raise InputError(f"{path}: no document is relevant to any query")
@@ -205,8 +230,6 @@ def split_by_class(data: dict):
         half = (len(rows) + 1) // 2
         splits["train"] += rows[:half]
         splits["test"] += rows[half:]
-    if not splits["test"]:
-        raise InputError("every class has one row only: classification needs two rows of a class")
     return DatasetDict(
         {
             split: Dataset.from_dict({column: [values[i] for i in sorted(rows)] for column, values in data.items()})

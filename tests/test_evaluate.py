@@ -128,7 +128,7 @@ def test_classification_sts_and_retrieval(tmp_path):
     roles = dict(oracle.calls)
     assert all("question" in t for t in roles["query"]) and all("document" in t for t in roles["document"])
     qrels.write_text("query-id\tcorpus-id\tscore\nq0\td9\t1\n")
-    with pytest.raises(InputError, match="row 1: query 'q0' or document 'd9' is not in the other files"):
+    with pytest.raises(InputError, match=r"qrels\.tsv, line 2: query 'q0' or document 'd9' is not in the other files"):
         local_task(folder)
     qrels.unlink()
     with pytest.raises(InputError, match=r"has no qrels\.tsv"):
@@ -138,12 +138,12 @@ def test_classification_sts_and_retrieval(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "mine.csv.*(is empty|No columns)"),
+        (b"", r"mine\.csv is empty$"),
         (b"text,label\n", "is empty"),
         (b"text,topic\na,b\n", "needs columns text,label or text1,text2,score; it has text, topic"),
         (b"text,label\na,x\nb,x\n", "one class only"),
-        (b"text,label\na,x\nb,\n", "row 2: label is empty"),
-        (b"text1,text2,score\na,b,3\nc,d,high\n", "row 2: score is 'high', which is not a number"),
+        (b"text,label\na,x\nb,\n", "line 3: label is empty"),
+        (b"text1,text2,score\na,b,3\nc,d,high\n", "line 3: score is 'high', which is not a number"),
         (b"text1,text2,score\na,b,3\nc,d,3\n", "nothing to correlate"),
         (b"text,label\ncaf\xe9 \xff,x\n", "not UTF-8"),
     ],

@@ -23,7 +23,7 @@ from files.docstrings import (
     read_library,
     split_docstring,
 )
-from files.reading import read_column, read_documents, read_jsonl, read_table, read_texts
+from files.reading import as_number, as_text, read_column, read_documents, read_rows, read_texts
 from files.writing import check_absent, write_atomic, write_json, write_new, write_text
 
 

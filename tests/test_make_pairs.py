@@ -316,7 +316,7 @@ def test_neither_the_anchor_itself_nor_a_positive_of_an_equal_anchor_is_a_negati
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("", "holds no pairs"),
+        ("", "is empty"),
         ('{"anchor": "a", "positive": "b"}\n{"anchor": "a"}', "line 2: needs the texts 'anchor' and 'positive'"),
         ("{", "line 1: "),
         ("[1]", "line 1"),

@@ -60,7 +60,7 @@ def test_an_invalid_row_is_refused_with_its_place(row, message):
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"", "holds 0 pairs"),
+        (b"", "is empty"),
         (b'{"anchor": "a", "positive": "b"}\n', "holds 1 pairs"),
         (b'{"anchor": "a"}\n', "line 1: needs the texts 'anchor' and 'positive'"),
         (b'{"anchor": "a", "positive": "b", "x": ' + b"9" * 5000 + b"}\n", "line 1: cannot be read"),

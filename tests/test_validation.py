@@ -65,11 +65,12 @@ def test_labelled_texts_are_a_fixed_sample(tmp_path):
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"text": "a"}', "line 1: needs 'text' and 'label'"),
-        ('{"text": "a", "label": "b"}\n{"text": 1, "label": "c"}', "line 2: needs 'text' and 'label'"),
-        ('{"text": "a", "label": null}', "line 1: needs 'text' and 'label'"),
+        ('{"text": "a"}', "line 1: label is empty"),
+        ('{"text": "a", "label": "b"}\n{"text": 1, "label": "c"}', "line 2: text is a number, not a string"),
+        ('{"text": "a", "label": null}', "line 1: label is empty"),
+        ('{"text": "a", "label": ["b"]}', "line 1: label is a list, not a string"),
         ('{"text": "a", "label": 1}\n{"text": "b", "label": 1}', "at least two labels"),
-        ("", "at least two labels"),
+        ("", "is empty"),
         ('["a", "b"]', "line 1: needs a JSON object"),
     ],
 )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from files.console import InputError
-from files.reading import read_jsonl
+from files.reading import excerpt, file_kind, is_encodable, read_rows
 
 if TYPE_CHECKING:
     from encoder import Encoder
@@ -36,33 +36,43 @@ def validate_pair(row: dict, where: str) -> Pair:
     """Turn a row of a file of pairs into a Pair. Other fields of the row are ignored.
 
     row        the texts `anchor` and `positive`, and optionally the text `negative` or the list of texts `negatives`
-    where      the file and the line, for the error message
+    where      the row's place, for the error message
     Raises InputError for a missing text, for a value that is no text, and for a text that cannot be written as UTF-8.
     """
     anchor, positive = row.get("anchor"), row.get("positive")
     if not isinstance(anchor, str) or not isinstance(positive, str):
-        raise InputError(f"{where}: needs the texts 'anchor' and 'positive', has {_excerpt(row)}")
+        raise InputError(f"{where}: needs the texts 'anchor' and 'positive', has {_shown(row)}")
     one, several = row.get("negative"), row.get("negatives")
     several = [] if several is None else several
     negatives = [*([] if one is None else [one]), *(several if isinstance(several, list) else [])]
     if not isinstance(several, list) or not all(isinstance(text, str) for text in negatives):
-        raise InputError(f"{where}: 'negative' must be a text and 'negatives' a list of texts, has {_excerpt(row)}")
-    try:
-        "".join((anchor, positive, *negatives)).encode()
-    except UnicodeEncodeError:
-        raise InputError(f"{where}: a text holds half a surrogate pair, which cannot be written as UTF-8") from None
+        raise InputError(f"{where}: 'negative' must be a text and 'negatives' a list of texts, has {_shown(row)}")
+    if not is_encodable("".join((anchor, positive, *negatives))):
+        raise InputError(f"{where}: a text holds half a surrogate pair, which cannot be written as UTF-8")
     return Pair(anchor, positive, tuple(negatives))
 
 
-def _excerpt(row: dict) -> str:
-    """The beginning of a row, printable whatever its texts hold."""
-    return json.dumps(row, ensure_ascii=False).encode(errors="backslashreplace").decode()[:80]
+def _shown(row: dict) -> str:
+    return excerpt(json.dumps(row, ensure_ascii=False, default=str))
+
+
+def read_pair_rows(path: Path) -> Iterator[tuple[Pair, dict]]:
+    """The pairs of a file, one at a time, each with all cells of its row. Raises InputError with the place.
+
+    An empty cell `negative` of a csv or tsv is none; these files cannot hold lists, and so no column `negatives`.
+    """
+    only_strings = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
+    for place, row in read_rows(path):
+        if only_strings and "negatives" in row:
+            raise InputError(f"{place}: a csv or tsv cannot hold the list 'negatives': take the column 'negative', or JSONL")
+        if only_strings and row.get("negative") == "":
+            del row["negative"]
+        yield validate_pair(row, place), row
 
 
 def read_pairs(path: Path) -> Iterator[Pair]:
-    """Read the pairs of a JSONL file, which may be gzipped, one at a time. Raises InputError with the line."""
-    for number, row in read_jsonl(path):
-        yield validate_pair(row, f"{path}, line {number}")
+    """The pairs of a file, one at a time. Raises InputError with the place."""
+    return (pair for pair, _ in read_pair_rows(path))
 
 
 def _pair_rows(path: str) -> Iterator[dict]:
@@ -84,8 +94,9 @@ class PairDataset:
         import datasets
 
         for path in paths:
-            if not path.is_file():
+            if not path.exists():
                 raise InputError(f"no file {path}: make pairs with make_pairs.py")
+            file_kind(path)
         datasets.disable_progress_bars()
         hashes, parts = [], []
         for path in paths:

@@ -10,7 +10,7 @@ from encoder import Encoder
 from encoder.encoder import NonFiniteError
 from encoder.runtime import all_reduce_number, distributed
 from files.console import InputError
-from files.reading import read_jsonl
+from files.reading import as_label, as_text, read_column, read_rows
 from training.contrastive import autocast
 from training.pair_data import Pair
 
@@ -24,7 +24,7 @@ class Validation:
     mini-batch k-means as mteb runs it. Both lie between 0 and 1. Without texts and pairs the object is false.
 
     pairs       held-out pairs
-    labelled    a JSONL file, see `read_labelled`
+    labelled    a file, see `read_labelled`
     """
 
     def __init__(self, pairs: list[Pair], labelled: Path | None):
@@ -73,16 +73,13 @@ def _encode(encoder: Encoder, texts: list[str], role: str = "document") -> np.nd
 
 
 def read_labelled(path: Path) -> tuple[list[str], list[str]]:
-    """Texts and labels of a JSONL file with the fields `text` and `label`: the first MAX_LABELLED rows of a fixed shuffle.
+    """Texts and labels of a file with columns `text` and `label`: the first MAX_LABELLED rows of a fixed shuffle.
 
-    Raises InputError with the line for a row that lacks one of them, and for a file with fewer than two labels.
+    Raises InputError with the place for a row that lacks one of them, and for a file with fewer than two labels.
     """
-    rows = []
-    for number, row in read_jsonl(path):
-        if not isinstance(row.get("text"), str) or row.get("label") is None:
-            raise InputError(f"{path}, line {number}: needs 'text' and 'label', has {sorted(row)}")
-        rows.append((row["text"], str(row["label"])))
-    if len({label for _, label in rows}) < 2:
+    rows = list(read_rows(path))
+    texts, labels = read_column(rows, "text", as_text), read_column(rows, "label", as_label)
+    if len(set(labels)) < 2:
         raise InputError(f"{path}: V-measure needs at least two labels")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0)).tolist()[:MAX_LABELLED]
-    return [rows[i][0] for i in order], [rows[i][1] for i in order]
+    return [texts[i] for i in order], [labels[i] for i in order]
