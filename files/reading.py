@@ -213,7 +213,7 @@ def jsonl_rows(name: str, lines: Lines) -> Iterator[Row]:
     for number, line in lines:
         if line.strip():
             place = f"{name}, line {number}"
-            yield place, checked_object(parse_json(line, name, number), place)
+            yield place, checked_object(parse_json(line.rstrip(), name, number), place)
 
 
 def array_rows(name: str, lines: Lines) -> Iterator[Row]:

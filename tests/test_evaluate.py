@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import os
 import runpy
 import shutil
@@ -146,6 +147,8 @@ def test_classification_sts_and_retrieval(tmp_path):
         (b"text1,text2,score\na,b,3\nc,d,high\n", "line 3: score is 'high', which is not a number"),
         (b"text1,text2,score\na,b,3\nc,d,3\n", "nothing to correlate"),
         (b"text,label\ncaf\xe9 \xff,x\n", "not UTF-8"),
+        (b'text,label\na,x\n"b,y\nc,x\n', r"mine\.csv, line 3: a quote in this row is never closed"),
+        (b"text;label\na;x\nb\n", r"mine\.csv, line 3: 1 cells, but the first line names 2 columns"),
     ],
 )
 def test_bad_data_is_one_line(tmp_path, content, message):
@@ -154,6 +157,41 @@ def test_bad_data_is_one_line(tmp_path, content, message):
     with pytest.raises(InputError, match=message) as error:
         run("--data", path, "--model", "tiny")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        ({"text": 7, "label": "x"}, "text is a number, not a string"),
+        ({"text": None, "label": "x"}, "text is missing, not a string"),
+        ({"text": ["a"], "label": "x"}, "text is a list, not a string"),
+        ({"text": "a", "label": {"b": 1}}, "label is an object, not a string"),
+        ({"text": "a", "label": math.inf}, "label is inf"),
+        ({"text": "a"}, "label is empty"),
+        ({"text1": "a", "text2": 1, "score": 1}, "text2 is a number, not a string"),
+    ],
+)
+def test_a_cell_of_another_type_is_no_text_and_no_label(tmp_path, row, message):
+    first = {"text1": "a", "text2": "b", "score": 2} if "text1" in row else {"text": "a", "label": 1}
+    (tmp_path / "mine.jsonl").write_text(json.dumps(first) + "\n\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match=rf"mine\.jsonl, line 3: {message}"):
+        local_task(tmp_path / "mine.jsonl")
+
+
+def test_labels_are_strings_numbers_or_booleans_and_rows_may_come_from_standard_input(tmp_path, monkeypatch):
+    rows = [{"text": "", "label": label} for label in ("a", 1, 1.5, True, "1")]
+    (tmp_path / "rows").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with open(tmp_path / "rows") as f:
+        monkeypatch.setattr(sys, "stdin", f)
+        clustering, classification = choose("--data", "-", "--task", "clustering", "classification")  # read once for both
+    assert clustering.dataset["test"]["labels"][:] == ["a", "1", "1.5", "True", "1"]
+    assert clustering.metadata.name == "stdin" == classification.metadata.name
+
+
+def test_a_class_needs_two_rows_for_classification(tmp_path):
+    path = write_csv(tmp_path / "mine.csv", "text,label", [("a", "x"), ("b", "y")])
+    with pytest.raises(InputError, match=r"mine\.csv: every class has one row only"):
+        local_task(path, "Classification")
 
 
 def test_a_baseline_that_cannot_score_the_task_is_an_error(tmp_path):

@@ -1,8 +1,7 @@
-"""Messages, progress, reading, writing, and docstrings: what every script shares."""
+"""Messages, progress, writing, and docstrings: what every script shares. Reading: test_reading.py."""
 
 import gzip
 import io
-import json
 import sys
 import sysconfig
 from pathlib import Path
@@ -23,7 +22,6 @@ from files.docstrings import (
     read_library,
     split_docstring,
 )
-from files.reading import as_number, as_text, read_column, read_documents, read_rows, read_texts
 from files.writing import check_absent, write_atomic, write_json, write_new, write_text
 
 
@@ -110,134 +108,6 @@ def test_progress_is_a_bar_in_a_terminal(monkeypatch):
     assert "encoding" in show() and "\n" not in show()
     monkeypatch.setenv("RANK", "1")
     assert show() == ""
-
-
-# -------------------------------------------------------------------------------------------------------------- reading
-
-
-def write_table(path: Path, texts: list[str]) -> Path:
-    """A table with the columns `id` and `text`; a txt file has a text a line."""
-    kind = path.name.removesuffix(".gz").split(".")[1]
-    if kind == "parquet":
-        import datasets
-
-        datasets.Dataset.from_dict({"id": range(len(texts)), "text": texts}).to_parquet(str(path))
-        return path
-    separator = {"csv": ",", "tsv": "\t"}.get(kind)
-    if kind == "txt":
-        body = "\n".join(texts)
-    elif kind == "jsonl":
-        body = "\n".join(json.dumps({"id": i, "text": text}) for i, text in enumerate(texts))
-    else:
-        body = f"id{separator}text\n" + "\n".join(f'{i}{separator}"{text}"' for i, text in enumerate(texts))
-    path.write_bytes(gzip.compress(body.encode()) if path.suffix == ".gz" else body.encode())
-    return path
-
-
-@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "t.csv", "t.csv.gz", "t.tsv", "t.jsonl", "t.jsonl.gz", "t.parquet"])
-def test_texts_are_read_from_every_kind_of_table(tmp_path, name):
-    texts = [f"The number {i} has a text, quite long, with commas and all that." for i in range(5)]
-    rows, summary = read_texts(write_table(tmp_path / name, texts))
-    assert rows == [(f"{name}:{i}", text) for i, text in enumerate(texts, 1)]
-    assert summary == f"{tmp_path / name}: 5 texts in column 'text' (guessed), 0 empty rows left out"
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.csv", b"", r"t\.csv.*(is empty|No columns)"),
-        ("t.csv", b"text\n", "is empty"),
-        ("t.txt", b"", "is empty"),
-        ("t.txt", b"\n\n", "holds no text"),
-        ("t.csv", b"a,b\nx y,z w\n", "it has a, b: name one with --column"),
-        ("t.txt", b"caf\xe9 \xff\n", "not UTF-8"),
-        ("t.csv", b"text\ncaf\xe9 \xff\n", "not UTF-8"),
-        ("t.docx", b"x", "unknown kind of file"),
-        ("t", b"x", "unknown kind of file"),
-        ("t.jsonl", b'{"text": "a"}\nnot json\n', "cannot read"),
-        ("t.txt.gz", b"no gzip", "cannot read"),
-        ("t.csv.gz", gzip.compress(b"text\n" + b"some text\n" * 5000)[:60], "cannot read"),
-        ("t.parquet", b"no parquet", "cannot read"),
-    ],
-)
-def test_a_table_that_cannot_be_read_is_one_line(tmp_path, name, content, message):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        read_texts(path)
-    assert "\n" not in str(error.value) and str(path) in str(error.value)
-
-
-def test_a_missing_table_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"no file .*none\.csv"):
-        read_table(tmp_path / "none.csv")
-
-
-def test_a_column_that_is_asked_for_is_taken_and_rows_without_text_are_counted(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text("text,other\na,b\nc,\nd, e \n")
-    rows, summary = read_texts(path, "other")
-    assert rows == [("t.csv:1", "b"), ("t.csv:3", "e")] and summary.endswith("2 texts in column 'other' (as asked), 1 empty rows left out")
-    with pytest.raises(InputError, match="no column body; it has text, other"):
-        read_texts(path, "body")
-
-
-def test_cells_and_lines_are_read_as_they_stand(tmp_path):
-    """No cell is taken for a number or a missing value, and a byte-order mark is no part of the text."""
-    content = b"\xef\xbb\xbftext\r\nNA\r\n007\r\n"
-    for name in ("t.csv", "t.txt"):
-        (tmp_path / name).write_bytes(content)
-    assert read_table(tmp_path / "t.csv") == [{"text": "NA"}, {"text": "007"}]
-    assert [text for _, text in read_texts(tmp_path / "t.txt")[0]] == ["text", "NA", "007"]
-
-
-def test_a_column_of_numbers_or_texts_names_the_row_that_is_wrong():
-    path = Path("t.csv")
-    rows = [{"score": "1", "text": "a"}, {"score": "2.5", "text": None}]
-    assert read_column(rows, "score", path, float) == [1.0, 2.5] and read_column(rows, "text", path, str) == ["a", ""]
-    for value, message in (("", "score is empty"), (None, "score is empty"), ("x", "not a number"), ("nan", "not a finite number")):
-        with pytest.raises(InputError, match=rf"t\.csv, row 3: .*{message}"):
-            read_column([*rows, {"score": value}], "score", path, float)
-
-
-@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz"])
-def test_jsonl_gives_line_numbers_and_objects(tmp_path, name):
-    body = '\ufeff{"a": 1}\n\n  \n{"a": "naïve"}'.encode()
-    (tmp_path / name).write_bytes(gzip.compress(body) if name.endswith(".gz") else body)
-    assert list(read_jsonl(tmp_path / name)) == [(1, {"a": 1}), (4, {"a": "naïve"})]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("t.jsonl", b'{"a": 1}\n{"a": \n', r"t\.jsonl, line 2: not JSON \(Expecting value\)"),
-        ("t.jsonl", b'{"a": 1}\n\n[1]\n', r"t\.jsonl, line 3: needs a JSON object, has \[1\]"),
-        ("t.jsonl", b'{"a": "\xff"}\n', r"t\.jsonl is not UTF-8 .*: convert it first"),
-        ("t.jsonl", b"[" * 100_000, r"t\.jsonl, line 1: (cannot be read|not JSON)"),
-        ("t.jsonl", b'{"a": ' + b"1" * 10_000 + b"}", r"t\.jsonl, line 1: cannot be read"),
-        ("t.jsonl.gz", b"no gzip", r"t\.jsonl\.gz is damaged"),
-        ("t.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 5000)[:40], r"t\.jsonl\.gz is damaged"),
-        ("t.jsonl", None, r"no file .*t\.jsonl"),
-    ],
-)
-def test_jsonl_that_cannot_be_read_is_one_line_that_names_the_place(tmp_path, name, content, message):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError, match=message) as error:
-        list(read_jsonl(tmp_path / name))
-    assert "\n" not in str(error.value)
-
-
-def test_documents_are_separated_by_blank_lines(tmp_path):
-    for name, content in (("t.txt", b"\xef\xbb\xbfa\nb\n \n\nc\n"), ("t.txt.gz", gzip.compress(b"a\nb\n\n\n\nc"))):
-        (tmp_path / name).write_bytes(content)
-        assert read_documents(tmp_path / name) == ["a\nb", "c"]
-    (tmp_path / "bad.txt").write_bytes(b"caf\xe9 \xff")
-    with pytest.raises(InputError, match=r"bad\.txt is not UTF-8"):
-        read_documents(tmp_path / "bad.txt")
-    (tmp_path / "bad.txt.gz").write_bytes(gzip.compress(b"some text " * 5000)[:40])
-    with pytest.raises(InputError, match=r"bad\.txt\.gz is damaged"):
-        read_documents(tmp_path / "bad.txt.gz")
 
 
 # -------------------------------------------------------------------------------------------------------------- writing

@@ -164,6 +164,78 @@ def test_noise_damages_a_text_and_keeps_its_words(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("The cat  sat — on the mat 👍👍.", ["The", "cat", "sat", "—", "on", "the", "mat", "👍👍."]),
+        ("كيف حالك اليوم", ["كيف", "حالك", "اليوم"]),
+        ("한국어 문장은 띄어쓰기", ["한국어", "문장은", "띄어쓰기"]),
+        ("我喜欢 GPT-4 模型。", ["我", "喜", "欢", " GPT-4", " 模", "型", "。"]),
+        ("カ\u3099ラスa1、", ["カ\u3099", "ラ", "ス", "a1", "、"]),
+        ("ที่นี่", ["ที่", "นี่"]),
+        ("ຢູ່ນີ້", ["ຢູ່", "ນີ້"]),
+        ("ខ្ញុំ", ["ខ្ញុំ"]),
+        ("မြန်မာ", ["မြ", "န်", "မာ"]),
+        ("👨‍👩‍👧👍🏽🇩🇪🇫🇷❤️", ["👨‍👩‍👧", "👍🏽", "🇩🇪", "🇫🇷", "❤️"]),
+    ],
+)
+def test_words_are_those_of_the_script(text, words):
+    split, space = make_pairs.split_words(text)
+    assert split == words and space.join(words) == " ".join(text.split())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "今天天气很好,我们一起去 Beijing 公园散步吧。",
+        "ฉันกำลังเรียนภาษาไทยอยู่ที่บ้าน",
+        "👍🏽👨‍👩‍👧🎉🇩🇪❤️😀😃😄🐱🚗",
+        "القطة جلست على السجادة أمام باب البيت الكبير",
+    ],
+)
+def test_every_script_can_be_cropped_and_damaged(tmp_path, text):
+    (tmp_path / "t.txt").write_text(f"{text}\n" * 8, encoding="utf-8")
+    run("crop", "--input", tmp_path / "t.txt", "--out", tmp_path / "crop.jsonl")
+    pairs = read_rows(tmp_path / "crop.jsonl")
+    assert len(pairs) >= 6 and all(pair[name] in text for pair in pairs for name in ("anchor", "positive"))
+    run("noise", "--input", tmp_path / "t.txt", "--out", tmp_path / "noise.jsonl", "--delete", 0, "--swap", 0.5, "--chars", 0.5)
+    pairs, units = read_rows(tmp_path / "noise.jsonl"), sorted(word.strip() for word in make_pairs.split_words(text)[0])
+    assert len(pairs) == 8
+    if not text.startswith("ا"):  # characters move, and none is taken apart
+        damaged = [sorted(word.strip() for word in make_pairs.split_words(pair["positive"])[0] if word.strip()) for pair in pairs]
+        assert all([u for u in words if not u.isascii()] == [u for u in units if not u.isascii()] for words in damaged)
+
+
+def test_what_is_left_out_is_counted_with_the_reason(tmp_path, capsys):
+    path = tmp_path / "t.jsonl"
+    texts = ["one two three", "same " * 8, TEN_WORDS, "", 7]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    run("crop", "--input", path, "--out", tmp_path / "crop.jsonl", "--seed", 1)
+    out = capsys.readouterr().out.splitlines()
+    assert out[0].endswith("; 2 rows left out: 1 without text, 1 whose text is a number")
+    assert out[1] == "2 texts left out: 1 of fewer than 8 words (--min-words), 1 whose two spans are equal"
+    assert [pair["source"] for pair in read_rows(tmp_path / "crop.jsonl")] == ["t.jsonl:3"]
+    run("noise", "--input", path, "--out", tmp_path / "noise.jsonl", "--delete", 0, "--swap", 1, "--chars", 0)
+    assert "1 text left out: 1 that the damage did not change" in capsys.readouterr().out
+    for engine, flags, message in (
+        ("crop", ("--min-words", 50), r"t\.jsonl: no pairs were made, 3 texts left out: 3 of fewer than 50 words \(--min-words\)"),
+        ("noise", ("--delete", 0, "--swap", 0, "--chars", 0), "no pairs were made, 3 texts left out: 3 that the damage did not change"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(engine, "--input", path, "--out", tmp_path / "none.jsonl", *flags)
+
+
+@pytest.mark.parametrize("text", ["word " * 100_000, "字" * 100_000])
+def test_of_a_long_text_the_beginning_is_taken(tmp_path, capsys, text):
+    (tmp_path / "t.txt").write_text(f"{text}\n{TEN_WORDS}", encoding="utf-8")
+    for engine, n_words in (("crop", 0.7 * make_pairs.MAX_WORDS + 1), ("noise", make_pairs.MAX_WORDS)):
+        run(engine, "--input", tmp_path / "t.txt", "--out", tmp_path / f"{engine}.jsonl", "--seed", 1)
+        assert "1 of 2 texts cut to their first 2,048 words" in capsys.readouterr().out
+        pair = read_rows(tmp_path / f"{engine}.jsonl")[0]
+        lengths = [len(make_pairs.split_words(pair[name])[0]) for name in ("anchor", "positive")]
+        assert pair["source"] == "t.txt:1" and n_words / 3 < max(lengths) <= n_words
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("t.csv", b"a,b\nx y,z w\n", "it has a, b: name one with --column"),
@@ -302,6 +374,23 @@ def test_mined_negatives_are_the_most_similar_texts_that_are_probably_wrong(tmp_
     (row,) = read_rows(tmp_path / "other.jsonl")
     assert set(row["negatives"]) <= {"A mountain.", "Snow."} and len(set(row["negatives"])) == len(row["negatives"])
     assert "3 candidates" in capsys.readouterr().out
+
+
+def test_pairs_are_mined_from_every_kind_of_file(tmp_path, llama):
+    """All fields of a row are kept, as JSON allows it; half a surrogate pair in one of them does no harm."""
+    import datetime
+
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    (tmp_path / "a.csv").write_text("anchor;positive;negative;id\nThe cat.;A cat.;;007\nThe dog.;A dog.;A log.;008\n")
+    (tmp_path / "b.jsonl").write_text(r'{"anchor": "The cat.", "positive": "A cat.", "id": "\ud800"}' + "\n")
+    rows = [{"anchor": "The cat.", "positive": "A cat.", "id": datetime.date(2026, 1, 2)}]
+    write_table(pa.Table.from_pylist(rows), tmp_path / "c.parquet")
+    for name, ids in (("a.csv", ["007", "008"]), ("b.jsonl", ["\ud800"]), ("c.parquet", ["2026-01-02"])):
+        run("mine", "--pairs", tmp_path / name, "--out", tmp_path / f"{name}.jsonl", "--model", llama)
+        mined = read_rows(tmp_path / f"{name}.jsonl")
+        assert [row["id"] for row in mined] == ids and [row.get("negative") for row in mined] == [None, "A log."][: len(ids)]
 
 
 def test_neither_the_anchor_itself_nor_a_positive_of_an_equal_anchor_is_a_negative():

@@ -1,5 +1,7 @@
 """Pairs: which rows are valid, files on disk, held-out pairs, the order of training, batches of token ids."""
 
+import datetime
+import gzip
 import hashlib
 import json
 import os
@@ -8,7 +10,9 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
+from pyarrow.parquet import write_table
 
 from encoder import Encoder
 from files.console import InputError
@@ -96,6 +100,41 @@ def test_rows_are_counted_through_all_files(tmp_path):
         PairDataset([first, second, first])
     with pytest.raises(InputError, match=r"no file .*none\.jsonl: make pairs"):
         PairDataset([first, tmp_path / "none.jsonl"])
+
+
+@pytest.mark.parametrize("name", ["p.csv", "p.tsv.gz", "p.json", "p.parquet"])
+def test_pairs_come_in_every_kind_of_file(tmp_path, name):
+    """An empty cell `negative` of a csv is none; elsewhere it is an empty text."""
+    rows = [{"anchor": "a, b", "positive": "c", "negative": ""}, {"anchor": "007", "positive": "NA", "negative": "d"}]
+    path = tmp_path / name
+    if name == "p.parquet":
+        write_table(pa.Table.from_pylist(rows), path)
+    elif name == "p.json":
+        path.write_text(json.dumps(rows))
+    else:
+        separator = "," if name == "p.csv" else "\t"
+        text = "\n".join(separator.join(f'"{cell}"' for cell in cells) for cells in [rows[0], *(row.values() for row in rows)])
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith(".gz") else text.encode())
+    strings_only = name in ("p.csv", "p.tsv.gz")
+    assert PairDataset([path])[[0, 1]] == [Pair("a, b", "c", () if strings_only else ("",)), Pair("007", "NA", ("d",))]
+
+
+def test_what_is_no_file_of_pairs_is_refused(tmp_path):
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "p.docx").write_text("a")
+    (tmp_path / "p.csv").write_text("anchor,positive,negatives\na,b,c\n")
+    for name, message in (
+        ("folder.jsonl", "is a folder: name a file"),
+        ("p.docx", "unknown kind of file"),
+        ("p.csv", r"line 2: a csv or tsv cannot hold the list 'negatives'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            PairDataset([tmp_path / name])
+
+
+def test_a_row_that_is_no_json_can_be_shown():
+    with pytest.raises(InputError, match="2026-01-02"):
+        validate_pair({"anchor": datetime.date(2026, 1, 2)}, "")
 
 
 def test_a_file_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):

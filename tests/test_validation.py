@@ -62,6 +62,13 @@ def test_labelled_texts_are_a_fixed_sample(tmp_path):
     assert (texts, labels) == read_labelled(path)
 
 
+def test_labelled_texts_come_in_every_kind_of_file_that_evaluation_takes(tmp_path):
+    jsonl = labelled_file(tmp_path / "labelled.jsonl", 30)
+    rows = [json.loads(line) for line in jsonl.read_text().splitlines()]
+    (tmp_path / "labelled.csv").write_text("label;text\n" + "".join(f"{row['label']};{row['text']}\n" for row in rows))
+    assert read_labelled(tmp_path / "labelled.csv") == read_labelled(jsonl)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
