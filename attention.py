@@ -77,7 +77,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", help=f"a run, a folder, a hub id or {', '.join(PRESETS)} (default: newest run, else tiny)")
     add("--text", action="append", help="a text; may be repeated")
-    add("--input", type=Path, help="a file of texts: txt (a text a line), csv, tsv, jsonl (also .gz) or parquet")
+    add("--input", type=Path, help="a file of texts: txt (a text a line), csv, tsv, jsonl (also .gz), parquet, or - for standard input")
     add("--column", help="the column of --input with the text (default: guessed, and printed)")
     add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}}; a run has its own (default cluster)")
     add("--pictures", type=int, default=8, help="draw at most this many texts (default 8)")

@@ -11,8 +11,8 @@ Every score is computed by mteb's own task classes. --task runs the tasks of tha
 available. Without network, clustering falls back to the two bundled tasks in tasks/: first sentences of docstrings, by package and
 by module, none of which is in the docstring pairs. Vectors are normalized before they are clustered.
 
---data takes csv, tsv, jsonl (each also .gz) or parquet with `text,label` (clustering, or --task classification) or
-`text1,text2,score` (STS), or a folder with corpus.jsonl, queries.jsonl (`_id`, `text`) and qrels.tsv (retrieval).
+--data takes csv, tsv, jsonl, json (each also .gz), parquet, or `-` for JSONL from standard input, with `text,label` (clustering, or
+--task classification) or `text1,text2,score` (STS), or a folder with corpus.jsonl, queries.jsonl (`_id`, `text`) and qrels.tsv (retrieval).
 
 --out FILE.json: {"results": [{"task", "type", "metric", "score" in 0..1, "splits": {split: score}, "ami" (clustering),
 "bootstrap_scores": [...] or null, "model", "fingerprint", "contract", "computed": dtype and device, "seconds"}],

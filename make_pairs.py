@@ -389,7 +389,9 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
     common.add_argument("--limit", type=positive_int, help="make at most this many pairs (default: all)")
     table = argparse.ArgumentParser(add_help=False)
-    table.add_argument("--input", type=Path, required=True, help="file of texts: txt, csv, tsv, jsonl (also .gz), parquet, or -")
+    table.add_argument(
+        "--input", type=Path, required=True, help="file of texts: txt, csv, tsv, jsonl (also .gz), parquet, or - for standard input"
+    )
     table.add_argument("--column", help="column that holds the text (default: guessed, and printed)")
     table.add_argument("--out", type=Path, required=True, help="JSONL file to write")
 
@@ -440,7 +442,8 @@ def main(args: argparse.Namespace) -> None:
     check_absent(args.out)
     pairs = ENGINES[args.engine](args)[: args.limit]
     if not pairs:
-        raise InputError("no pairs were made: the texts are too short or too few")
+        why = "every answer was empty or repeated its text" if args.engine == "llm" else "no docstring has two sentences that fit"
+        raise InputError(f"no pairs were made: {why}")
     lines = (json.dumps(pair, ensure_ascii=False, default=str) + "\n" for pair in pairs)
     write_new(args.out, "".join(lines).encode(errors="backslashreplace"))  # half a surrogate pair is written as JSON's escape
     partial_file(args.out).unlink(missing_ok=True)

@@ -9,7 +9,8 @@
 
 The loss is symmetric InfoNCE over the batch: each anchor must find its positive among all positives and hard negatives of the
 batch, and each positive its anchor; copies of either text do not count as negatives. Only the adapter is trained. A batch that
-does not fit into memory is run in chunks, with the same gradient (GradCache). Pairs stay on disk, in files of any size.
+does not fit into memory is run in chunks, with the same gradient (GradCache). Pairs stay on disk, in files of any size: JSONL, csv, tsv
+or parquet with columns anchor, positive and perhaps negative. --validation takes the same kinds, with columns text and label.
 
 Leaves behind, in --out (default runs/MODEL):
 
@@ -97,7 +98,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_data_arguments(add) -> None:
     add("--model", default="tiny", help=f"{', '.join(PRESETS)}, a folder or a hub id (default tiny)")
-    add("--pairs", type=Path, nargs="+", help="JSONL of make_pairs.py, may be gzipped (default pairs/docstrings.jsonl, made if missing)")
+    add("--pairs", type=Path, nargs="+", help="files of make_pairs.py, or of your own (default pairs/docstrings.jsonl, made if missing)")
     add("--weights", type=float, nargs="+", help="share of each file of --pairs in training (default: in proportion to their pairs)")
     add("--same-source-batches", action="store_true", help="draw every batch from a single file of --pairs: harder in-batch negatives")
     add("--hold-out", type=int, default=256, help="pairs kept for validation, at most a twentieth of all (default 256; 0: none)")

@@ -1,7 +1,7 @@
 """Rows of the user's files, read by the same rules in every script; what cannot be read is one InputError.
 
-    csv, tsv       the first line names the columns; cells are strings as they stand. A csv is separated by commas, or by
-                   semicolons where its first line has semicolons and no comma
+    csv, tsv       the first line names the columns; cells are strings as they stand, in quotes (") where they hold a separator, a
+                   quote or a line break. A csv is separated by commas, or by semicolons where its first line has no comma
     txt            one column `text`, a line each
     jsonl, json    an object a line; json may also be one array of objects
     parquet
@@ -180,7 +180,7 @@ def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[Row]:
             columns = cells
             check_columns(columns, place)
         elif len(cells) != len(columns):
-            raise InputError(f"{place}: {len(cells)} cells, but the first line names {len(columns)} columns (is a quote missing?)")
+            raise InputError(f"{place}: has {len(cells)} of the header's {len(columns)} cells: is a quote missing, or one too many?")
         else:
             yield place, dict(zip(columns, cells, strict=True))
 
@@ -327,7 +327,7 @@ def read_texts(path: Path, column: str | None = None) -> tuple[list[tuple[str, s
             reasons[f"whose text {str(error).partition(',')[0]}"] += 1
             continue
         if text:
-            texts.append((f"{path.name}:{i}", text))
+            texts.append((f"{'stdin' if path == STDIN else path.name}:{i}", text))
         else:
             reasons["without text"] += 1
     if not texts:

@@ -148,7 +148,7 @@ def test_classification_sts_and_retrieval(tmp_path):
         (b"text1,text2,score\na,b,3\nc,d,3\n", "nothing to correlate"),
         (b"text,label\ncaf\xe9 \xff,x\n", "not UTF-8"),
         (b'text,label\na,x\n"b,y\nc,x\n', r"mine\.csv, line 3: a quote in this row is never closed"),
-        (b"text;label\na;x\nb\n", r"mine\.csv, line 3: 1 cells, but the first line names 2 columns"),
+        (b"text;label\na;x\nb\n", r"mine\.csv, line 3: has 1 of the header's 2 cells"),
     ],
 )
 def test_bad_data_is_one_line(tmp_path, content, message):

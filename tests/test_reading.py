@@ -105,6 +105,10 @@ def test_standard_input_is_jsonl_or_a_text_a_line(tmp_path, monkeypatch):
 
     assert read(b'\xef\xbb\xbf\n {"a": 1}\n') == [("standard input, line 2", {"a": 1})]
     assert read("naïve\n[1]\n".encode()) == [("standard input, line 1", {"text": "naïve"}), ("standard input, line 2", {"text": "[1]"})]
+    with open(tmp_path / "stdin", "rb") as f:
+        monkeypatch.setattr(sys, "stdin", f)
+        texts, summary = read_texts(Path("-"))
+    assert texts == [("stdin:1", "naïve"), ("stdin:2", "[1]")] and summary.startswith("standard input: 2 texts")
     for content, message in (
         (b"", "standard input is empty"),
         (b"\xff", "standard input is not UTF-8"),
@@ -123,8 +127,8 @@ def test_standard_input_is_jsonl_or_a_text_a_line(tmp_path, monkeypatch):
         ("t.txt", "", "is empty$"),
         ("t.jsonl.gz", "\n", "is empty$"),
         ("t.json", "[]", "is empty$"),
-        ("t.csv", "text,label\na,b\nc,d,e\n", r"t\.csv, line 3: 3 cells, but the first line names 2 columns"),
-        ("t.csv", "text,label\na,b\n\nc\n", r"t\.csv, line 4: 1 cells"),
+        ("t.csv", "text,label\na,b\nc,d,e\n", r"t\.csv, line 3: has 3 of the header's 2 cells"),
+        ("t.csv", "text,label\na,b\n\nc\n", r"t\.csv, line 4: has 1 of the header's 2 cells"),
         ("t.csv", 'text,label\na,b\n"c,d\ne,f\ng,h\n', r"t\.csv, line 3: a quote in this row is never closed"),
         ("t.csv", 'text\n"x\ny"\n"b" c\n', r"t\.csv, line 4: a quoted cell goes on after its closing quote"),
         ("t.tsv", 'text\n"b\n', r"t\.tsv, line 2: a quote"),
