@@ -118,7 +118,7 @@ def is_joined(unit: str, c: str) -> bool:
         return True  # marks, invisible characters, skin tones
     if UNSPACED.match(c):
         return bool(FLAG_LETTER.match(c) and FLAG_LETTER.fullmatch(unit.strip()))
-    return not UNSPACED.search(unit)
+    return not UNSPACED.search(unit[:2])  # it may begin with a space
 
 
 def read_words(args: argparse.Namespace, reasons: Counter[str]) -> Iterator[tuple[str, str, list[str], str]]:
@@ -176,8 +176,9 @@ def damage(text: str, rng: random.Random, delete: float, swap: float, chars: flo
     for i, word in enumerate(kept):
         if not space and UNSPACED.search(word):  # one character, though of several codes
             continue
-        if len(word) > 3 and rng.random() < chars:
-            at = rng.randint(1, len(word) - 3)
+        first = int(word.startswith(" "))
+        if len(word) > 3 + first and rng.random() < chars:
+            at = rng.randint(first + 1, len(word) - 3)
             kept[i] = word[:at] + word[at + 1] + word[at] + word[at + 2 :]
     return space.join(kept).strip()
 

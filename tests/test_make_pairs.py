@@ -161,6 +161,9 @@ def test_noise_damages_a_text_and_keeps_its_words(tmp_path):
     assert make_pairs.damage("one two three", rng, 1, 0, 0) == "one"
     damaged = make_pairs.damage("abcdefgh", rng, 0, 0, 1)
     assert sorted(damaged) == sorted("abcdefgh") and damaged != "abcdefgh" and (damaged[0], damaged[-1]) == ("a", "h")
+    assert {make_pairs.damage("我很喜欢这个词 abcd 和那个 xyz", random.Random(i), 0, 0, 1) for i in range(9)} == {
+        "我很喜欢这个词 acbd 和那个 xyz"
+    }
 
 
 @pytest.mark.parametrize(
