@@ -182,13 +182,15 @@ def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[Row]:
         elif len(cells) != len(columns):
             raise InputError(f"{place}: has {len(cells)} of the header's {len(columns)} cells: is a quote missing, or one too many?")
         else:
-            yield place, dict(zip(columns, cells, strict=True))
+            cells = dict(zip(columns, cells, strict=True))
+            cells.pop("", None)
+            yield place, cells
 
 
 def check_columns(columns: list[str], place: str) -> None:
     repeated = [column for column, count in Counter(columns).items() if count > 1]
-    if "" in columns:
-        raise InputError(f"{place}: column {columns.index('') + 1} has no name: name it, or take it out")
+    if "" in columns[1:]:  # a nameless first one is an index that pandas wrote
+        raise InputError(f"{place}: column {columns.index('', 1) + 1} has no name: name it, or take it out")
     if repeated:
         raise InputError(f"{place}: two columns are called {excerpt(repeated[0])}: rename one")
 
