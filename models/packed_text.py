@@ -41,7 +41,7 @@ def read_file(path: Path, keys: set[str]) -> list[str]:
 
 
 def read_domains(folder: Path | None, docstrings: bool, exclude: list[Path]) -> dict[str, list[str]]:
-    """Domain -> its distinct documents, in the order of the files; what the JSONL files `exclude` name is left out.
+    """Domain -> its distinct documents, in the order of the files; what the files `exclude` name is left out.
 
     Raises InputError for files that cannot be read and for a domain with fewer than two documents.
     """

@@ -386,7 +386,7 @@ def build_parser() -> argparse.ArgumentParser:
     # text
     add("--texts", type=Path, help="folder of .txt.gz or .txt files, used besides the docstrings (default: docstrings only)")
     add("--no-docstrings", action="store_true", help="do not use the docstrings of the installed packages")
-    add("--exclude", type=Path, nargs="*", default=[], help="JSONL files whose texts must not be trained on, besides those of tasks/")
+    add("--exclude", type=Path, nargs="*", default=[], help="files with a column text that must not be trained on, besides those of tasks/")
     add("--hold-out", type=int, default=60_000, help="characters to hold out of each domain, at most a tenth of it (default 60000)")
     add("--init", type=Path, metavar="MODEL", help="go on from the Llama or Qwen3 in this folder, with its tokenizer (default: a new one)")
     add("--vocabulary", type=int, default=16384, help="tokens of the tokenizer, 300 to 65536 (default 16384)")

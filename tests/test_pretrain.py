@@ -396,7 +396,7 @@ def test_a_loss_that_diverges_ends_the_run_and_names_the_remedy(tokens, tmp_path
         (("--out", "{tmp}/x", "--steps", 1, "--texts", "{tmp}/damaged", "--no-docstrings"), "is damaged"),
         (("--score", "{tmp}/no", "--tokens", "{tmp}/bad.safetensors"), "is not a packed file"),
         (("--score", "models/tiny"), "--score needs --tokens"),
-        (("--out", "{tmp}/x", "--steps", 1, "--exclude", "{tmp}/bad.safetensors"), "line 1: not JSON"),
+        (("--out", "{tmp}/x", "--steps", 1, "--exclude", "{tmp}/bad.safetensors"), "unknown kind of file"),
     ],
 )
 def test_bad_input_is_named(texts, tmp_path, flags, message):
