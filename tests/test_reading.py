@@ -1,6 +1,7 @@
 """Rows of every kind of file, what is said about files that cannot be read, and columns of texts, labels and numbers."""
 
 import gzip
+import itertools
 import json
 import math
 import sys
@@ -278,8 +279,10 @@ ODD_CELLS = [None, 7, 10**400, math.nan, True, [], ["a"], {"a": {}}, "", "\ud800
 ODD_BYTES = [b"", b'"', b"\n", b"\r", b"\0", b",", b"{", b"]", b"\xff", b"\xc3", b"\\ud800", b"\xe2\x80\xa8", b"\x0b", b"[" * 2000]
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "jsonl", "json", "csv.gz", "jsonl.gz", "parquet"])
-@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize(
+    ("reader", "kind"),
+    [("texts", "txt"), *itertools.product(READERS, ["csv", "tsv", "jsonl", "json", "csv.gz", "jsonl.gz", "parquet"])],
+)
 def test_whatever_is_damaged_gives_rows_or_one_line(reader, kind, tmp_path, monkeypatch):
     monkeypatch.setattr(mteb_tasks, "make_task", lambda name, task_type, data: data)  # mteb's part is slow, and not in question
     (read, row), outcomes, path = READERS[reader], Counter(), tmp_path / f"t.{kind}"
