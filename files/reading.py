@@ -3,7 +3,7 @@
     csv, tsv       the first line names the columns; cells are strings as they stand, in quotes (") where they hold a separator, a
                    quote or a line break. A csv is separated by commas, or by semicolons where its first line has no comma
     txt            one column `text`, a line each
-    jsonl, json    an object a line; json may also be one array of objects
+    jsonl, json    an object a line (also .ndjson); json may also be one array of objects
     parquet
 
 All but parquet may be gzipped (.gz), and are UTF-8 with or without a byte-order mark. Blank lines of csv and jsonl are skipped.
@@ -28,7 +28,7 @@ from typing import IO
 
 from files.console import InputError
 
-KINDS = ("txt", "csv", "tsv", "jsonl", "json", "parquet")
+KINDS = ("txt", "csv", "tsv", "jsonl", "ndjson", "json", "parquet")
 STDIN = Path("-")
 PARQUET_BATCH = 1024  # rows
 # a column of one of these names is taken for the text where no other is asked for
