@@ -69,7 +69,7 @@ def tasks_of(path: Path, types: list[str | None]) -> list:
     tasks, shown = [], display_name(path)
     for task_type in (asked or possible[0] for asked in types):
         if task_type not in possible:
-            raise InputError(f"{shown}: {shape} make a task of type {' or '.join(possible)}, --task asks for {task_type}")
+            raise InputError(f"{shown}: {shape}, data for {' or '.join(possible)}, --task asks for {task_type}")
         if task_type == "Retrieval":
             data = retrieval_data(path)
         else:

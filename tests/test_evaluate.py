@@ -279,7 +279,7 @@ def test_bos_is_pooled_in_the_rows_of_scope_all_only(llama):
 
 def test_columns_and_task_must_agree(tmp_path):
     path = labelled(tmp_path / "mine.csv")
-    with pytest.raises(InputError, match="columns text,label make a task of type Clustering or Classification, --task asks for STS"):
+    with pytest.raises(InputError, match="columns text,label, data for Clustering or Classification, --task asks for STS"):
         run("--data", path, "--task", "sts", "--model", "tiny")
     both = choose("--data", path, "--task", "clustering", "classification")
     assert [t.metadata.type for t in both] == ["Clustering", "Classification"]

@@ -72,7 +72,7 @@ def test_labelled_texts_come_in_every_kind_of_file_that_evaluation_takes(tmp_pat
 @pytest.mark.parametrize(
     "content, message",
     [
-        ('{"text": "a"}', "line 1: label is empty"),
+        ('{"text": "a"}', "needs columns text and label, has text"),
         ('{"text": "a", "label": "b"}\n{"text": 1, "label": "c"}', "line 2: text is a number, not a string"),
         ('{"text": "a", "label": null}', "line 1: label is empty"),
         ('{"text": "a", "label": ["b"]}', "line 1: label is a list, not a string"),

@@ -10,7 +10,7 @@ from encoder import Encoder
 from encoder.encoder import NonFiniteError
 from encoder.runtime import all_reduce_number, distributed
 from files.console import InputError
-from files.reading import as_label, as_text, read_column, read_rows
+from files.reading import as_label, as_text, column_names, excerpt, read_column, read_rows
 from training.contrastive import autocast
 from training.pair_data import Pair
 
@@ -78,6 +78,8 @@ def read_labelled(path: Path) -> tuple[list[str], list[str]]:
     Raises InputError with the place for a row that lacks one of them, and for a file with fewer than two labels.
     """
     rows = list(read_rows(path))
+    if not {"text", "label"} <= set(columns := column_names(rows)):
+        raise InputError(f"{path}: needs columns text and label, has {excerpt(', '.join(columns), 200)}")
     texts, labels = read_column(rows, "text", as_text), read_column(rows, "label", as_label)
     if len(set(labels)) < 2:
         raise InputError(f"{path}: V-measure needs at least two labels")
