@@ -2,7 +2,7 @@
 
     python bench/bench_encode.py                             # on a CPU: the bundled model and the SmolLM2-135M shape
     python bench/bench_encode.py --models qwen3-0.6b mistral-7b --dtype bfloat16     # shapes for a GPU, random weights
-    python bench/bench_encode.py --ablate                    # ours with each execution option off as well
+    python bench/bench_encode.py --ablate --no-rivals        # ours, and ours with each execution option off
     python bench/bench_encode.py --stream 1000000            # memory while a million short lines go through one layer
 
 Sides: ours; sentence-transformers on the same weights, at its best (the same dtype, the fastest of several batch sizes, its
@@ -211,6 +211,8 @@ def make_sides(sides: Sides, args: argparse.Namespace, texts: list[str]) -> tupl
 
     if args.compile:
         add("ours, compiled", lambda: ("ours, compiled", sides.ours_compiled()))
+    if args.no_rivals:
+        return made, out_of_memory
     if importlib.util.find_spec("sentence_transformers"):
         add("sentence-transformers, best", library_at_its_best)
         defaults = "sentence-transformers, defaults"
@@ -363,6 +365,7 @@ def main() -> None:
     add("--dtype", help="default auto: bfloat16 where it is fast")
     add("--device")
     add("--ablate", action="store_true", help="ours with each trick off as well")
+    add("--no-rivals", action="store_true", help="ours alone, for --ablate and --compile (default: beside the others)")
     add("--compile", action="store_true", help="ours with compiled layers as well")
     add("--stream", type=int, metavar="N", help="only: N lines through one layer, and memory")
     add("--json", type=Path)
