@@ -45,12 +45,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast, Qwen3Config
+from transformers.utils import logging as transformers_logging
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from files.console import InputError, run_script, say
 from files.writing import write_atomic, write_json, write_text
 from models.packed_text import TOKENS_FILE, PackedText, hub_tokenizer, load_tokenizer, pack, read_packed
+
+transformers_logging.disable_progress_bar()
 
 # B: sequences, L: tokens of a sequence, T: tokens of a batch, D: hidden size, N: tokens of the whole text
 
