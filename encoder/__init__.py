@@ -15,7 +15,8 @@ dtype, device, batch size and compilation are facts of the machine and no part o
     vectors = encoder.encode(["a text", "another"])                      # float32 (2, D)
 
 contract.py      what decides a vector, its file and its fingerprint
-base_models.py   presets; finding, fetching and loading a base model
+names.py         presets, folders, hub ids, runs: what a user may type (no torch)
+base_models.py   fetching and loading a base model
 runtime.py       device, dtype, memory, processes
 tokenization.py  texts to token ids, prompt included
 packing.py       token ids to batches; attention of packed rows

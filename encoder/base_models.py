@@ -1,7 +1,6 @@
-"""Base models: presets, and the way from a name to a loaded decoder with its tokenizer.
+"""Base models: the way from a name to a loaded decoder with its tokenizer.
 
-A base is a preset, a local folder or a hub id (`org/name` or `org/name@revision`). Hub models come from the local cache, or are
-downloaded to it where the hub answers.
+Hub models come from the local cache, or are downloaded to it where the hub answers.
 """
 
 import contextlib
@@ -13,7 +12,6 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies
@@ -26,44 +24,15 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from transformers.utils import logging as transformers_logging
 
-from encoder.contract import CONTRACT_FILE, MODEL_FILES
+from encoder.contract import MODEL_FILES
+from encoder.names import PACKED_TYPES, PRESETS, find_base
+from encoder.names import is_run as is_run  # train.py takes it from here
 from encoder.runtime import all_reduce_number, is_out_of_memory
 from files.console import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
-# Run without padding, tested on the configs of tests/conftest.py and tests/test_classes.py; other decoders are padded. Such a class
-# tells its attention all that it depends on: Qwen2-MoE keeps a sliding window in the mask alone, Gemma 2 caps scores.
-PACKED_TYPES = (
-    *("llama", "mistral", "qwen3", "gemma3_text", "gpt_neox"),
-    *("cohere", "cohere2", "exaone4", "gemma", "glm", "glm4", "granite", "ministral", "mixtral", "olmo", "olmo2", "olmo3", "phi", "phi3"),
-    *("qwen2", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
-)
 # what the classes of transformers raise where a config is not for them
 RUNNING_ERRORS = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, ImportError, AssertionError)
 transformers_logging.disable_progress_bar()
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A base model by a short name, and training defaults chosen to fit one 24 GB GPU (`tiny`: two CPU cores)."""
-
-    base: str
-    batch_size: int
-    lr: float
-    lora_rank: int = 64
-    gradient_checkpointing: int = 0
-
-
-PRESETS = {
-    "tiny": Preset(str(ROOT / "models" / "tiny"), 96, 2e-3),
-    "smollm2-135m": Preset("HuggingFaceTB/SmolLM2-135M", 120, 2e-4),
-    "pythia-160m": Preset("EleutherAI/pythia-160m", 120, 2e-4),
-    "qwen3-0.6b": Preset("Qwen/Qwen3-0.6B", 120, 1e-4),
-    "gemma-3-1b": Preset("google/gemma-3-1b-pt", 120, 1e-4, gradient_checkpointing=1),
-    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B", 120, 1e-4, gradient_checkpointing=1),
-    "qwen3-4b": Preset("Qwen/Qwen3-4B", 120, 5e-5, gradient_checkpointing=1),
-    "mistral-7b": Preset("mistralai/Mistral-7B-v0.1", 120, 5e-5, lora_rank=16, gradient_checkpointing=1),
-}
 
 # --------------------------------------------------------------------------------------------------------- the network
 
@@ -101,39 +70,6 @@ def go_offline() -> None:
             sys.modules[module].HF_HUB_OFFLINE = True
 
 
-# ------------------------------------------------------------------------------------------------- from name to folder
-
-
-def is_run(spec: str) -> bool:
-    """Whether `spec` is the folder of a training run. The name of a preset is that preset, whatever folder has the same name."""
-    return spec not in PRESETS and (Path(spec) / CONTRACT_FILE).is_file()
-
-
-def newest_run(folder: Path) -> Path | None:
-    """The run in `folder` whose contract was written last."""
-    runs = [path.parent for path in folder.glob(f"*/{CONTRACT_FILE}")]
-    return max(runs, key=lambda run: (run / CONTRACT_FILE).stat().st_mtime) if runs else None
-
-
-def find_base(spec: str) -> tuple[str, str, str | None]:
-    """A preset, folder or hub id -> its name in the contract, the folder or hub id to load from, the revision asked for.
-
-    Raises InputError for what is neither.
-    """
-    if spec in PRESETS and not Path(PRESETS[spec].base).is_absolute():
-        return PRESETS[spec].base, PRESETS[spec].base, None
-    path = Path(PRESETS[spec].base if spec in PRESETS else spec).expanduser()
-    if path.is_dir():
-        bundled = [name for name, preset in PRESETS.items() if Path(preset.base) == path.resolve()]
-        if not (path / "config.json").is_file():
-            raise InputError(f"{spec}: a folder with neither {CONTRACT_FILE} (a run) nor config.json (a model)")
-        return (bundled or [path.resolve().name])[0], str(path), None
-    name, _, revision = spec.partition("@")
-    if spec.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise InputError(f"no model {spec!r}: give a folder that exists, a hub id like org/name, or one of {', '.join(PRESETS)}")
-    return name, name, revision or None
-
-
 def fetch(source: str, revision: str | None, trust_remote_code: bool, files: tuple[str, ...] = MODEL_FILES) -> Path:
     """The folder of a hub model in the local cache, downloaded where the hub answers. The folder's name is the commit."""
     from huggingface_hub import snapshot_download
@@ -144,8 +80,9 @@ def fetch(source: str, revision: str | None, trust_remote_code: bool, files: tup
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=not online))
     except (HTTPError, OSError, ValueError) as error:
-        where = "the hub has no such model that may be read" if online else "it is not on this machine, and the hub does not answer"
-        raise InputError(f"cannot load {source!r}: {where} ({' '.join(str(error).split()).split('. ')[0][:200]})") from None
+        no_folder = "" if source in (preset.base for preset in PRESETS.values()) else "there is no such folder here, and "
+        where = "the hub has no such model that may be read" if online else "it is not in this machine's cache, and the hub does not answer"
+        raise InputError(f"cannot load {source!r}: {no_folder}{where} ({' '.join(str(error).split()).split('. ')[0][:200]})") from None
 
 
 # -------------------------------------------------------------------------------------------- from folder to the model

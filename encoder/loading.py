@@ -1,6 +1,5 @@
 """From what a user names, a base or a training run, to a model in memory with its contract."""
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
@@ -8,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from encoder.base_models import PRESETS, fetch, find_base, is_run, load_pretrained
-from encoder.contract import ADAPTER_CONFIG, DEFAULT_MAX_TOKENS, Contract, default_scope, folder_hash
+from encoder.base_models import fetch, load_pretrained
+from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, folder_hash
+from encoder.names import base_of_run, find_base, is_run
 from files.console import InputError
 from prompts import get_prompt
 
@@ -91,18 +91,3 @@ def _default_contract(name: str, revision: str, overrides: dict, config, tokeniz
         positions = getattr(config, "max_position_embeddings", None) or 10**9
         settings["max_tokens"] = min(DEFAULT_MAX_TOKENS, positions * 3 // 4)
     return Contract(base=name, revision=revision, **settings)
-
-
-def base_of_run(run: Path, contract: Contract) -> str:
-    """Where a run's base is: the folder that its adapter's config names, the bundled model, or the hub."""
-    try:
-        recorded = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{run / ADAPTER_CONFIG} is missing or damaged: the run cannot be loaded without it") from None
-    if Path(recorded).is_dir():
-        return recorded
-    if not contract.revision.startswith("sha256:"):
-        return contract.base
-    if contract.base in PRESETS and Path(PRESETS[contract.base].base).is_dir():
-        return contract.base
-    raise InputError(f"{run}: its base {contract.base} was at {recorded} and is no longer there: bring it back or correct {ADAPTER_CONFIG}")

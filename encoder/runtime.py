@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from encoder.names import check_dtype
 from files.console import InputError
 
 
@@ -62,10 +63,8 @@ def pick_dtype(dtype: str | torch.dtype | None, device: torch.device, *, trainin
     if dtype == "auto":
         has_bf16 = device.type != "cpu" or torch.cpu.get_capabilities().get("avx512_bf16", False)
         return torch.bfloat16 if has_bf16 else torch.float32
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype not in names:
-        raise InputError(f"unknown dtype {dtype!r}: take auto, {', '.join(names)}")
-    return names[dtype]
+    check_dtype(dtype)
+    return getattr(torch, dtype)
 
 
 # -------------------------------------------------------------------------------------------------------------- memory

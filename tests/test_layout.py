@@ -8,7 +8,9 @@ ROOT = Path(__file__).resolve().parents[1]
 LAYERS = [
     {"files.console", "files.reading", "files.writing", "files.docstrings", "files"},
     {"prompts", "pooling_kernels"},
-    {"encoder.contract", "encoder.runtime"},
+    {"encoder.contract"},
+    {"encoder.names"},
+    {"encoder.runtime"},
     {"encoder.base_models", "encoder.tokenization"},
     {"encoder.packing", "encoder.lora", "encoder.loading"},
     {"encoder.streaming"},

@@ -130,6 +130,14 @@ def test_a_model_that_is_neither_here_nor_reachable(spec, offline):
         Encoder.load(spec)
 
 
+def test_a_folder_that_is_missing_is_said_before_the_hub(offline):
+    """`runs/demo` may be a hub id as well. A preset's name is no folder."""
+    with pytest.raises(InputError, match=r"^cannot load 'runs/demo': there is no such folder here, and .* the hub does not answer"):
+        Encoder.load("runs/demo")
+    with pytest.raises(InputError, match=r"^cannot load 'Qwen/Qwen3-0.6B': it is not in this machine's cache"):
+        check_base("qwen3-0.6b", trust_remote_code=False)
+
+
 def test_a_folder_that_is_no_model(tmp_path):
     with pytest.raises(InputError, match=r"neither embedding\.json"):
         Encoder.load(str(tmp_path))
