@@ -6,9 +6,11 @@ document, which is everything else). This module knows strings only: `encoder/` 
     from prompts import get_prompt
     get_prompt("cluster")                       # a preset
     get_prompt('The topic of "{text}" is:')     # any string with {text} in it
+    get_prompt("none", query="query: {text}")   # another template for queries
 """
 
-from dataclasses import dataclass
+import itertools
+from dataclasses import dataclass, replace
 
 from files.console import InputError
 
@@ -92,8 +94,14 @@ TASK_PROMPTS = {
 }
 
 
-def get_prompt(prompt: str | Prompt) -> Prompt:
-    """A preset by its exact name, or a template with `{text}` in it. Raises InputError and lists the choices."""
+def get_prompt(prompt: str | Prompt, query: str | Prompt | None = None) -> Prompt:
+    """A preset by its exact name, or a template with `{text}` in it. Raises InputError and lists the choices.
+
+    query    preset or template of the role "query", where it is to be another one
+    """
+    if query is not None:
+        queries = get_prompt(query)
+        return replace(get_prompt(prompt), name="custom", query=queries.query or queries.template)
     if isinstance(prompt, Prompt):
         return prompt
     if not isinstance(prompt, str):
@@ -104,3 +112,21 @@ def get_prompt(prompt: str | Prompt) -> Prompt:
         split_template(prompt)
         return Prompt("custom", prompt, "given on the command line")
     raise InputError(f"unknown prompt {prompt!r}: take one of {', '.join(PROMPTS)}, or write a string with {{text}} in it")
+
+
+def prompt_label(roles: dict[str, dict[str, str]]) -> str:
+    """The name of the preset with these prefixes and suffixes, else the template; both templates where the roles differ."""
+    for prompt in PROMPTS.values():
+        if prompt.roles() == roles:
+            return prompt.name
+    document, query = ("{prefix}{{text}}{suffix}".format(**roles[role]) for role in ("document", "query"))
+    return document if query == document else f"{document} (queries: {query})"
+
+
+def contrast(one: dict[str, dict[str, str]], other: dict[str, dict[str, str]], length: int = 60) -> tuple[str, str]:
+    """The labels of two prompts, each cut to `length` characters around the first one that differs."""
+    labels = prompt_label(one), prompt_label(other)
+    same = sum(itertools.takewhile(bool, (a == b for a, b in zip(*labels, strict=False))))
+    begin = max(0, same - length // 3)
+    short = ["…" * (begin > 0) + label[begin : begin + length] + "…" * (len(label) > begin + length) for label in labels]
+    return short[0], short[1]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files.console import InputError
-from prompts import ROLES
+from prompts import ROLES, contrast
 
 CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.safetensors", "adapter_config.json"
 QUERY_FILE = "pooling.safetensors"  # the learned query of pooling `query`
+ARGUMENTS_FILE, SUMMARY_FILE = "arguments.json", "summary.json"  # what train.py was asked for; what it left at the very end
 # the files of a model folder that decide its hidden states and its token ids
 MODEL_FILES = (
     "model*.safetensors",
@@ -119,14 +120,25 @@ class Contract:
         except UnicodeDecodeError:
             raise InputError(f"{path} is damaged (not UTF-8): restore it from the run that wrote it") from None
 
-    def override(self, changes: dict, *, force: bool = False) -> "Contract":
-        """The contract with some fields replaced. A contradiction raises InputError with both values, unless `force`."""
+    def override(self, changes: dict, *, force: bool = False, trained_dims: tuple[int, ...] = ()) -> "Contract":
+        """The contract with some fields replaced. A contradiction raises InputError with both values, unless `force`.
+
+        trained_dims    where vectors may be cut without contradiction: what `trained_dims` of this module returns for the run
+        """
         changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-        differing = {k: v for k, v in changes.items() if getattr(self, k) != v}
+        differing = {k: v for k, v in changes.items() if getattr(self, k) != v and not (k == "dims" and v in trained_dims)}
         if differing and not force:
-            both = "; ".join(f"{k} is {getattr(self, k)!r} in the run, {v!r} was asked for" for k, v in differing.items())
+            both = "; ".join(self._contradiction(name, value, trained_dims) for name, value in differing.items())
             raise InputError(f"{both}. Leave the flag out, or add --override-contract")
         return replace(self, **changes)
+
+    def _contradiction(self, name: str, asked: object, trained_dims: tuple[int, ...]) -> str:
+        value, more = getattr(self, name), ""
+        if name == "prompts":
+            name, (value, asked) = "prompt", contrast(value, asked)
+        elif name == "dims" and trained_dims:
+            more = f" (which was trained for {', '.join(map(str, trained_dims))} as well)"
+        return f"{name} is {value!r} in the run{more}, {asked!r} was asked for"
 
 
 def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
@@ -164,6 +176,30 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
 def default_scope(pooling: str) -> str:
     """`last` reads the end of the whole sequence, where the prompt is answered; means are taken over the text itself."""
     return "all" if pooling == "last" else "text"
+
+
+# ------------------------------------------------------------------------------- what else a run knows of its vectors
+
+
+def _read_object(path: Path) -> dict:
+    """A JSON object; an empty one where there is no such file, or it is damaged: whatever needs it says so elsewhere."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def trained_dims(run: str | Path) -> tuple[int, ...]:
+    """Lengths to which a run's vectors were trained to be cut (`train.py --matryoshka`), by its arguments.json."""
+    arguments = _read_object(Path(run) / ARGUMENTS_FILE).get("arguments")
+    numbers = arguments.get("matryoshka") if isinstance(arguments, dict) else None
+    return tuple(n for n in numbers if isinstance(n, int)) if isinstance(numbers, list) else ()
+
+
+def recorded_fingerprint(run: str | Path) -> str | None:
+    """The fingerprint that a run had at the end of its training, by its summary.json; None for a run that is not finished."""
+    return _read_object(Path(run) / SUMMARY_FILE).get("fingerprint")
 
 
 # ------------------------------------------------------------------------------------------------ hashes and identity

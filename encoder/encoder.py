@@ -26,7 +26,17 @@ from torch import Tensor, nn
 
 from encoder import lora
 from encoder.base_models import PACKED_TYPES, RUNNING_ERRORS, find_blocks
-from encoder.contract import CONTRACT_FILE, POOLINGS, QUERY_FILE, PoolingConfig, adapter_hash, fingerprint
+from encoder.contract import (
+    CONTRACT_FILE,
+    POOLINGS,
+    QUERY_FILE,
+    SUMMARY_FILE,
+    Contract,
+    PoolingConfig,
+    adapter_hash,
+    fingerprint,
+    recorded_fingerprint,
+)
 from encoder.loading import LoadedBase, contract_fields, load_base
 from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, select_tokens, trim_hook
 from encoder.runtime import (
@@ -131,9 +141,10 @@ class Encoder:
 
         dtype       see `pick_dtype`; None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
         shard       leave the weights in the CPU's memory until `shard` divides them among the processes
-        overrides   contract fields: prompt (preset name or template), pooling, scope, layers, max_tokens, bos, eos,
-                    keep_bos, attention, normalize, dims, quantize. None counts as not given. On a run, a value that contradicts
-                    its contract raises InputError unless `override_contract`.
+        overrides   contract fields: prompt (preset name or template), query_prompt (another one for the role "query"), pooling,
+                    scope, layers, max_tokens, bos, eos, keep_bos, attention, normalize, dims, quantize. None counts as not given.
+                    On a run, a value that contradicts its contract raises InputError unless `override_contract`; dims may be one
+                    of those that it was trained for (`--matryoshka`).
         """
         device, is_default_dtype = pick_device(device), dtype in (None, "auto")
         dtype = pick_dtype(dtype, device)
@@ -224,6 +235,11 @@ class Encoder:
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise InputError(f"{run / QUERY_FILE} is missing or damaged ({' '.join(str(error).split())[:100]})") from None
         self.adapter_hash = adapter_hash(run)
+        recorded, found = recorded_fingerprint(run), fingerprint(Contract.read(run), self.base_hash, self.adapter_hash)
+        if recorded not in (None, found):
+            self.notes.append(
+                f"{CONTRACT_FILE} or the adapter was changed after training: fingerprint {found}, {SUMMARY_FILE} has {recorded}"
+            )
 
     @property
     def merged(self) -> bool:

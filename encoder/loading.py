@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from encoder.base_models import fetch, load_pretrained
-from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, folder_hash
+from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, folder_hash, trained_dims
 from encoder.names import base_of_run, find_base, is_run
 from files.console import InputError
 from prompts import get_prompt
@@ -35,7 +35,7 @@ def load_base(
     run, contract = None, None
     if is_run(spec):
         run = Path(spec)
-        contract = Contract.read(run).override(overrides, force=override_contract)
+        contract = Contract.read(run).override(overrides, force=override_contract, trained_dims=trained_dims(run))
         spec = base_of_run(run, contract)
     name, source, revision = find_base(spec)
     is_local = Path(source).is_dir()
@@ -60,11 +60,14 @@ def load_base(
 def contract_fields(overrides: dict) -> dict:
     """Keyword arguments of `Encoder.load` as fields of the contract, without those that are None."""
     overrides = {k: v for k, v in overrides.items() if v is not None}
-    settable = {f.name for f in fields(Contract)} - {"base", "revision", "version"} | {"prompt"}
+    settable = {f.name for f in fields(Contract)} - {"base", "revision", "version"} | {"prompt", "query_prompt"}
     if set(overrides) - settable:
         raise InputError(f"unknown settings {sorted(set(overrides) - settable)}: there are {', '.join(sorted(settable))}")
+    query = overrides.pop("query_prompt", None)
+    if query is not None and "prompt" not in overrides:
+        raise InputError("query_prompt stands beside a prompt for the documents: give prompt as well, none if there is none")
     if "prompt" in overrides:
-        overrides["prompts"] = get_prompt(overrides.pop("prompt")).roles()
+        overrides["prompts"] = get_prompt(overrides.pop("prompt"), query).roles()
     return overrides
 
 

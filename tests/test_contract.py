@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_model, make_run, make_tokenizer
 
@@ -66,11 +67,43 @@ def test_a_flag_that_contradicts_a_run_shows_both_values(llama, tmp_path):
     Encoder.load(run, prompt="cluster", pooling="last")  # says the same
     with pytest.raises(InputError, match=r"pooling is 'last' in the run, 'mean' was asked for.*--override-contract"):
         Encoder.load(run, pooling="mean")
-    with pytest.raises(InputError, match=r"prompts is .*following cluster.* was asked for"):
+    with pytest.raises(InputError, match=r"^prompt is 'cluster' in the run, 'none' was asked for\. Leave"):
         Encoder.load(run, prompt="none")
     assert Encoder.load(run, pooling="mean", override_contract=True).contract.pooling == "mean"
     with pytest.raises(InputError, match=r"unknown settings \['colour'\]"):
         Encoder.load(run, colour=1)
+
+
+def test_a_run_may_be_cut_to_the_dims_that_it_was_trained_for(llama, tmp_path):
+    run = make_run(llama, tmp_path / "run")
+    with pytest.raises(InputError, match=r"dims is None in the run, 16 was asked for.*--override-contract"):
+        Encoder.load(run, dims=16)
+    (tmp_path / "run" / "arguments.json").write_text('{"arguments": {"matryoshka": [8, 16]}}')
+    whole, cut = Encoder.load(run), Encoder.load(run, dims=16)
+    expected = whole.encode(["a cat"])[:, :16]
+    np.testing.assert_allclose(cut.encode(["a cat"]), expected / np.linalg.norm(expected), atol=1e-6)
+    assert cut.fingerprint != whole.fingerprint
+    with pytest.raises(InputError, match=r"dims is None in the run \(which was trained for 8, 16 as well\), 12 was asked for"):
+        Encoder.load(run, dims=12)
+    (tmp_path / "run" / "arguments.json").write_text('{"arguments": {"matryoshka": null}}')
+    with pytest.raises(InputError, match="dims is None"):
+        Encoder.load(run, dims=16)
+
+
+def test_a_contract_that_was_changed_after_training_is_noticed(llama, tmp_path):
+    run, folder = make_run(llama, tmp_path / "run", prompt="cluster"), tmp_path / "run"
+    before = Encoder.load(run)
+    assert before.notes == []  # not finished
+    (folder / "summary.json").write_text(json.dumps({"fingerprint": before.fingerprint}))
+    assert Encoder.load(run).notes == Encoder.load(run, pooling="mean", override_contract=True).notes == []
+    contract = folder / "embedding.json"
+    contract.write_text(contract.read_text().replace("following cluster", "following class"))
+    after = Encoder.load(run)
+    changed = "embedding.json or the adapter was changed after training"
+    assert after.notes == [f"{changed}: fingerprint {after.fingerprint}, summary.json has {before.fingerprint}"]
+    assert len(Encoder.load(run, pooling="mean", override_contract=True).notes) == 1
+    (folder / "summary.json").write_text("{")  # damaged: it says nothing
+    assert Encoder.load(run).notes == []
 
 
 def test_fingerprint_names_contract_base_and_adapter_and_nothing_else(llama, tmp_path):

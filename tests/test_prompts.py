@@ -1,7 +1,7 @@
 import pytest
 
 from files.console import InputError
-from prompts import PROMPTS, TASK_PROMPTS, get_prompt
+from prompts import PROMPTS, TASK_PROMPTS, contrast, get_prompt, prompt_label
 
 
 def test_presets_hold_the_text_once_and_name_their_source():
@@ -32,3 +32,19 @@ def test_what_is_no_prompt_is_refused():
         get_prompt("Cluster")
     with pytest.raises(InputError, match="has it 2 times"):
         get_prompt("{text} and {text}")
+
+
+def test_queries_may_have_another_template():
+    roles = get_prompt("cluster", query="query: {text}").roles()
+    assert roles == {"query": {"prefix": "query: ", "suffix": ""}, "document": get_prompt("cluster").roles()["document"]}
+    assert get_prompt("none", query="retrieve").roles()["query"] == get_prompt("retrieve").roles()["query"]
+    with pytest.raises(InputError, match="unknown prompt"):
+        get_prompt("none", query="query:")
+
+
+def test_two_prompts_are_told_apart_in_few_words():
+    assert contrast(get_prompt("cluster").roles(), get_prompt("none").roles()) == ("cluster", "none")
+    long = "a" * 300 + " {text} " + "b" * 300
+    one, other = contrast(get_prompt(long + "!").roles(), get_prompt(long + "?" + "c" * 300).roles())
+    assert one == "…" + "b" * 20 + "!" and other == "…" + "b" * 20 + "?" + "c" * 39 + "…"
+    assert prompt_label(get_prompt("{text}", query="q {text}").roles()) == "{text} (queries: q {text})"
