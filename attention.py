@@ -2,33 +2,40 @@
 
     python attention.py --text "My card was swallowed by the machine."       # newest run, else the bundled model
     python attention.py --model runs/mine --input texts.txt --out attention/mine
+    python attention.py --model runs/mine --text "What swallows cards?" --role query      # under the prompt of queries
 
 Leaves behind, in --out (default attention/MODEL):
 
-    attention.json      {"model", "fingerprint", "normalization", "texts": [{"text", "shares": {part: {side: share}},
+    attention.json      {"model", "prompt", "role", "fingerprint", "normalization", "texts": [{"text", "shares": {part: {side: share}},
                         "tokens": [{"piece", "part": "bos" | "prompt" | "text" | "eos", "base": weight, "adapter": weight}]}]}
-    text-001.png ...    one picture a text (at most --pictures), a bar a token
+    text-001.png ...    one picture a text (at most --pictures), a bar a token, in rows; of more than 480 tokens the middle is left out
 
 Weights are the softmax over all tokens of the sequence, averaged over the heads, so that each side sums to 1.
 """
 
 import argparse
-import warnings
+import json
+import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from encoder import Encoder, EncodingReport, TokenAttention
-from encoder.base_models import PRESETS, is_run, newest_run
+from encoder.contract import Contract
+from encoder.names import DTYPES, PACKED_TYPES, PRESETS, base_of, check_dtype, find_base, is_run, newest_run
 from files.console import InputError, run_script, say, warn
 from files.reading import read_texts
 from files.writing import check_absent, write_atomic, write_json
-from prompts import PROMPTS
+from prompts import PROMPTS, ROLES, get_prompt, prompt_label
+
+if TYPE_CHECKING:  # torch and transformers are imported where they are used: what is wrong with the flags is said at once
+    from encoder import Encoder, TokenAttention
 
 ROOT = Path(__file__).resolve().parent
 NORMALIZATION = "softmax over all tokens of the sequence, mean over heads"
 COLOURS = {"bos": "tab:gray", "prompt": "tab:orange", "text": "tab:blue", "eos": "tab:purple"}
+PER_ROW, MOST_ROWS = 60, 8  # tokens of a row of a picture
 
 
-def summarize(text: str, sides: dict[str, TokenAttention]) -> dict:
+def summarize(text: str, sides: "dict[str, TokenAttention]") -> dict:
     """One text of the report: its tokens with the weight of each side, and each part's share of the attention."""
     base = sides["base"]
     if not base.pieces:
@@ -43,32 +50,77 @@ def summarize(text: str, sides: dict[str, TokenAttention]) -> dict:
     return {"text": text, "shares": shares, "tokens": tokens}
 
 
-def draw(item: dict, model: str, path: Path) -> None:
-    """One panel a side on a common scale, a bar a token, coloured by its part."""
+def choose_fonts(text: str) -> tuple[list[str], set[str]]:
+    """The default font, installed ones with the characters of `text` that it lacks, and the characters that none of them has."""
+    from matplotlib import font_manager
+
+    default = font_manager.FontProperties().get_name()
+    names = sorted({font.name for font in font_manager.fontManager.ttflist} - {default})
+    chosen, missing = [default], {character for character in text if character.isprintable()}
+    for name in (default, *names):
+        if not missing or "last resort" in name.lower().replace("lastresort", "last resort"):  # whose characters are all boxes
+            continue
+        try:
+            charmap = font_manager.get_font(font_manager.findfont(name)).get_charmap()
+        except (OSError, RuntimeError):  # a file that is no font after all
+            continue
+        found = {character for character in missing if ord(character) in charmap}
+        chosen += [name] * bool(found)
+        missing -= found
+    return list(dict.fromkeys(chosen)), missing
+
+
+def drawable(text: str, missing: set[str]) -> str:
+    """`text` with codes in place of the characters that cannot be drawn."""
+    return "".join(c if c.isprintable() and c not in missing else c.encode("unicode_escape").decode() for c in text)
+
+
+def label(piece: str, missing: set[str]) -> str:
+    """A token below its bar; · is one that ends a character that another one began."""
+    return drawable(piece.strip(), missing) or ("␣" if piece else "·")
+
+
+def draw(item: dict, title: str, path: Path, fonts: list[str], missing: set[str]) -> None:
+    """Rows of tokens, in each a panel a side on a common scale, a bar a token, coloured by its part.
+
+    A bar of BOS that is more than twice as long as any other is cut off, with its weight beside it: others could not be seen.
+    """
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
     from matplotlib.patches import Patch
 
-    tokens = item["tokens"]
+    tokens, most = item["tokens"], PER_ROW * MOST_ROWS
+    if n_left_out := max(0, len(tokens) - most):
+        tokens = tokens[: most // 2] + tokens[-most // 2 :]
+        title += f"\n{n_left_out} tokens in the middle are left out here, not in attention.json"
     sides = [side for side in ("base", "adapter") if side in tokens[0]]
-    width = min(40, max(7, 0.28 * len(tokens) + 1.5))
-    with plt.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph")  # a script that the font lacks is drawn as boxes
-        size = (width, 2.2 * len(sides) + 1.2)
-        figure, axes = plt.subplots(len(sides), 1, figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained")
-        for axis, side in zip(axes[:, 0], sides, strict=True):
-            axis.bar(range(len(tokens)), [token[side] for token in tokens], color=[COLOURS[token["part"]] for token in tokens])
-            shares = ", ".join(f"{part} {100 * share[side]:.0f} %" for part, share in item["shares"].items())
-            axis.set_title(f"{side}: {shares}", fontsize=9, loc="left")
-            axis.set_ylabel("weight")
-            axis.margins(x=0.01)
-        labels = [token["piece"].strip() or "␣" for token in tokens]
-        axes[-1, 0].set_xticks(range(len(tokens)), labels, rotation=90, fontsize=8)
+    rows = [tokens[start : start + PER_ROW] for start in range(0, len(tokens), PER_ROW)]
+    per_row, n_panels = len(rows[0]), len(rows) * len(sides)
+    others = max((token[side] for token in tokens for side in sides if token["part"] != "bos"), default=1)
+    longest = max(token[side] for token in tokens for side in sides)
+    top = 1.1 * (others if longest > 2 * others else longest)
+    height = (2.2 if len(rows) == 1 else 1.2) * n_panels + 0.5 * len(rows) + 1
+    with plt.rc_context({"text.parse_math": False, "font.family": fonts}):
+        size = (max(7, 0.26 * per_row + 1.5), height)
+        figure, axes = plt.subplots(n_panels, 1, figsize=size, squeeze=False, layout="constrained")
+        for number, axis in enumerate(axes[:, 0]):
+            row, side = rows[number // len(sides)], sides[number % len(sides)]
+            axis.bar(range(len(row)), [token[side] for token in row], color=[COLOURS[token["part"]] for token in row])
+            axis.set(xlim=(-0.6, per_row - 0.4), ylim=(0, top), ylabel=side)
+            for i, token in enumerate(row):
+                if token[side] > top:
+                    axis.annotate(f"{token[side]:.2f}", (i + 0.5, 0.85 * top), fontsize=7)
+            if number < len(sides):
+                shares = ", ".join(f"{part} {100 * share[side]:.0f} %" for part, share in item["shares"].items())
+                axis.set_title(f"{side}: {shares}", fontsize=9, loc="left")
+            is_last = side == sides[-1]
+            labels = [label(token["piece"], missing) for token in row] if is_last else []
+            axis.set_xticks(range(len(labels)), labels, rotation=90, fontsize=8)
         axes[0, 0].legend(handles=[Patch(color=COLOURS[part], label=part) for part in item["shares"]], fontsize=8)
-        figure.suptitle(f"{model}: attention of the last token in the last layer\n({NORMALIZATION})", fontsize=10)
-        figure.savefig(path, format="png", dpi=120)
+        figure.suptitle("\n".join(drawable(line, missing) for line in title.splitlines()), fontsize=10)
+        figure.savefig(path, format="png", dpi=110)
         plt.close(figure)
 
 
@@ -76,15 +128,21 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", help=f"a run, a folder, a hub id or {', '.join(PRESETS)} (default: newest run, else tiny)")
-    add("--text", action="append", help="a text; may be repeated")
-    add("--input", type=Path, help="a file of texts: txt (a text a line), csv, tsv, jsonl (also .gz), parquet, or - for standard input")
+    add("--text", action="append", help="a text; may be repeated (default: those of --input)")
+    add(
+        "--input",
+        type=Path,
+        help="a file of texts: txt (a text a line), csv, tsv, jsonl (also .gz), parquet, or - for standard input (default: none)",
+    )
     add("--column", help="the column of --input with the text (default: guessed, and printed)")
-    add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}}; a run has its own (default cluster)")
+    add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}} (default: a run's own, else cluster)")
+    add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
+    add("--role", choices=ROLES, default="document", help="under which of the two prompts (default document)")
     add("--pictures", type=int, default=8, help="draw at most this many texts (default 8)")
     add("--out", type=Path, help="a folder (default attention/MODEL)")
-    add("--dtype", help="auto, float32, bfloat16 (default float32 on a CPU, bfloat16 elsewhere)")
-    add("--device", help="default cuda where there is one, else cpu")
-    add("--override-contract", action="store_true", help="let --prompt contradict a run's contract")
+    add("--dtype", help=f"auto, {', '.join(DTYPES)} (default float32 on a CPU, bfloat16 elsewhere)")
+    add("--device", help="cpu, cuda or cuda:N (default cuda where there is one, else cpu)")
+    add("--override-contract", action="store_true", help="let --prompt contradict a run's contract (default: never)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (default: never)")
     return parser
 
@@ -100,41 +158,99 @@ def collect_texts(args: argparse.Namespace) -> list[str]:
     return texts
 
 
-def main(args: argparse.Namespace) -> None:
-    texts = collect_texts(args)
-    model = args.model or str(newest_run(ROOT / "runs") or "tiny")
-    name = Path(model).name
-    out = args.out or ROOT / "attention" / name
+def check_flags(args: argparse.Namespace, model: str, out: Path) -> None:
+    """Raise InputError for what the flags and the files of the model's folder show. For a local model it costs no slow import."""
+    check_dtype(args.dtype)
     if args.pictures < 0:
         raise InputError(f"--pictures must be 0 or more, not {args.pictures}")
+    if args.query_prompt and not args.prompt:
+        raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
+    if args.prompt:
+        roles = get_prompt(args.prompt, args.query_prompt).roles()
+        if is_run(model):
+            Contract.read(model).override({"prompts": roles}, force=args.override_contract)
     check_absent(out)
+    folder = next(folder for folder in out.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"--out {out}: {folder} {'may not be written to' if folder.is_dir() else 'is a file'}, choose another place")
+    check_attention_is_read(model, args.trust_remote_code)
+
+
+def check_attention_is_read(model: str, trust_remote_code: bool) -> None:
+    """Raise InputError for a class of models whose attention cannot be read, by its config alone."""
+    _, source, revision = find_base(base_of(model))
+    folder = Path(source)
+    if not folder.is_dir():
+        from encoder.base_models import fetch
+
+        folder = fetch(source, revision, trust_remote_code, ("config.json",))
+    try:
+        model_type = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return  # damaged: loading says how
+    if model_type not in PACKED_TYPES:
+        raise InputError(f"{model}: the attention of {model_type} models cannot be read, take a class like {', '.join(PACKED_TYPES[:5])}")
+
+
+def look(encoder: "Encoder", texts: list[str], role: str) -> tuple[dict[str, list], list[str]]:
+    """Every text's attention for each side, and the warnings."""
+    from encoder import EncodingReport
+
+    report, of_adapter = EncodingReport(), EncodingReport()
+    sides = {"base": encoder.untuned().last_token_attention(texts, role, report=report)}
+    if encoder.peft:
+        sides["adapter"] = encoder.last_token_attention(texts, role, report=of_adapter)
+    return sides, list(dict.fromkeys([*encoder.notes, *report.warnings(), *of_adapter.notes]))
+
+
+def main(args: argparse.Namespace) -> None:
+    model = args.model or str(newest_run(ROOT / "runs") or "tiny")
+    name = Path(model).resolve().name
+    out = args.out or ROOT / "attention" / name
+    check_flags(args, model, out)
+    texts = collect_texts(args)
+    from encoder import Encoder
+
     encoder = Encoder.load(
         model,
         prompt=args.prompt or (None if is_run(model) else "cluster"),
+        query_prompt=args.query_prompt,
         dtype=args.dtype,
         device=args.device,
         override_contract=args.override_contract,
         trust_remote_code=args.trust_remote_code,
     )
-    report = EncodingReport()
-    sides = {"base": encoder.untuned().last_token_attention(texts, report=report)}
-    if encoder.peft:
-        sides["adapter"] = encoder.last_token_attention(texts)
+    sides, warnings = look(encoder, texts, args.role)
     items = [summarize(text, {side: attention[i] for side, attention in sides.items()}) for i, text in enumerate(texts)]
-    for line in encoder.notes + report.warnings():
+    for line in warnings:
         warn(line)
     out.parent.mkdir(parents=True, exist_ok=True)
     out.mkdir()
-    result = {"model": name, "fingerprint": encoder.fingerprint, "normalization": NORMALIZATION, "texts": items}
-    write_json(out / "attention.json", result, indent=1)
-    for i, item in enumerate(items[: args.pictures], 1):
-        write_atomic(out / f"text-{i:03d}.png", lambda path, item=item: draw(item, name, path))
+    prompt = prompt_label(encoder.contract.prompts)
+    result = {"model": name, "prompt": prompt, "role": args.role, "fingerprint": encoder.fingerprint, "normalization": NORMALIZATION}
+    write_json(out / "attention.json", result | {"texts": items}, indent=1)
+    shown = prompt if len(prompt) <= 100 else prompt[:99] + "…"
+    title = f"{name}, fingerprint {encoder.fingerprint}, prompt {shown}, {args.role}"
+    title += f"\nattention of the last token in the last layer: {NORMALIZATION}"
+    draw_all(items[: args.pictures], title, out)
     say(f"model {name}, fingerprint {encoder.fingerprint}; {NORMALIZATION}")
     parts = [part for part in COLOURS if any(part in item["shares"] for item in items)]
     for side in sides:
         means = (sum(item["shares"].get(part, {}).get(side, 0) for item in items) / len(items) for part in parts)
         say(f"{side:>8}: " + ", ".join(f"{part} {100 * mean:.1f} %" for part, mean in zip(parts, means, strict=True)))
     say(f"{out}: attention.json and {min(len(items), args.pictures)} pictures")
+
+
+def draw_all(items: list[dict], title: str, out: Path) -> None:
+    """A picture of each text. Characters that no installed font has are drawn as codes, and a line says so once."""
+    if not items:
+        return
+    fonts, missing = choose_fonts(title + "".join(token["piece"] for item in items for token in item["tokens"]))
+    if missing:
+        some = " ".join(sorted(missing)[:10])
+        warn(f"no installed font has {len(missing)} of the characters ({some}): they are drawn as codes; install a font such as Noto")
+    for i, item in enumerate(items, 1):
+        write_atomic(out / f"text-{i:03d}.png", lambda path, item=item: draw(item, title, path, fonts, missing))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from encoder.runtime import (
     to_device,
 )
 from encoder.streaming import EncodingReport, run_batch, tokenized_windows
-from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list
+from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list, readable_pieces
 from files.console import InputError, Progress
 from files.writing import write_atomic, write_text
 from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
@@ -74,7 +74,7 @@ class HiddenStates(NamedTuple):
 class TokenAttention(NamedTuple):
     """What the last token of a sequence attends to."""
 
-    pieces: list[str]  # each token as readable text
+    pieces: list[str]  # each token as readable text, see `readable_pieces`
     parts: list[str]  # the part of the sequence that each token belongs to: "bos", "prompt", "text" or "eos"
     weights: np.ndarray  # (L, H) float32, softmax over all tokens of the sequence: each head's weights sum to 1
 
@@ -455,7 +455,7 @@ class Encoder:
                 for some_rows, some_weights in run_batch(self, tokenized, rows, compute, report):
                     weights |= zip(some_rows, some_weights, strict=True)
             for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
-                pieces, parts = [self.tokenizer.decode([token]) for token in ids], self.prompt_tokenizer.parts(len(ids), span)
+                pieces, parts = readable_pieces(self.tokenizer.decode, ids), self.prompt_tokenizer.parts(len(ids), span)
                 out.append(TokenAttention(pieces, parts, weights.get(i, np.zeros((0, 0), np.float32))))
         return out
 

@@ -93,3 +93,8 @@ def base_of_run(run: Path, contract: Contract) -> str:
     if contract.base in PRESETS and Path(PRESETS[contract.base].base).is_dir():
         return contract.base
     raise InputError(f"{run}: its base {contract.base} was at {recorded} and is no longer there: bring it back or correct {ADAPTER_CONFIG}")
+
+
+def base_of(spec: str) -> str:
+    """The base of a run; a base is its own."""
+    return base_of_run(Path(spec), Contract.read(spec)) if is_run(spec) else spec

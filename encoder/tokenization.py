@@ -1,6 +1,6 @@
 """From texts to token ids: [BOS | prefix | text, truncated | suffix | EOS], by a contract and a tokenizer."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from encoder.contract import Contract
@@ -78,6 +78,21 @@ class PromptTokenizer:
         if self.eos:
             parts[-1] = "eos"
         return parts
+
+
+def readable_pieces(decode: Callable[[list[int]], str], ids: list[int]) -> list[str]:
+    """Each token as text. Of tokens that are bytes of one character, the first is that character and the others are empty."""
+    pieces, i = [], 0
+    while i < len(ids):
+        text, n = decode(ids[i : i + 1]), 1
+        if text.endswith("\N{REPLACEMENT CHARACTER}"):  # not a whole character, of which UTF-8 has four bytes at most
+            for m in range(2, min(4, len(ids) - i) + 1):
+                if "\N{REPLACEMENT CHARACTER}" not in (longer := decode(ids[i : i + m])):
+                    text, n = longer, m
+                    break
+        pieces += [text, *[""] * (n - 1)]
+        i += n
+    return pieces
 
 
 def check_list(texts: Iterable[str]) -> Iterable[str]:
