@@ -39,7 +39,8 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (InputError, OSError) as error:
         process = f", process {process_rank()}" if process_rank() else ""
-        message = " ".join(line.strip() for line in str(error).splitlines())
+        named = isinstance(error, OSError) and error.filename and error.strerror  # else it may say all in words
+        message = f"{error.filename}: {error.strerror}" if named else " ".join(line.strip() for line in str(error).splitlines())
         print(f"{Path(sys.argv[0]).name}{process}: {message}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

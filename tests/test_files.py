@@ -37,6 +37,7 @@ def fail_with(error: BaseException):
     [
         (InputError("no file x"), "0", 2, "script.py: no file x\n"),
         (OSError(28, "No space left on device"), "0", 2, "script.py: [Errno 28] No space left on device\n"),
+        (PermissionError(13, "Permission denied", "a/b"), "0", 2, "script.py: a/b: Permission denied\n"),
         (InputError("in two\n  lines"), "0", 2, "script.py: in two lines\n"),
         (InputError("no file x"), "3", 2, "script.py, process 3: no file x\n"),
         (KeyboardInterrupt(), "0", 130, ""),
