@@ -15,7 +15,7 @@ by module, none of which is in the docstring pairs. Vectors are normalized befor
 --task classification) or `text1,text2,score` (STS), or a folder with corpus.jsonl, queries.jsonl (`_id`, `text`) and qrels.tsv (retrieval).
 
 --out FILE.json: {"results": [{"task", "type", "metric", "score" in 0..1, "splits": {split: score}, "ami" (clustering),
-"bootstrap_scores": [...] or null, "model", "fingerprint", "contract", "computed": dtype and device, "seconds"}],
+"bootstrap_scores": [...] or null, "std" of these or null, "model", "fingerprint", "contract", "computed": dtype and device, "seconds"}],
 "versions": {...}}
 
 Legend: N texts, D numbers of a vector.
@@ -37,22 +37,24 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from encoder import Contract, Encoder, EncodingReport
-from encoder.base_models import PRESETS, check_base, go_offline, hub_answers, is_run, newest_run
-from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, default_scope
-from encoder.loading import base_of_run
-from encoder.runtime import end_distributed
+from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, Contract, default_scope, trained_dims
+from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run, newest_run
 from files.console import InputError, process_rank, run_script, say, warn
 from files.writing import check_absent, write_json
-from prompts import PROMPTS, TASK_PROMPTS, get_prompt
+from prompts import PROMPTS, TASK_PROMPTS, get_prompt, prompt_label
 from tasks.mteb_tasks import bundled_tasks, local_task, local_tasks
+
+if TYPE_CHECKING:  # torch, transformers and mteb are imported where they are used: what is wrong with the flags is said at once
+    from encoder import Encoder
 
 RUNS = Path(__file__).resolve().parent / "runs"
 BENCHMARK = "MTEB(eng, v2)"
 EncodeTexts = Callable[[list[str], str], np.ndarray]  # texts and "query" or "document" -> vectors (N, D)
+COLLAPSED = 1e-4  # 1 - cosine to the mean vector, below which vectors are one point
 TYPES = {  # as --task calls them: as mteb calls them
     "clustering": "Clustering",
     "classification": "Classification",
@@ -95,6 +97,8 @@ def choose_tasks(args: argparse.Namespace) -> list:
     local = [local_task(bundled[name], "Clustering") for name in chosen]
     if args.bundled or (local and not types and not names):
         return local
+
+    from encoder.base_models import go_offline, hub_answers
 
     tasks = listed_tasks(names, types, args.benchmark or BENCHMARK, whole_benchmark=not asked)
     online = hub_answers()
@@ -152,7 +156,18 @@ class MtebModel:
         texts = [text for batch in inputs for text in batch["text"]]
         vectors = self.encode_texts(texts, "query" if prompt_type is not None and prompt_type.value == "query" else "document")
         norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return vectors / np.where(norms > 0, norms, 1)
+        vectors = vectors / np.where(norms > 0, norms, 1)
+        if is_collapsed(vectors[list({text: i for i, text in enumerate(texts)}.values())]):
+            warn_once(f"{self.label}: different texts have nearly the same vector (cosine above {1 - COLLAPSED}): its scores mean little")
+        return vectors
+
+
+def is_collapsed(vectors: np.ndarray) -> bool:
+    """Whether unit vectors (N, D) point one way, but for a hundredth of them."""
+    if len(vectors) < 2:
+        return False
+    center = vectors.mean(0, dtype=np.float64)
+    return bool(np.quantile(vectors @ center, 0.01) > (1 - COLLAPSED) * np.linalg.norm(center) > 0)
 
 
 class EncodingCache:
@@ -162,10 +177,10 @@ class EncodingCache:
     mteb scores one row after the other on the same texts. All rows have to be made before the first one is scored.
     """
 
-    def __init__(self, encoder: Encoder):
+    def __init__(self, encoder: "Encoder"):
         self.encoder, self.poolings, self.vectors = encoder, [], {}
 
-    def row(self, label: str, encoder: Encoder | None = None) -> MtebModel:
+    def row(self, label: str, encoder: "Encoder | None" = None) -> MtebModel:
         """A row for this model, or for `encoder`: the same weights under a contract with another pooling configuration."""
         encoder = encoder or self.encoder
         contract, pooling = json.loads(encoder.contract.to_json()), encoder.contract.pooling_config()
@@ -175,6 +190,8 @@ class EncodingCache:
 
     def encode(self, texts: list[str], role: str) -> dict:
         """Vectors (N, D) for each pooling configuration."""
+        from encoder import EncodingReport
+
         digest = hashlib.sha256(json.dumps(texts).encode()).digest()
         if self.vectors.get(role, (None,))[0] != digest:
             report = EncodingReport()
@@ -203,6 +220,8 @@ def baseline(name: str) -> MtebModel:
         return MtebModel("TF-IDF, SVD 100", "tfidf-svd-100", None, tfidf)
     from sentence_transformers import SentenceTransformer
 
+    from encoder.base_models import hub_answers
+
     try:
         model = SentenceTransformer(name, local_files_only=not (Path(name).is_dir() or hub_answers()))
     except (OSError, ValueError) as error:
@@ -217,12 +236,14 @@ def warn_once(text: str) -> None:
     warn(text)
 
 
-def load_encoder(spec: str, args: argparse.Namespace, **contract_fields) -> Encoder:
+def load_encoder(spec: str, args: argparse.Namespace, **contract_fields) -> "Encoder":
     """A run, or a base under the given contract fields, on the machine that the flags describe."""
+    from encoder import Encoder
+
     machine = {"dtype": args.dtype, "device": args.device, "trust_remote_code": args.trust_remote_code}
     encoder = Encoder.load(spec, override_contract=args.override_contract, **machine, **contract_fields)
     for note in encoder.notes:
-        warn_once(f"{encoder.contract.base}: {note}")
+        warn_once(f"{os.path.relpath(spec) if is_run(spec) else encoder.contract.base}: {note}")
     return encoder
 
 
@@ -278,7 +299,7 @@ def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = Fal
 def base_rows(spec: str, prompt: str, args: argparse.Namespace) -> list[MtebModel]:
     """Rows of an untuned base under one prompt, for every --pooling x --scope. Combinations that pool the same tokens are one row."""
     fields = {name: getattr(args, name) for name in ("max_tokens", "dims", "layers", "quantize")}
-    encoder = load_encoder(spec, args, prompt=prompt, **fields)
+    encoder = load_encoder(spec, args, prompt=prompt, query_prompt=args.query_prompt, **fields)
     if args.compile:
         encoder.compile()
     cache, variants = EncodingCache(encoder), {}
@@ -288,7 +309,8 @@ def base_rows(spec: str, prompt: str, args: argparse.Namespace) -> list[MtebMode
         if bare and not keep_bos:
             scope = "text"  # nothing stands around the text: both scopes are the same tokens
         variant = encoder.with_contract(pooling=pooling, scope=scope, keep_bos=keep_bos)
-        label = f"{encoder.contract.base}, {prompt}, {pooling}" + ("" if bare and scope == "text" else f", {scope}")
+        queries = f" / {args.query_prompt}" if args.query_prompt else ""
+        label = f"{encoder.contract.base}, {prompt}{queries}, {pooling}" + ("" if bare and scope == "text" else f", {scope}")
         variants.setdefault(variant.fingerprint, (label + (" with BOS" if keep_bos else ""), variant))
     return [cache.row(label, variant) for label, variant in variants.values()]
 
@@ -306,28 +328,60 @@ def changes_to_run(spec: str, args: argparse.Namespace) -> dict:
     fields = dict(changes)
     for flag, name in (("prompt", "prompts"), ("pooling", "pooling"), ("scope", "scope")):
         values, of_run = getattr(args, flag) or [], getattr(contract, name)
-        meanings = [get_prompt(value).roles() for value in values] if flag == "prompt" else values
+        meanings = [get_prompt(value, args.query_prompt).roles() for value in values] if flag == "prompt" else values
         if values and of_run not in meanings:
             if len(values) > 1:
                 hint = f"add the run's {flag} to them, or give one value with --override-contract"
-                raise InputError(f"{flag} is {of_run!r} in {spec}, {values} were asked for: {hint}")
+                shown = prompt_label(of_run)[:80] if flag == "prompt" else of_run
+                raise InputError(f"{flag} is {shown!r} in {spec}, {values} were asked for: {hint}")
             changes[flag], fields[name] = values[0], meanings[0]
-    contract.override(fields, force=args.override_contract)
+            if flag == "prompt":
+                changes["query_prompt"] = args.query_prompt
+    contract.override(fields, force=args.override_contract, trained_dims=trained_dims(spec))
     return changes
 
 
-def check_models(args: argparse.Namespace) -> None:
-    """Raise InputError for what is wrong with the models that were asked for, before the first one is scored."""
+def check_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for what the flags alone, the names of the models and the contracts of runs show. It costs no slow import."""
+    check_dtype(args.dtype)
+    if args.query_prompt and not args.prompt:
+        raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
     for prompt in args.prompt or []:
-        get_prompt(prompt)
+        get_prompt(prompt, args.query_prompt)
+    if args.keep_bos and "all" not in (args.scope or []):
+        raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
+    for flag, value in (("--max-tokens", args.max_tokens), ("--dims", args.dims)):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} must be 1 or more, not {value}")
     for spec in args.model or []:
         if is_run(spec):
             changes_to_run(spec, args)
-            check_base(base_of_run(Path(spec), Contract.read(spec)), args.trust_remote_code)
-        else:
-            check_base(spec, args.trust_remote_code)
-    if args.keep_bos and "all" not in (args.scope or []):
-        raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
+        find_base(base_of(spec))
+
+
+def check_models(args: argparse.Namespace) -> None:
+    """Raise InputError for models whose config alone shows that they cannot be loaded, before the first one is scored."""
+    from encoder.base_models import check_base
+
+    for spec in args.model or []:
+        check_base(base_of(spec), args.trust_remote_code)
+
+
+def check_out(path: Path) -> None:
+    """Raise InputError unless a new file can be written there. Nothing is made yet."""
+    if path.is_dir():
+        raise InputError(f"--out {path} is a folder: name a file, such as {path / 'results.json'}")
+    check_absent(path)
+    check_absent(partial(path))
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "may not be written to" if folder.is_dir() else "is a file"
+        raise InputError(f"--out {path}: {folder} {why}, choose another place")
+
+
+def partial(out: Path) -> Path:
+    """Where the scores of a run that fails are kept."""
+    return out.with_name(out.name + ".partial")
 
 
 # ------------------------------------------------------------------------------------------- scores and the table
@@ -350,18 +404,24 @@ def score(task, model: MtebModel) -> dict:
         "score": float(result.get_score()),
         "splits": {name: float(np.mean([scores["main_score"] for scores in split])) for name, split in result.scores.items()},
         "bootstrap_scores": None,
+        "std": None,
         "model": model.label,
         "fingerprint": model.fingerprint,
         "contract": model.contract,
         "computed": model.computed,
         "seconds": round(time.perf_counter() - began, 2),
     }
+    bootstraps = []  # a list for each subset and level
     if all("v_measures" in scores for scores in subsets):
-        cell["bootstrap_scores"] = [v for scores in subsets for level in scores["v_measures"].values() for v in level]
+        bootstraps = [level for scores in subsets for level in scores["v_measures"].values()]
         cell["ami"] = float(np.mean([scores["ami"] for scores in subsets]))
     elif all("scores_per_experiment" in scores for scores in subsets):
-        experiments = [experiment for scores in subsets for experiment in scores["scores_per_experiment"]]
-        cell["bootstrap_scores"] = [experiment[about.main_score] for experiment in experiments if about.main_score in experiment]
+        name = about.main_score
+        bootstraps = [[run[name] for run in scores["scores_per_experiment"] if name in run] for scores in subsets]
+    if any(bootstraps):
+        cell["bootstrap_scores"] = [value for values in bootstraps for value in values]
+    if bootstraps and all(len(values) > 1 for values in bootstraps):
+        cell["std"] = float(np.mean([np.std(values, ddof=1) for values in bootstraps]))
     return cell
 
 
@@ -386,14 +446,17 @@ def score_all(args: argparse.Namespace, tasks: list, failures: list[str]) -> Ite
 
 
 def table(cells: list[dict]) -> str:
-    """Rows are models, columns tasks, then their mean; scores times 100, in brackets AMI for clustering."""
+    """Rows are models, columns tasks, then their mean; scores times 100 ± standard deviation, in brackets AMI for clustering."""
     tasks = list(dict.fromkeys(cell["task"] for cell in cells))
     models = list(dict.fromkeys((cell["model"], cell["fingerprint"]) for cell in cells))
     by_place = {(cell["model"], cell["fingerprint"], cell["task"]): cell for cell in cells}
     metrics = {cell["task"]: cell["metric"].replace("_", "-") + (" (AMI)" if "ami" in cell else "") for cell in cells}
 
     def show(cell: dict | None) -> str:
-        return f"{100 * cell['score']:.1f}" + (f" ({100 * cell['ami']:.1f})" if "ami" in cell else "") if cell else "-"
+        if cell is None:
+            return "-"
+        spread = "" if cell["std"] is None else f" ± {100 * cell['std']:.1f}"
+        return f"{100 * cell['score']:.1f}{spread}" + (f" ({100 * cell['ami']:.1f})" if "ami" in cell else "")
 
     lines = [["model", *tasks, "mean", "fingerprint"], ["", *(metrics[task] for task in tasks), "", ""]]
     for model, fingerprint in models:
@@ -408,7 +471,9 @@ def table(cells: list[dict]) -> str:
     ]
     text = ["  ".join(line).rstrip() for line in aligned]
     computed = ", ".join(dict.fromkeys(cell["computed"] for cell in cells if cell["computed"]))
-    return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:], *([f"vectors computed in {computed}"] if computed else [])])
+    notes = [f"vectors computed in {computed}"] * bool(computed)
+    notes += ["±: standard deviation over mteb's bootstraps or repetitions"] * any(cell["std"] is not None for cell in cells)
+    return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:], *notes])
 
 
 def write_results(cells: list[dict], path: Path) -> None:
@@ -431,21 +496,33 @@ def build_parser() -> argparse.ArgumentParser:
     add("--task", nargs="+", help=f"{', '.join(TYPES)}, or names of mteb's tasks or of those in tasks/ (default: clustering)")
     add("--benchmark", nargs="?", const=BENCHMARK, help=f"an mteb benchmark; without --task all its tasks (default: {BENCHMARK})")
     add("--bundled", action="store_true", help="run the bundled clustering tasks, without trying the network first (default: off)")
-    add("--data", nargs="+", type=Path, metavar="PATH", help="your own labelled files or folders, see evaluate.py's first lines")
+    add(
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="PATH",
+        help="your own labelled files or folders, see evaluate.py's first lines (default: off)",
+    )
     # how texts become vectors: for untuned bases; a run has its contract
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them (default: by type of task)")
     poolings = [p for p in POOLINGS if p != "query"]  # which is learned: an untuned base has none
-    add("--pooling", nargs="+", choices=poolings, help="default: last for a prompt that continues after the text, else mean")
+    add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
+    add(
+        "--pooling",
+        nargs="+",
+        choices=poolings,
+        help="how tokens become a vector (default: last for a prompt that continues after the text, else mean)",
+    )
     add("--scope", nargs="+", choices=SCOPES, help="which tokens are pooled (default: all for last, else text)")
     add("--layers", nargs="+", type=int, help="layers to average: -1 is after the final norm, k after block k (default: -1)")
     add("--keep-bos", action="store_true", help="pool the BOS token as well, with --scope all (default: off)")
     add("--max-tokens", type=int, help="longer texts are truncated to this many tokens (default: 512, or what the model allows)")
-    add("--dims", type=int, help="keep only the first so many numbers of a vector (default: all)")
+    add("--dims", type=int, help="keep the first so many numbers of a vector; of a run, those of its --matryoshka (default: all)")
     add("--quantize", choices=QUANTIZATIONS, help="load the weights of untuned bases in 4 or 8 bits, needs bitsandbytes (default: off)")
     add("--override-contract", action="store_true", help="let the flags above change a run's contract (default: off)")
     # the machine
-    add("--dtype", help="auto, float32, bfloat16 (default: float32 on a CPU, bfloat16 elsewhere)")
-    add("--device", help="default: cuda where there is one, else cpu")
+    add("--dtype", help=f"auto, {', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 elsewhere)")
+    add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--compile", action="store_true", help="torch.compile the model, for many texts; on a CPU it needs a C++ compiler (default: off)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (default: off)")
     add("--out", type=Path, help="write every score to this JSON file (default: off)")
@@ -455,7 +532,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     out = args.out if process_rank() == 0 else None  # under torchrun all processes have the same scores, and the first one writes them
     if out:
-        check_absent(out)
+        check_out(out)
+    check_flags(args)
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
     tasks = choose_tasks(args)
@@ -470,7 +548,7 @@ def main(args: argparse.Namespace) -> None:
         if cells:
             say(table(cells) + "\n(incomplete)")
             if out:
-                write_results(cells, out.with_name(out.name + ".partial"))
+                write_results(cells, partial(out))
         raise
     if not cells:
         raise InputError("; ".join(failures))
@@ -479,6 +557,8 @@ def main(args: argparse.Namespace) -> None:
         write_results(cells, out)
     if failures:
         raise InputError(f"the table lacks what could not be computed: {'; '.join(failures)}")
+    from encoder.runtime import end_distributed
+
     end_distributed()
 
 

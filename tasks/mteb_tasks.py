@@ -10,7 +10,7 @@ import random
 from collections import Counter, defaultdict
 from pathlib import Path
 
-from files.console import InputError
+from files.console import InputError, warn
 from files.docstrings import bundled_task_files
 from files.reading import (
     STDIN,
@@ -28,6 +28,9 @@ from files.reading import (
 METRICS = {"Clustering": "v_measure", "Classification": "accuracy", "STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}
 # mteb's names for what is compared with what: texts with categories, or texts with texts
 CATEGORIES = {"Clustering": "t2c", "Classification": "t2c", "STS": "t2t", "Retrieval": "t2t"}
+
+
+FEW = 50  # texts, pairs or queries; fewer are scored with a warning
 
 
 def bundled_tasks() -> dict[str, Path]:
@@ -66,7 +69,7 @@ def tasks_of(path: Path, types: list[str | None]) -> list:
             raise InputError(f"{display_name(path)}: needs columns text,label or text1,text2,score; it has {has}")
     else:
         raise InputError(f"no file or folder {path}")
-    tasks, shown = [], display_name(path)
+    tasks, found, shown = [], [], display_name(path)
     for task_type in (asked or possible[0] for asked in types):
         if task_type not in possible:
             raise InputError(f"{shown}: {shape}, data for {' or '.join(possible)}, --task asks for {task_type}")
@@ -74,8 +77,30 @@ def tasks_of(path: Path, types: list[str | None]) -> list:
             data = retrieval_data(path)
         else:
             data = sts_data(rows, shown) if task_type == "STS" else labelled_data(rows, shown, task_type)
+        found += [doubt for doubt in doubts(data, task_type) if doubt not in found]
         tasks.append(make_task(name, task_type, data))
+    for doubt in found:
+        warn(f"{shown}: {doubt}")
     return tasks
+
+
+def doubts(data: dict, task_type: str) -> list[str]:
+    """Why the scores of data that can be scored may mean little."""
+    if task_type == "Retrieval":
+        n, what, texts, labels = len(data["queries"]["id"]), "queries", data["corpus"]["text"], []
+    elif task_type == "STS":
+        n, what, texts, labels = len(data["score"]), "pairs", [], []
+    else:
+        texts, labels = data.values()
+        n, what = len(texts), "texts"
+    lines, copies = [], len(texts) - len(set(texts))
+    if n < FEW:
+        lines.append(f"only {n} {what}: with fewer than {FEW}, scores vary widely")
+    if copies >= max(2, len(texts) / 10):
+        lines.append(f"{copies} of {len(texts)} texts are copies of others")
+    if task_type == "Clustering" and len(set(labels)) > n / 2:
+        lines.append(f"{len(set(labels))} labels for {n} texts: any clustering has a high v-measure, go by the AMI")
+    return lines
 
 
 def local_tasks(paths: list[Path], types: list[str | None]) -> list:
@@ -92,6 +117,8 @@ def labelled_data(rows: list[Row], path: str, task_type: str) -> dict:
     texts, labels = read_column(rows, "text", as_text), read_column(rows, "label", as_label)
     if len(set(labels)) < 2:
         raise InputError(f"{path}: one class only ({labels[0]!r}), there is nothing to tell apart")
+    if task_type == "Clustering" and len(set(labels)) == len(labels):
+        raise InputError(f"{path}: {len(labels)} texts have {len(labels)} labels, there is nothing to group: give related texts one label")
     if task_type == "Classification" and len(set(labels)) == len(labels):
         raise InputError(f"{path}: every class has one row only, classification needs two rows of a class")
     names = ("sentences", "labels") if task_type == "Clustering" else ("text", "label")

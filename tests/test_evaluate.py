@@ -4,9 +4,12 @@ import math
 import os
 import runpy
 import shutil
+import socket
+import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,8 +18,9 @@ from conftest import make_run
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig
 
+import attention
 import evaluate
-from encoder import Encoder
+from encoder import Encoder, base_models
 from evaluate import MtebModel
 from files.console import InputError
 from tasks.mteb_tasks import local_task
@@ -26,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    monkeypatch.setattr(evaluate, "hub_answers", lambda: False)
+    monkeypatch.setattr(base_models, "hub_answers", lambda: False)
     monkeypatch.setattr(evaluate, "RUNS", tmp_path / "runs")
 
 
@@ -85,7 +89,7 @@ def test_clustering_scores_every_row_with_mteb(tmp_path):
     assert len(oracle.calls) == 1 and len(oracle.calls[0][1]) == 60 and oracle.calls[0][0] == "document"
     assert cell["task"] == "mine" and cell["metric"] == "v_measure"
     assert cell["score"] == pytest.approx(1) and cell["ami"] == pytest.approx(1) and cell["splits"] == {"test": pytest.approx(1)}
-    assert len(cell["bootstrap_scores"]) == 10
+    assert len(cell["bootstrap_scores"]) == 10 and cell["std"] == pytest.approx(0, abs=1e-6)
     constant = MtebModel("constant", "c" * 16, None, lambda texts, role: np.ones((len(texts), 4), np.float32))
     assert evaluate.score(task, constant)["score"] == pytest.approx(0, abs=1e-6)
 
@@ -103,6 +107,27 @@ def test_every_row_of_the_table_sees_the_same_samples(tmp_path):
     models = [MtebModel("noise", f"{i}", None, lambda texts, role: noise) for i in range(2)]
     first, second = (evaluate.score(task, model) for model in models)
     assert first["bootstrap_scores"] == second["bootstrap_scores"] and len(set(first["bootstrap_scores"])) > 1
+    spread = statistics.stdev(first["bootstrap_scores"])
+    assert first["std"] == pytest.approx(spread) and spread > 0.005
+    score, ami = 100 * first["score"], 100 * first["ami"]
+    assert f"  {score:.1f} ± {100 * spread:.1f} ({ami:.1f})   {score:.1f}  0\n" in evaluate.table([first])
+
+
+def test_the_spread_is_that_within_a_subset(monkeypatch):
+    """Subsets and levels of unlike difficulty are no spread; what has no repetitions has none."""
+    import mteb
+
+    def of(**scores):
+        about = SimpleNamespace(name="t", type="Clustering", main_score="v_measure")
+        subsets = [{"main_score": 0.5, "ami": 0.5} | scores]
+        result = SimpleNamespace(scores={"test": subsets}, get_score=lambda: 0.5)
+        monkeypatch.setattr(mteb, "evaluate", lambda *_, **__: SimpleNamespace(task_results=[result]))
+        return evaluate.score(SimpleNamespace(metadata=about), MtebModel("m", "f" * 16, None, None))
+
+    cell = of(v_measures={"level 0": [0.1, 0.2], "level 1": [0.8, 0.9]})
+    assert cell["bootstrap_scores"] == [0.1, 0.2, 0.8, 0.9] and cell["std"] == pytest.approx(0.1 / math.sqrt(2))
+    cell = of()
+    assert cell["bootstrap_scores"] is None and cell["std"] is None and "±" not in evaluate.table([cell])
 
 
 def test_classification_sts_and_retrieval(tmp_path):
@@ -143,6 +168,7 @@ def test_classification_sts_and_retrieval(tmp_path):
         (b"text,label\n", "is empty"),
         (b"text,topic\na,b\n", "needs columns text,label or text1,text2,score; it has text, topic"),
         (b"text,label\na,x\nb,x\n", "one class only"),
+        (b"text,label\na,x\nb,y\nc,z\n", "mine.csv: 3 texts have 3 labels, there is nothing to group"),
         (b"text,label\na,x\nb,\n", "line 3: label is empty"),
         (b"text1,text2,score\na,b,3\nc,d,high\n", "line 3: score is 'high', which is not a number"),
         (b"text1,text2,score\na,b,3\nc,d,3\n", "nothing to correlate"),
@@ -188,6 +214,37 @@ def test_labels_are_strings_numbers_or_booleans_and_rows_may_come_from_standard_
     assert clustering.metadata.name == "stdin" == classification.metadata.name
 
 
+def test_data_whose_scores_mean_little_is_scored_with_a_warning(tmp_path, capsys):
+    path = labelled(tmp_path / "mine.csv")
+    local_task(path)
+    assert capsys.readouterr().err == ""
+    path.write_text("text,label\n" + "".join(f"{text},{i}\n" for i in range(3) for text in ("a", "b", "c", "d", "a")[: 5 - i]))
+    choose("--data", path, "--task", "clustering", "classification")
+    few, copies = "only 12 texts: with fewer than 50, scores vary widely", "8 of 12 texts are copies of others"
+    assert capsys.readouterr().err == f"warning: {path}: {few}\nwarning: {path}: {copies}\n"  # once for both tasks
+    write_csv(path, "text,label", [(i, i // 2 if i < 20 else i) for i in range(60)])
+    local_task(path)
+    assert capsys.readouterr().err == f"warning: {path}: 50 labels for 60 texts: any clustering has a high v-measure, go by the AMI\n"
+    local_task(write_csv(path, "text1,text2,score", [("a", "b", i) for i in range(7)]))
+    assert "only 7 pairs" in capsys.readouterr().err
+
+
+def test_vectors_that_are_one_point_are_noticed(capsys):
+    """Also where a text or two stand apart; not where the texts are the same, and not where vectors are merely close."""
+
+    def encode(vectors, texts=None):
+        texts = texts or [f"text {i}" for i in range(len(vectors))]
+        MtebModel("mine", "f" * 16, None, lambda *_: np.array(vectors, np.float32)).encode([{"text": texts}])
+        return capsys.readouterr().err
+
+    evaluate.warn_once.cache_clear()
+    assert encode([[1, 0]]) == encode([[1, 0]] * 9, ["same"] * 9) == encode([[1, 0.03], [1, -0.03]] * 9) == encode([[0, 0]] * 9) == ""
+    assert encode([[1, 0.001], [2, 0]] * 100 + [[0, 0]]) == (
+        "warning: mine: different texts have nearly the same vector (cosine above 0.9999): its scores mean little\n"
+    )
+    assert encode([[1, 0]] * 9) == ""  # said once
+
+
 def test_a_class_needs_two_rows_for_classification(tmp_path):
     path = write_csv(tmp_path / "mine.csv", "text,label", [("a", "x"), ("b", "y")])
     with pytest.raises(InputError, match=r"mine\.csv: every class has one row only"):
@@ -220,10 +277,31 @@ def test_errors_in_the_flags_come_before_anything_is_scored(llama, tmp_path, cap
         (("--model", "tiny", model, "--layers", "-2"), "layers is"),
         (("--model", "tiny", "--prompt", "clutser"), "unknown prompt"),
         (("--model", "tiny", "--keep-bos"), "--keep-bos works with --scope all"),
+        (("--model", "tiny", "--dtype", "float8"), "unknown dtype 'float8': take auto, float32, bfloat16, float16"),
+        (("--model", "tiny", "--dims", "0"), "--dims must be 1 or more, not 0"),
+        (("--model", "tiny", "--query-prompt", "none"), "give --prompt as well"),
+        (("--model", "tiny", model, "--prompt", "none", "classify"), r"^prompt is 'cluster' in \S*mine, \['none', 'classify'\] were"),
     ):
         with pytest.raises(InputError, match=message):
             run("--data", path, *flags)
         assert "v_measure" not in capsys.readouterr().err
+
+
+def test_a_place_for_the_scores_is_refused_before_anything_is_scored(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "r.json.partial").write_text("old")
+    for out, message in (
+        (tmp_path, rf"--out {tmp_path} is a folder: name a file, such as {tmp_path}/results.json"),
+        (tmp_path / "file", "file exists already"),
+        (tmp_path / "r.json", r"r\.json\.partial exists already"),
+        (tmp_path / "file" / "r.json", "file is a file, choose another place"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("--model", "tiny", "--out", out)
+    monkeypatch.setattr(evaluate.os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(InputError, match=rf"{tmp_path} may not be written to"):
+        run("--model", "tiny", "--out", tmp_path / "new" / "r.json")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "r.json.partial"]
 
 
 def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeypatch):
@@ -292,7 +370,7 @@ def test_words_that_mean_nothing_elsewhere_are_texts_and_labels(tmp_path):
 
 
 def test_empty_and_truncated_texts_are_scored_with_one_warning_each(llama, tmp_path, capsys):
-    path = labelled(tmp_path / "mine.csv", 6)
+    path = labelled(tmp_path / "mine.csv")
     path.write_text(path.read_text() + ",animal\n" + "word " * 40 + ",money\n")
     run("--data", path, "--model", llama, "--prompt", "cluster", "--pooling", "mean", "last", "--max-tokens", 30)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
@@ -312,7 +390,7 @@ def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     labels = [c["model"] for c in results]
     grid_rows = [f"llama, cluster, {p}, {s}" for p in ("mean", "last") for s in ("all", "text")]
     assert labels[:-1] == ["TF-IDF, SVD 100", "llama, none, mean", "llama, none, last", *grid_rows]
-    keys = {"task", "type", "metric", "score", "ami", "splits", "bootstrap_scores"}
+    keys = {"task", "type", "metric", "score", "ami", "splits", "bootstrap_scores", "std"}
     keys |= {"model", "fingerprint", "contract", "computed", "seconds"}
     assert all(set(c) == keys and 0 <= c["score"] <= 1 for c in results)
     assert len({c["fingerprint"] for c in results}) == len(labels)
@@ -330,6 +408,26 @@ def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     with pytest.raises(InputError, match=r"scope is 'all' in the run, 'text' was asked for.*--override-contract"):
         run("--data", path, "--model", model, "--scope", "text")
     run("--data", path, "--model", model, "--scope", "text", "--override-contract")
+    (tmp_path / "runs" / "mine" / "arguments.json").write_text('{"arguments": {"matryoshka": [8]}}')
+    run("--data", path, "--model", model, "--dims", 8, "--out", tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text())["results"][0]["contract"]["dims"] == 8
+    with pytest.raises(InputError, match=r"dims is None in the run \(which was trained for 8 as well\), 9 was asked for"):
+        run("--data", path, "--model", model, "--dims", 9)
+
+
+def test_queries_may_have_a_prompt_of_their_own(llama, tmp_path):
+    flags = ("--prompt", "none", "--query-prompt", "query: {text}")
+    (row,) = evaluate.base_rows(llama, "none", parse(*flags))
+    assert row.contract["prompts"] == {"query": {"prefix": "query: ", "suffix": ""}, "document": {"prefix": "", "suffix": ""}}
+    assert row.label == "llama, none / query: {text}, mean, text"
+    model = make_run(llama, tmp_path / "mine", prompt="none", query_prompt="query: {text}")
+    assert evaluate.changes_to_run(model, parse(*flags)) == {}
+    with pytest.raises(InputError, match=r"prompt is '{text} \(queries: query: {text}\)' in the run, 'none' was asked for"):
+        evaluate.changes_to_run(model, parse("--prompt", "none"))
+    changes = evaluate.changes_to_run(model, parse("--prompt", "none", "--query-prompt", "q {text}", "--override-contract"))
+    assert Encoder.load(model, override_contract=True, **changes).contract.prompts["query"]["prefix"] == "q "
+    with pytest.raises(InputError, match="give prompt as well"):
+        Encoder.load(llama, query_prompt="q {text}")
 
 
 def test_rows_that_share_forward_passes_equal_separate_ones(llama, monkeypatch):
@@ -416,7 +514,7 @@ def test_without_network_tasks_in_the_cache_run_and_the_libraries_go_offline(tmp
 
 
 def test_with_network_the_track_of_the_benchmark_is_chosen(monkeypatch):
-    monkeypatch.setattr(evaluate, "hub_answers", lambda: True)
+    monkeypatch.setattr(base_models, "hub_answers", lambda: True)
     names = [t.metadata.name for t in choose("--task", "clustering")]
     assert "TwentyNewsgroupsClustering.v2" in names and len(names) == 8
     assert len(choose("--task", "clustering", "docstrings-by-module")) == 9
@@ -433,6 +531,67 @@ def test_an_error_is_one_line_and_status_2(capsys, monkeypatch):
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(ROOT / "evaluate.py"), run_name="__main__")
     assert (end.value.code, capsys.readouterr().err) == (2, "evaluate.py: no file or folder no.csv\n")
+
+
+@pytest.mark.parametrize(
+    "script, flags, status, message",
+    [
+        ("evaluate.py", ("--model", "typo"), 2, "evaluate.py: no model 'typo'"),
+        ("evaluate.py", ("--model", "tiny", "--data", "no.csv"), 2, "evaluate.py: no file or folder no.csv"),
+        ("evaluate.py", ("--model", "tiny", "--out", "."), 2, "evaluate.py: --out . is a folder"),
+        ("evaluate.py", ("--model", "tiny", "--bundled"), 130, ""),
+        ("attention.py", ("--text", "a", "--model", "typo"), 2, "attention.py: no model 'typo'"),
+        ("attention.py", ("--model", "tiny"), 2, "attention.py: no text"),
+        ("attention.py", ("--model", "tiny", "--text", "a", "--out", "new"), 130, ""),
+    ],
+)
+def test_errors_come_before_the_slow_imports_and_ctrl_c_during_these_is_quiet(tmp_path, script, flags, status, message):
+    for package in ("torch", "mteb", "transformers"):
+        (tmp_path / f"{package}.py").write_text("raise KeyboardInterrupt\n")
+    process = subprocess.run(
+        [sys.executable, ROOT / script, *flags],
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (process.returncode, process.stdout) == (status, "")
+    assert process.stderr.startswith(message) and process.stderr.count("\n") == (status == 2)
+
+
+def test_local_models_and_data_never_ask_the_network(llama, tmp_path, monkeypatch):
+    """Whatever the environment says: neither this project nor the libraries behind it."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    def refuse(*_, **__):
+        pytest.fail("the network was asked")
+
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
+    for module in (huggingface_hub.constants, datasets.config):
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
+    for owner, name in ((base_models, "hub_answers"), (socket, "getaddrinfo"), (socket.socket, "connect")):
+        monkeypatch.setattr(owner, name, refuse)
+    model = make_run(llama, tmp_path / "mine", prompt="cluster")
+    assert Encoder.load("tiny").encode(["a"]).shape == (1, 384)
+    run(
+        "--data",
+        labelled(tmp_path / "mine.csv"),
+        "--model",
+        "tiny",
+        llama,
+        model,
+        "--prompt",
+        "none",
+        "--pooling",
+        "mean",
+        "--override-contract",
+    )
+    run("--task", "docstrings-by-module", "--model", llama)
+    assert len(choose("--bundled")) == 2
+    attention.main(attention.build_parser().parse_args(["--model", model, "--text", "a", "--out", str(tmp_path / "out")]))
 
 
 def test_a_second_process_prints_and_writes_nothing(llama, tmp_path, capsys, monkeypatch):
