@@ -13,6 +13,7 @@ dtype, device, batch size and compilation are facts of the machine and no part o
     encoder = Encoder.load("tiny", prompt="cluster", pooling="last")     # a preset, a folder, a hub id
     encoder = Encoder.load("runs/tiny")                                  # a training run, with its contract
     vectors = encoder.encode(["a text", "another"])                      # float32 (2, D)
+    numbers, cosines = encoder.nearest(["a question"], texts, k=5)       # (1, 5) each
 
 contract.py      what decides a vector, its file and its fingerprint
 names.py         presets, folders, hub ids, runs: what a user may type (no torch)
@@ -22,6 +23,7 @@ tokenization.py  texts to token ids, prompt included
 packing.py       token ids to batches; attention of packed rows
 lora.py          the adapter: add, load, save, a fused layer
 streaming.py     any number of texts in memory that does not grow
+nearest.py       the nearest of any number of vectors
 encoder.py       all of it together: load, tokenize, forward, pool, encode
 """
 

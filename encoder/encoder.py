@@ -38,6 +38,7 @@ from encoder.contract import (
     recorded_fingerprint,
 )
 from encoder.loading import LoadedBase, contract_fields, load_base
+from encoder.nearest import Nearest, nearest
 from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, select_tokens, trim_hook
 from encoder.runtime import (
     default_batch_tokens,
@@ -61,6 +62,17 @@ from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
 BACKWARD_COST = 16
 # a few texts of different kinds, by which `merge` measures how far it moves vectors
 SAMPLE_TEXTS = ["A cat sleeps.", "Interest rates rose again this month.", "def add(a, b): return a + b", "Où est la gare ?", "42"]
+# what `encode` of sentence-transformers takes, and what stands for it here
+ELSEWHERE = {
+    "batch_size": ": batches are filled to a number of tokens, batch_tokens=2048",
+    "show_progress_bar": ": take progress=True",
+    "convert_to_tensor": ": it returns a NumPy array, torch.from_numpy makes it a tensor",
+    "convert_to_numpy": ": it always returns a NumPy array",
+    **dict.fromkeys(("normalize", "normalize_embeddings"), ": the contract says whether, Encoder.load(..., normalize=False)"),
+    **dict.fromkeys(("prompt", "prompt_name"), ": the contract has the prompts, Encoder.load(..., prompt=...) and role"),
+    "truncate_dim": ": Encoder.load(..., dims=...)",
+    "device": ": Encoder.load(..., device=...)",
+}
 
 
 class HiddenStates(NamedTuple):
@@ -418,12 +430,17 @@ class Encoder:
         batch_tokens: int | None = None,
         progress: bool = False,
         report: EncodingReport | None = None,
+        **unknown,
     ) -> np.ndarray | list[np.ndarray]:
         """Texts -> float32 (N, D) in the order given; with `poolings`, one such array for each, from the same forward passes.
 
+        role            "query" or "document": under most prompts the same, see `contract.prompts`
         batch_tokens    of a batch (default: 2,048 on a CPU, else 32,768, or fewer where memory is short)
         report          collects what happened to the texts: empty, truncated, out of memory
+        Raises TypeError for an argument of sentence-transformers, and says what it is called here.
         """
+        if unknown:
+            raise TypeError("; ".join(f"encode takes no {name}{ELSEWHERE.get(name, '')}" for name in unknown))
         texts = list(check_list(texts))
         out = [np.empty((len(texts), self.width), dtype=np.float32) for _ in poolings or [None]]
         at = 0
@@ -433,6 +450,33 @@ class Encoder:
                     whole[at : at + len(window)] = window
                 at += len(arrays[0])
         return out if poolings else out[0]
+
+    def nearest(
+        self,
+        queries: Iterable[str],
+        texts: Iterable[str] | np.ndarray,
+        k: int = 5,
+        *,
+        batch_tokens: int | None = None,
+        progress: bool = False,
+        report: EncodingReport | None = None,
+    ) -> Nearest:
+        """For each query the numbers of the k nearest texts and their cosines, nearest first; of equally near ones the first.
+
+        texts     any number, read a window at a time; or the vectors (N, D) that `encode` made of them
+        Queries are embedded with the role "query". A prompt that is the same for both roles makes no difference of it.
+        """
+        if k < 1:
+            raise InputError(f"k must be 1 or more, not {k}")
+        vectors = self.encode(queries, "query", batch_tokens=batch_tokens, report=report)
+        if isinstance(texts, np.ndarray):
+            if texts.ndim != 2 or texts.shape[1] != self.width:
+                raise InputError(f"vectors must be (N, {self.width}), not {texts.shape}")
+            return nearest(vectors, [texts], k)
+        total = len(texts) if hasattr(texts, "__len__") else 0
+        with Progress(total, "encoding", "text", disable=not (progress and total)) as bar:
+            windows = self.stream(texts, batch_tokens=batch_tokens, report=report, done=bar.update)
+            return nearest(vectors, (arrays[0] for arrays in windows), k)
 
     def last_token_attention(
         self, texts: Iterable[str], role: str = "document", *, batch_tokens: int | None = None, report: EncodingReport | None = None

@@ -221,3 +221,12 @@ def test_stored_vectors_of_the_bundled_model_are_still_what_they_were():
     for item in stored["readings"]:
         vectors = Encoder.load("tiny", **item["settings"]).encode(stored["texts"])
         np.testing.assert_allclose(vectors[:, :5], item["vectors"], atol=1e-5, err_msg=str(item["settings"]))
+
+
+def test_an_argument_of_sentence_transformers_is_refused_with_its_name_here(llama):
+    encoder = Encoder.load(llama)
+    for name, hint in (("batch_size", "batch_tokens"), ("normalize", "normalize=False"), ("show_progress_bar", "progress=True")):
+        with pytest.raises(TypeError, match=f"encode takes no {name}: .*{hint}"):
+            encoder.encode(["a"], **{name: 1})
+    with pytest.raises(TypeError, match=r"encode takes no colour$"):
+        encoder.encode(["a"], colour=1)

@@ -542,6 +542,7 @@ def test_an_error_is_one_line_and_status_2(capsys, monkeypatch):
         ("evaluate.py", ("--model", "tiny", "--bundled"), 130, ""),
         ("attention.py", ("--text", "a", "--model", "typo"), 2, "attention.py: no model 'typo'"),
         ("attention.py", ("--model", "tiny"), 2, "attention.py: no text"),
+        ("search.py", ("--model", "tiny", "--input", "no.csv", "--query", "a"), 2, "search.py: no file no.csv"),
         ("attention.py", ("--model", "tiny", "--text", "a", "--out", "new"), 130, ""),
     ],
 )

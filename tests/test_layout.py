@@ -12,7 +12,7 @@ LAYERS = [
     {"encoder.names"},
     {"encoder.runtime"},
     {"encoder.base_models", "encoder.tokenization"},
-    {"encoder.packing", "encoder.lora", "encoder.loading"},
+    {"encoder.packing", "encoder.lora", "encoder.loading", "encoder.nearest"},
     {"encoder.streaming"},
     {"encoder.encoder", "encoder"},
     {"tasks", "tasks.mteb_tasks", "tasks.draw"},
@@ -20,10 +20,10 @@ LAYERS = [
     {"training.contrastive"},
     {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record"},
     {"models.packed_text"},
-    {"make_pairs", "train", "evaluate", "attention", "models.pretrain"},
+    {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},
 ]
-SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "models.pretrain", "tasks.draw"}
+SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 
