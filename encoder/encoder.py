@@ -434,7 +434,8 @@ class Encoder:
     ) -> np.ndarray | list[np.ndarray]:
         """Texts -> float32 (N, D) in the order given; with `poolings`, one such array for each, from the same forward passes.
 
-        role            "query" or "document": under most prompts the same, see `contract.prompts`
+        role            "query" or "document"; makes a difference only where the contract's prompts differ: under `retrieve`, or with
+                        a query_prompt, and not under the default
         batch_tokens    of a batch (default: 2,048 on a CPU, else 32,768, or fewer where memory is short)
         report          collects what happened to the texts: empty, truncated, out of memory
         Raises TypeError for an argument of sentence-transformers, and says what it is called here.

@@ -20,6 +20,14 @@ def test_three_vectors_that_can_be_checked_by_hand():
     np.testing.assert_allclose(found.cosines, [[1, 1, 0.5**0.5], [0, 0, 0]], atol=1e-6)
 
 
+def test_what_rounding_alone_tells_apart_is_equally_near():
+    """Copies of a text have vectors that differ in the last bits where their batches differ."""
+    vectors = np.array([[0.6, 0.8], [0.6000002, 0.8]], np.float32)
+    query = np.array([[1, 0]], np.float32)
+    assert (nearest.unit(vectors) @ query.T)[1] > (nearest.unit(vectors) @ query.T)[0]
+    assert nearest.nearest(query, [vectors], 2).numbers.tolist() == [[0, 1]]
+
+
 def test_blocks_change_nothing(monkeypatch):
     rng = np.random.default_rng(0)
     queries, vectors = rng.normal(size=(5, 8)).astype(np.float32), rng.normal(size=(90, 8)).astype(np.float32)
