@@ -77,6 +77,14 @@ def test_a_truncated_text_is_counted_once_for_both_sides(llama, tmp_path, capsys
     assert capsys.readouterr().err == "warning: 1 texts were truncated to 5 tokens\n"
 
 
+def test_a_run_that_was_changed_after_training_is_looked_at_with_a_warning(llama, tmp_path, capsys):
+    model = make_run(llama, tmp_path / "mine")
+    (tmp_path / "mine" / "summary.json").write_text('{"fingerprint": "0123456789abcdef"}')
+    run("--model", model, "--text", "a", "--pictures", 0, "--out", tmp_path / "out")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(f"fingerprint {Encoder.load(model).fingerprint}, summary.json has 0123456789abcdef")
+
+
 def test_a_query_is_looked_at_under_its_own_prompt(llama, tmp_path):
     flags = ("--model", llama, "--text", "a", "--prompt", "none", "--query-prompt", "query: {text}", "--pictures", 0)
     for role in ("query", "document"):

@@ -458,6 +458,17 @@ def test_a_note_on_a_base_is_printed_once(llama, capsys, monkeypatch):
     assert capsys.readouterr().err == "warning: llama: texts are padded\n"
 
 
+def test_a_run_that_was_changed_after_training_is_scored_with_a_warning(llama, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model = make_run(llama, tmp_path / "runs" / "mine")
+    (tmp_path / "runs" / "mine" / "summary.json").write_text('{"fingerprint": "0123456789abcdef"}')
+    evaluate.warn_once.cache_clear()
+    assert len(list(evaluate.table_rows(parse("--model", model), "Clustering", []))) == 1
+    warned = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    changed = "warning: runs/mine: embedding.json or the adapter was changed after training"
+    assert warned == [f"{changed}: fingerprint {Encoder.load(model).fingerprint}, summary.json has 0123456789abcdef"]
+
+
 def test_without_a_model_the_newest_run_beside_its_base(llama, tmp_path, capsys, monkeypatch):
     path = labelled(tmp_path / "mine.csv")
     monkeypatch.chdir(tmp_path)
