@@ -64,9 +64,9 @@ def choose_fonts(text: str) -> tuple[list[str], set[str]]:
             charmap = font_manager.get_font(font_manager.findfont(name)).get_charmap()
         except (OSError, RuntimeError):  # a file that is no font after all
             continue
-        found = {character for character in missing if ord(character) in charmap}
-        chosen += [name] * bool(found)
-        missing -= found
+        drawable = {character for character in missing if ord(character) in charmap}
+        chosen += [name] * bool(drawable)
+        missing -= drawable
     return list(dict.fromkeys(chosen)), missing
 
 

@@ -84,9 +84,9 @@ def main(args: argparse.Namespace) -> None:
     numbers, cosines = encoder.nearest(args.query, [text for _, text in rows], args.k, progress=True, report=report)
     for line in encoder.notes + report.warnings():
         warn(line)
-    for query, found, of_query in zip(args.query, numbers.tolist(), cosines.tolist(), strict=True):
+    for query, places, values in zip(args.query, numbers.tolist(), cosines.tolist(), strict=True):
         say(excerpt(query, SHOWN))
-        for number, cosine in zip(found, of_query, strict=True):
+        for number, cosine in zip(places, values, strict=True):
             source, text = rows[number]
             say(f"  {cosine:.3f}  {source}  {excerpt(text, SHOWN)}")
 

@@ -247,10 +247,10 @@ class Encoder:
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise InputError(f"{run / QUERY_FILE} is missing or damaged ({' '.join(str(error).split())[:100]})") from None
         self.adapter_hash = adapter_hash(run)
-        recorded, found = recorded_fingerprint(run), fingerprint(Contract.read(run), self.base_hash, self.adapter_hash)
-        if recorded not in (None, found):
+        recorded, present = recorded_fingerprint(run), fingerprint(Contract.read(run), self.base_hash, self.adapter_hash)
+        if recorded not in (None, present):
             self.notes.append(
-                f"{CONTRACT_FILE} or the adapter was changed after training: fingerprint {found}, {SUMMARY_FILE} has {recorded}"
+                f"{CONTRACT_FILE} or the adapter was changed after training: fingerprint {present}, {SUMMARY_FILE} has {recorded}"
             )
 
     @property

@@ -41,8 +41,8 @@ def nearest(queries: np.ndarray, blocks: Iterable[np.ndarray], k: int) -> Neares
     for block in blocks:
         for start in range(0, len(block), step):
             part = unit(block[start : start + step])
-            found = np.broadcast_to(np.arange(n_seen, n_seen + len(part)), (len(queries), len(part)))
-            numbers = np.concatenate([numbers, found], axis=1)
+            places = np.broadcast_to(np.arange(n_seen, n_seen + len(part)), (len(queries), len(part)))
+            numbers = np.concatenate([numbers, places], axis=1)
             cosines = np.concatenate([cosines, np.round(queries @ part.T, DECIMALS)], axis=1)
             order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
             numbers, cosines = (np.take_along_axis(values, order, axis=1) for values in (numbers, cosines))

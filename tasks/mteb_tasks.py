@@ -69,7 +69,7 @@ def tasks_of(path: Path, types: list[str | None]) -> list:
             raise InputError(f"{display_name(path)}: needs columns text,label or text1,text2,score; it has {has}")
     else:
         raise InputError(f"no file or folder {path}")
-    tasks, found, shown = [], [], display_name(path)
+    tasks, warnings, shown = [], [], display_name(path)
     for task_type in (asked or possible[0] for asked in types):
         if task_type not in possible:
             raise InputError(f"{shown}: {shape}, data for {' or '.join(possible)}, --task asks for {task_type}")
@@ -77,9 +77,9 @@ def tasks_of(path: Path, types: list[str | None]) -> list:
             data = retrieval_data(path)
         else:
             data = sts_data(rows, shown) if task_type == "STS" else labelled_data(rows, shown, task_type)
-        found += [doubt for doubt in doubts(data, task_type) if doubt not in found]
+        warnings += [doubt for doubt in doubts(data, task_type) if doubt not in warnings]
         tasks.append(make_task(name, task_type, data))
-    for doubt in found:
+    for doubt in warnings:
         warn(f"{shown}: {doubt}")
     return tasks
 

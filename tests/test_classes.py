@@ -183,9 +183,9 @@ def gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
     batch = encoder.collate(encoder.tokenize(TEXTS), list(range(len(TEXTS))))
     torch.manual_seed(0)  # some classes have dropout
     (encoder.embed(batch)[0] @ torch.linspace(-1, 1, 32)).square().sum().backward()
-    found = {name: p.grad.clone() for name, p in encoder.trainable().items() if p.grad is not None}
+    gradients = {name: p.grad.clone() for name, p in encoder.trainable().items() if p.grad is not None}
     encoder.decoder.zero_grad()
-    return found
+    return gradients
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -20,6 +20,7 @@ COMMANDS = {
         "make_pairs.py llm --input FILE --chat-model MODEL --out OUT/pairs.jsonl",
         "make_pairs.py mine --pairs PAIRS --corpus FILE --model MODEL --out OUT/pairs.jsonl",
         "attention.py --model MODEL --input FILE --out OUT",
+        "search.py --model MODEL --input FILE --query cat",
     ],
     "pairs": [
         "train.py --model MODEL --pairs FILE --batch-size 2 --out OUT",

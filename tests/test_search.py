@@ -15,9 +15,9 @@ def run(*flags) -> None:
 
 def test_three_vectors_that_can_be_checked_by_hand():
     vectors = np.array([[0, 1], [3, 3], [2, 0], [5, 0]], np.float32)
-    found = nearest.nearest(np.array([[1, 0], [0, 0]], np.float32), [vectors], 3)
-    assert found.numbers.tolist() == [[2, 3, 1], [0, 1, 2]]  # of equally near ones the first; a vector of zeros is near to none
-    np.testing.assert_allclose(found.cosines, [[1, 1, 0.5**0.5], [0, 0, 0]], atol=1e-6)
+    result = nearest.nearest(np.array([[1, 0], [0, 0]], np.float32), [vectors], 3)
+    assert result.numbers.tolist() == [[2, 3, 1], [0, 1, 2]]  # of equally near ones the first; a vector of zeros is near to none
+    np.testing.assert_allclose(result.cosines, [[1, 1, 0.5**0.5], [0, 0, 0]], atol=1e-6)
 
 
 def test_what_rounding_alone_tells_apart_is_equally_near():
@@ -35,8 +35,8 @@ def test_blocks_change_nothing(monkeypatch):
     expected = np.argsort(-np.round(nearest.unit(queries) @ nearest.unit(vectors).T, 6), axis=1, kind="stable")
     for block, at_once in ((90, 2**22), (7, 2**22), (90, 5), (11, 15)):
         monkeypatch.setattr(nearest, "COSINES_AT_ONCE", at_once)
-        found = nearest.nearest(queries, (vectors[i : i + block] for i in range(0, 90, block)), 20)
-        assert found.numbers.tolist() == expected[:, :20].tolist() and found.cosines.dtype == np.float32
+        result = nearest.nearest(queries, (vectors[i : i + block] for i in range(0, 90, block)), 20)
+        assert result.numbers.tolist() == expected[:, :20].tolist() and result.cosines.dtype == np.float32
 
 
 def test_fewer_texts_than_asked_for_and_none():
