@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from encoder import lora
@@ -235,7 +235,7 @@ class Encoder:
         lora.save_lora(self.peft, folder, base)
         if self.contract.pooling == "query":
             query = {"query": self.query.detach().cpu()}
-            write_atomic(folder / QUERY_FILE, lambda path: save_file(query, path, metadata={"format": "pt"}))
+            write_atomic(folder / QUERY_FILE, lambda path: lora.save_tensors(query, path))
         write_text(folder / CONTRACT_FILE, self.contract.to_json())
         self.adapter_hash = adapter_hash(folder)
 

@@ -8,6 +8,7 @@ import functools
 import inspect
 import json
 import os
+import re
 import tempfile
 import warnings
 from pathlib import Path
@@ -23,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 
 from encoder.contract import ADAPTER_CONFIG, ADAPTER_FILE
 from files.console import InputError
-from files.writing import write_atomic
+from files.writing import errors_of_writing, write_atomic
 
 
 def _wrap(model: nn.Module, config):
@@ -104,13 +105,21 @@ def load_lora(model: nn.Module, run: Path):
     return handle
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file; what goes wrong is an OSError."""
+    try:
+        save_file(tensors, path, metadata=metadata or {"format": "pt"})
+    except SafetensorError as error:  # "Error while serializing: I/O error: No space left on device (os error 28)"
+        raise OSError(re.sub(r"^.*I/O error: |\s*\(os error \d+\)", "", str(error))) from None
+
+
 def save_lora(handle, folder: Path, base: str) -> None:
     """Write the adapter and its config, which names `base` (a hub id or a folder); each file complete or not at all."""
     from peft import get_peft_model_state_dict
 
     weights = {name: weight.detach().cpu().contiguous() for name, weight in get_peft_model_state_dict(handle).items()}
-    write_atomic(folder / ADAPTER_FILE, lambda path: save_file(weights, path, metadata={"format": "pt"}))
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as scratch:
+    write_atomic(folder / ADAPTER_FILE, lambda path: save_tensors(weights, path))
+    with errors_of_writing(folder / ADAPTER_CONFIG), tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as scratch:
         config = handle.peft_config["default"]
         config.base_model_name_or_path = base
         config.save_pretrained(scratch)

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TextIO
 
 PROGRESS_SECONDS = 30.0  # between two lines of progress where standard error is no terminal
 
@@ -25,7 +26,21 @@ def process_rank() -> int:
 def say(text: str, *, error: bool = False) -> None:
     """Print a line, from the first process only; `error`: to standard error."""
     if process_rank() == 0:
-        print(text, file=sys.stderr if error else sys.stdout, flush=True)
+        _print(text, sys.stderr if error else sys.stdout)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    """Print a line. Once the reader of a pipe has gone, as `| head` does, the stream is silent: the work goes on."""
+    try:
+        print(text, file=stream, flush=True)
+    except BrokenPipeError:
+        with open(os.devnull, "w") as nowhere:  # what is still in the stream's buffer goes there too
+            os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def reason(error: OSError) -> str:
+    """What went wrong, such as "No space left on device", without number and file."""
+    return error.strerror or str(error) or type(error).__name__
 
 
 def warn(text: str) -> None:
@@ -39,9 +54,11 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (InputError, OSError) as error:
         process = f", process {process_rank()}" if process_rank() else ""
-        named = isinstance(error, OSError) and error.filename and error.strerror  # else it may say all in words
-        message = f"{error.filename}: {error.strerror}" if named else " ".join(line.strip() for line in str(error).splitlines())
-        print(f"{Path(sys.argv[0]).name}{process}: {message}", file=sys.stderr)
+        message = str(error)
+        if isinstance(error, OSError):
+            message = f"{error.filename}: {reason(error)}" if error.filename else reason(error)
+        message = " ".join(line.strip() for line in message.splitlines())
+        _print(f"{Path(sys.argv[0]).name}{process}: {message}", sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

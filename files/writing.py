@@ -3,20 +3,48 @@
 import gzip
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from files.console import InputError
+from files.console import InputError, reason
 
 
-def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
-    """Call `write(temporary_path)` in the target's folder, then rename: the file is complete or absent."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+class WriteError(InputError):
+    """A file cannot be written, as on a full disk."""
+
+
+@contextmanager
+def errors_of_writing(path: Path) -> Iterator[None]:
+    """Turns an OSError into a WriteError that names the file, and not a temporary one."""
     try:
-        write(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {reason(error)}") from None
+
+
+def write_atomic(path: Path, write: Callable[[Path], object], temporary: Path | None = None) -> None:
+    """Call `write(temporary_path)` in the target's folder, then rename: the file is complete or absent.
+
+    Its permissions are those of any new file (umask), also where `write` puts a private temporary file of its own in place.
+    Raises WriteError.
+    """
+    temporary = temporary or path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with errors_of_writing(path):
+        try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
+            write(temporary)
+            temporary.chmod(mode)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a UTF-8 file. Raises WriteError."""
+    with errors_of_writing(path), open(path, "a", encoding="utf-8") as f:
+        f.write(line + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -38,7 +66,8 @@ def check_absent(path: Path) -> None:
 def write_new(path: Path, data: bytes) -> None:
     """Write a file that does not exist yet, and its folder; gzipped where its name ends in .gz."""
     check_absent(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    with errors_of_writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".gz":
         data = gzip.compress(data, mtime=0)
     write_atomic(path, lambda temporary: temporary.write_bytes(data))

@@ -10,13 +10,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from encoder import Encoder
+from encoder import Encoder, lora
 from files.console import InputError
-from training import checkpoint
+from files.writing import WriteError
 from training.checkpoint import (
     CHECKPOINT,
     PREVIOUS_CHECKPOINT,
     TrainingState,
+    after_a_failed_write,
     content_hash,
     gather_random_states,
     has_checkpoint,
@@ -101,7 +102,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(training, tmp_path, ca
     else:
         path.write_bytes(content[: len(content) // 2])
     assert read_checkpoint(tmp_path)[0].step == 2
-    assert "checkpoint.safetensors is damaged: going on from the checkpoint before it, step 2" in capsys.readouterr().err
+    assert "checkpoint.safetensors is damaged and deleted: going on from checkpoint.previous.safetensors, step 2" in capsys.readouterr().err
     training.save(tmp_path, state_after(6))  # the damaged file did not take the place of the good one
     (tmp_path / CHECKPOINT).write_bytes(b"damaged")
     assert read_checkpoint(tmp_path)[0].step == 2
@@ -120,22 +121,28 @@ def test_a_checkpoint_of_another_version_is_refused(training, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path, monkeypatch):
-    training.save(tmp_path, state_after(2))
-
     def disk_is_full(tensors, path, **_):
         Path(path).write_bytes(b"half")
-        raise SafetensorError("No space left on device")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoint, "save_file", disk_is_full)
-    with pytest.raises(InputError, match=r"No space left on device.*its last checkpoint stays"):
-        training.save(tmp_path, state_after(4))
-    assert read_checkpoint(tmp_path)[0].step == 2
+    save_file = lora.save_file
+    for is_full in (True, False, True):
+        monkeypatch.setattr(lora, "save_file", disk_is_full if is_full else save_file)
+        if not is_full:
+            assert after_a_failed_write(tmp_path) == "there was no checkpoint yet, start it again"
+            training.save(tmp_path, state_after(2))
+            continue
+        with pytest.raises(WriteError, match=r"checkpoint\.safetensors cannot be written: No space left on device$"):
+            training.save(tmp_path, state_after(4))
+    assert read_checkpoint(tmp_path)[0].step == 2 and "go on with --resume" in after_a_failed_write(tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
 def test_weights_that_are_not_finite_are_not_saved(training, tmp_path):
     assert not has_checkpoint(tmp_path)
     training.save(tmp_path, state_after(2))
+    (tmp_path / "a new file").touch()  # another user can read all of them, if the umask lets him
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1
     next(iter(training.trained.values())).data[0] = torch.nan
     with pytest.raises(InputError, match=r"step 4: .* not finite any more, the last checkpoint stays"):
         training.save(tmp_path, state_after(4))

@@ -2,8 +2,10 @@
 
 import gzip
 import io
+import os
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,7 +24,7 @@ from files.docstrings import (
     read_library,
     split_docstring,
 )
-from files.writing import check_absent, write_atomic, write_json, write_new, write_text
+from files.writing import WriteError, append_line, check_absent, write_atomic, write_json, write_new, write_text
 
 
 def fail_with(error: BaseException):
@@ -36,8 +38,8 @@ def fail_with(error: BaseException):
     ("error", "rank", "status", "message"),
     [
         (InputError("no file x"), "0", 2, "script.py: no file x\n"),
-        (OSError(28, "No space left on device"), "0", 2, "script.py: [Errno 28] No space left on device\n"),
-        (PermissionError(13, "Permission denied", "a/b"), "0", 2, "script.py: a/b: Permission denied\n"),
+        (OSError(28, "No space left on device"), "0", 2, "script.py: No space left on device\n"),
+        (OSError(13, "Permission denied", "x.csv"), "0", 2, "script.py: x.csv: Permission denied\n"),
         (InputError("in two\n  lines"), "0", 2, "script.py: in two lines\n"),
         (InputError("no file x"), "3", 2, "script.py, process 3: no file x\n"),
         (KeyboardInterrupt(), "0", 130, ""),
@@ -67,6 +69,17 @@ def test_only_the_first_process_prints(monkeypatch, capsys):
     say("d")
     warn("e")
     assert capsys.readouterr() == ("a\n", "warning: b\nc\n")
+
+
+def test_a_closed_pipe_ends_no_work(monkeypatch):
+    """As after `| head -1`: what is said from then on goes nowhere, also what is flushed at the end."""
+    reader, writer = os.pipe()
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        say("a")
+        os.close(reader)
+        say("b")
+        say("c")
 
 
 def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
@@ -122,10 +135,24 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_half_written(tmp_pat
         temporary.write_text("ne")
         raise OSError(28, "No space left on device")
 
-    for error in (OSError, KeyboardInterrupt):
-        with pytest.raises(error):
-            write_atomic(path, write_half if error is OSError else lambda temporary: fail_with(KeyboardInterrupt()))
+    for error in (WriteError, KeyboardInterrupt):
+        with pytest.raises(error) as raised:
+            write_atomic(path, write_half if error is WriteError else lambda temporary: fail_with(KeyboardInterrupt()))
         assert [p.name for p in tmp_path.iterdir()] == ["f.txt"] and path.read_text() == "old"
+        assert str(raised.value) == (f"{path} cannot be written: No space left on device" if error is WriteError else "")
+    with pytest.raises(WriteError, match=r"none/f\.txt cannot be written: No such file or directory$"):
+        append_line(tmp_path / "none" / "f.txt", "a line")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_a_new_file_has_the_permissions_of_any_other(tmp_path, umask):
+    """Also where the writer puts a private file of its own in place, as safetensors does."""
+    before = os.umask(umask)
+    try:
+        write_atomic(tmp_path / "f", lambda temporary: os.replace(tempfile.mkstemp(dir=tmp_path)[1], temporary))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f").stat().st_mode & 0o777 == 0o666 & ~umask
 
 
 def test_a_write_is_complete_before_the_file_has_its_name(tmp_path):

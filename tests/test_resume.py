@@ -90,7 +90,7 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one_changes_nothing(small
     (out / "summary.json").unlink()
     (out / CHECKPOINT).write_bytes((out / CHECKPOINT).read_bytes()[:-5])
     run("--out", out, "--resume")
-    assert "going on from the checkpoint before it, step 2" in capsys.readouterr().err
+    assert "checkpoint.safetensors is damaged and deleted: going on from checkpoint.previous.safetensors, step 2" in capsys.readouterr().err
     assert_same_adapter(tmp_path / "whole", out)
     assert [row["step"] for row in metrics(out)] == [1, 2, 3]
 

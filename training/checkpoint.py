@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from encoder import Encoder
+from encoder.lora import save_tensors
 from encoder.runtime import distributed, random_state, set_random_state
 from files.console import InputError, warn
+from files.writing import write_atomic
 
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-UNFINISHED_CHECKPOINT = ".checkpoint.safetensors.tmp"
 
 
 @dataclass
@@ -87,10 +87,11 @@ def save_checkpoint(
     trained          the trained parameters by name
     best             the weights with the best validation score; empty where there was no validation yet
     random_states    see `gather_random_states`
-    Raises InputError where a weight is not finite and where the folder cannot be written; the last checkpoint stays.
+    Raises InputError where a weight is not finite, and WriteError where the folder cannot be written; the last checkpoint stays.
     """
     if not all(parameter.isfinite().all() for parameter in trained.values()):
-        raise InputError(f"step {state.step}: the adapter's weights are not finite any more, the last checkpoint stays: lower --lr")
+        stays = ", the last checkpoint stays" if has_checkpoint(folder) else ""
+        raise InputError(f"step {state.step}: the adapter's weights are not finite any more{stays}: lower --lr")
     tensors = {f"rng/{process}/{i}": s for process, states in enumerate(random_states) for i, s in enumerate(states)}
     for name, parameter in trained.items():
         moments = optimizer.state[parameter]
@@ -98,19 +99,23 @@ def save_checkpoint(
     tensors |= {f"best/{name}": weight for name, weight in best.items()}
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     metadata = {"state": json.dumps(asdict(state)), "sha256": content_hash(tensors, state)}
-    try:
-        save_file(tensors, folder / UNFINISHED_CHECKPOINT, metadata=metadata)
+
+    def write(temporary: Path) -> None:
+        save_tensors(tensors, temporary, metadata)
         if (folder / CHECKPOINT).is_file():
             os.replace(folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT)
-        os.replace(folder / UNFINISHED_CHECKPOINT, folder / CHECKPOINT)
-        encoder.save(folder)  # should the process be killed before this, `load_checkpoint` makes up for it
-    except SafetensorError as error:  # the disk is full
-        (folder / UNFINISHED_CHECKPOINT).unlink(missing_ok=True)
-        raise InputError(f"{folder} cannot be written ({error}): its last checkpoint stays, go on with --resume") from None
+
+    write_atomic(folder / CHECKPOINT, write)
+    encoder.save(folder)  # should the process be killed before this, `load_checkpoint` makes up for it
 
 
 def has_checkpoint(folder: Path) -> bool:
     return any((folder / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
+
+
+def after_a_failed_write(folder: Path) -> str:
+    """What a user can do whose run could not be written any further."""
+    return "its last checkpoint stays, go on with --resume" if has_checkpoint(folder) else "there was no checkpoint yet, start it again"
 
 
 def read_checkpoint(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
@@ -128,7 +133,7 @@ def read_checkpoint(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
             state = TrainingState(**json.loads(metadata["state"]))
             if content_hash(tensors, state) == metadata["sha256"]:
                 if damaged:
-                    warn(f"{damaged[0]} is damaged: going on from the checkpoint before it, step {state.step}")
+                    warn(f"{damaged[0]} is damaged and deleted: going on from {path.name}, step {state.step}")
                     if distributed().rank == 0:  # the next save would move it over the good one
                         damaged[0].unlink()
                 return state, tensors

@@ -69,7 +69,7 @@ def _encode(encoder: Encoder, texts: list[str], role: str = "document") -> np.nd
     try:
         return encoder.encode(texts, role)
     except NonFiniteError:
-        raise InputError("the vectors of the validation are not finite any more, the last checkpoint stays: lower --lr") from None
+        raise InputError("the vectors of the validation are not finite any more: lower --lr") from None
 
 
 def read_labelled(path: Path) -> tuple[list[str], list[str]]:
