@@ -198,16 +198,22 @@ class Encoder:
 
     # ------------------------------------------------------------------------------------------------------ adapter
 
-    def add_adapter(self, rank: int, alpha: int | None = None, dropout: float = 0.0, **options) -> int:
+    def add_adapter(self, rank: int, alpha: int | None = None, dropout: float = 0.0, targets: list[str] | None = None, **options) -> int:
         """LoRA on every linear layer of every block, weights in float32. Returns the number of trainable parameters.
 
+        targets     last names of the layers that get one, such as q_proj (default: all)
         options     peft's own, such as use_rslora and use_dora
         """
-        self.peft = lora.add_lora(self.decoder, self.blocks, rank, alpha, dropout, **options)
+        self.peft = lora.add_lora(self.decoder, self.blocks, rank, alpha, dropout, targets, **options)
         if unreached := lora.unreached(self.blocks):
             self.notes.append(f"LoRA reaches linear layers only: the weights of {', '.join(unreached)} are not trained")
         self.query.requires_grad_(self.contract.pooling == "query")
         return sum(p.numel() for p in self.trainable().values())
+
+    def unfreeze_adapter(self, dropout: float = 0.0) -> None:
+        """Train the adapter of the run that was loaded on, instead of a fresh one."""
+        lora.unfreeze(self.peft, dropout)
+        self.query.requires_grad_(self.contract.pooling == "query")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What is trained, by name: the adapter, and the query of pooling `query`."""
@@ -231,8 +237,9 @@ class Encoder:
     def save(self, folder: Path) -> None:
         """Write adapter, its config and the contract, each complete or not at all."""
         folder.mkdir(parents=True, exist_ok=True)
-        base = str(Path(self.source).resolve()) if Path(self.source).is_dir() else self.source
-        lora.save_lora(self.peft, folder, base)
+        is_local = Path(self.source).is_dir()
+        base, revision = (str(Path(self.source).resolve()), None) if is_local else (self.source, self.contract.revision)
+        lora.save_lora(self.peft, folder, base, revision)
         if self.contract.pooling == "query":
             query = {"query": self.query.detach().cpu()}
             write_atomic(folder / QUERY_FILE, lambda path: lora.save_tensors(query, path))

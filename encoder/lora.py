@@ -1,4 +1,4 @@
-"""The adapter: LoRA on every linear layer of every block, through peft, with a fused layer in place of peft's own.
+"""The adapter: LoRA on every linear layer of every block, or on those asked for, through peft, with a fused layer in place of peft's own.
 
 peft inserts its layers into the model in place. What peft returns is the handle by which the adapter is saved, switched off
 and merged.
@@ -45,21 +45,36 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, (nn.Linear, Conv1D)) and not type(module).__name__.endswith("Router")
 
 
-def add_lora(model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | None, dropout: float, **options):
+def add_lora(
+    model: nn.Module, blocks: nn.ModuleList, rank: int, alpha: int | None, dropout: float, targets: list[str] | None = None, **options
+):
     """Insert a fresh adapter of float32 weights -> its peft handle.
 
     alpha       the output is scaled by alpha / rank; default: the rank
+    targets     last names of the linear layers that get one, such as q_proj; default: all
     options     peft's own, such as use_rslora and use_dora
+    Raises InputError for a target that does not exist.
     """
     from peft import LoraConfig
 
     _check_reachable(blocks)
-    linear = {module for module in blocks.modules() if _is_linear(module)}
+    layers = {name.split(".")[-1] for name, module in blocks.named_modules() if _is_linear(module)}
+    if unknown := [name for name in targets or [] if name not in layers]:
+        raise InputError(f"--lora-targets: no linear layer is called {', '.join(unknown)}: there are {', '.join(sorted(layers))}")
+    chosen = set(targets or layers)
+    linear = {module for name, module in blocks.named_modules() if _is_linear(module) and name.split(".")[-1] in chosen}
     paths = {name: module in linear for name, module in model.named_modules()}
     names = {path.split(".")[-1] for path, is_target in paths.items() if is_target}
     if any(not is_target and path.split(".")[-1] in names for path, is_target in paths.items()):  # such as "0", in a sequence of layers
         names = {path for path, is_target in paths.items() if is_target}
-    config = LoraConfig(r=rank, lora_alpha=alpha or rank, lora_dropout=dropout, target_modules=sorted(names), bias="none", **options)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha or rank,
+        lora_dropout=dropout,
+        target_modules=sorted(names),
+        bias="none",
+        **options,
+    )
     handle = _wrap(model, config)
     fuse_adapter(model)
     return handle
@@ -113,15 +128,41 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(re.sub(r"^.*I/O error: |\s*\(os error \d+\)", "", str(error))) from None
 
 
-def save_lora(handle, folder: Path, base: str) -> None:
-    """Write the adapter and its config, which names `base` (a hub id or a folder); each file complete or not at all."""
+def read_settings(run: Path) -> dict:
+    """How the adapter of a run was made, by the names of train.py's flags. Raises InputError where its config is damaged."""
+    names = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
+    try:
+        config = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return {flag: config[name] for flag, name in (names | {"lora_targets": "target_modules"}).items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{run / ADAPTER_CONFIG} is missing or damaged: the adapter cannot be trained on without it") from None
+
+
+def unfreeze(handle, dropout: float) -> None:
+    """Let a loaded adapter be trained on, with this dropout on its inputs."""
+    handle.peft_config["default"].lora_dropout = dropout
+    for module in handle.modules():
+        if "default" in getattr(module, "lora_dropout", ()):
+            module.lora_dropout["default"] = nn.Dropout(dropout) if dropout else nn.Identity()
+            vars(module).pop("forward", None)
+    for name, parameter in handle.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    fuse_adapter(handle)
+
+
+def save_lora(handle, folder: Path, base: str, revision: str | None) -> None:
+    """Write the adapter and its config, each file complete or not at all.
+
+    base, revision    what the config names: a hub id and its commit, or a folder and None
+    """
     from peft import get_peft_model_state_dict
 
     weights = {name: weight.detach().cpu().contiguous() for name, weight in get_peft_model_state_dict(handle).items()}
     write_atomic(folder / ADAPTER_FILE, lambda path: save_tensors(weights, path))
     with errors_of_writing(folder / ADAPTER_CONFIG), tempfile.TemporaryDirectory(dir=folder, prefix=".", suffix=".tmp") as scratch:
         config = handle.peft_config["default"]
-        config.base_model_name_or_path = base
+        config.base_model_name_or_path, config.revision = base, revision
+        config.task_type = "FEATURE_EXTRACTION"  # by which AutoPeftModelForFeatureExtraction knows it for its own
         config.save_pretrained(scratch)
         os.replace(Path(scratch) / ADAPTER_CONFIG, folder / ADAPTER_CONFIG)
 

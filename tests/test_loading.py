@@ -80,7 +80,8 @@ def test_a_model_in_the_hub_cache_loads_without_network(llama, tmp_path, offline
     encoder.save(tmp_path / "run")
     again = Encoder.load(str(tmp_path / "run"))
     assert (again.contract.base, again.contract.revision) == ("org/llama", commit) and again.fingerprint == encoder.fingerprint
-    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/llama"
+    config = json.loads((tmp_path / "run" / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("org/llama", commit)
 
 
 # ----------------------------------------------------------------------------------------------------- what is refused

@@ -1,13 +1,17 @@
 """The adapter: which layers it reaches, merging, and the fused layer against peft's own."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, randomize_adapter
-from peft import LoraConfig, get_peft_model
+from conftest import TEXTS, make_run, randomize_adapter
+from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModel
 
 from encoder import Encoder
-from encoder.lora import LoRALinear, fuse_adapter
+from encoder.lora import LoRALinear, fuse_adapter, read_settings
+from encoder.tokenization import TokenizedTexts
 from files.console import InputError
 
 
@@ -20,6 +24,65 @@ def test_every_linear_layer_of_every_block_is_adapted(model):
     adapted = {n.split(".lora_")[0] for n, _ in encoder.decoder.named_parameters() if ".lora_A" in n}
     assert len(adapted) >= 3 * 4 and not any(n for n in linear if ".lora_" not in n and n not in adapted)
     assert all("lora_" in name for name in encoder.trainable())
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "down_proj"], ["o_proj"]])
+def test_an_adapter_on_chosen_layers(llama, targets, tmp_path):
+    encoder = Encoder.load(llama)
+    encoder.add_adapter(2, targets=targets)
+    adapted = {name.split(".lora_")[0].split(".")[-1] for name in encoder.trainable()}
+    assert adapted == set(targets) and len(encoder.trainable()) == 2 * 3 * len(targets)
+    randomize_adapter(encoder)
+    encoder.save(tmp_path)
+    np.testing.assert_allclose(Encoder.load(str(tmp_path)).encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
+    assert sorted(read_settings(tmp_path)["lora_targets"]) == sorted(targets)
+    with pytest.raises(InputError, match="no linear layer is called q, up: there are down_proj, gate_proj, k_proj, o_proj, q_proj"):
+        Encoder.load(llama).add_adapter(2, targets=["q", "q_proj", "up"])
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True, "use_rslora": True}])
+def test_plain_peft_reads_a_run_as_we_do(model, options, tmp_path):
+    """The same last hidden states, with the base that the config names and with one that is given."""
+    encoder = Encoder.load(model)
+    encoder.add_adapter(4, 16, **options)
+    randomize_adapter(encoder)
+    encoder.save(tmp_path)
+    ours = Encoder.load(str(tmp_path))
+    ids = ours.tokenizer(TEXTS[2], return_tensors="pt")["input_ids"]
+    batch = ours.collate(TokenizedTexts([ids[0].tolist()], [(0, len(ids[0]))], 0, 0, 0), [0])
+    with torch.no_grad():
+        states = ours.forward(batch).layers[-1]
+        for plain in (
+            AutoPeftModelForFeatureExtraction.from_pretrained(tmp_path),
+            PeftModel.from_pretrained(AutoModel.from_pretrained(model), tmp_path),
+        ):
+            torch.testing.assert_close(plain(input_ids=ids).last_hidden_state[0], states, rtol=1e-4, atol=1e-4)
+            merged = plain.merge_and_unload()
+            torch.testing.assert_close(merged(input_ids=ids).last_hidden_state[0], states, rtol=1e-4, atol=1e-4)
+        assert (AutoModel.from_pretrained(model)(input_ids=ids).last_hidden_state[0] - states).abs().max() > 0.1
+
+
+def test_a_run_whose_bundled_base_lies_elsewhere_is_loaded(tmp_path):
+    """As on another machine, where the folder in the adapter's config does not exist."""
+    run = make_run("tiny", tmp_path)
+    whole = Encoder.load(run).fingerprint
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/elsewhere/models/tiny"}))
+    assert Encoder.load(run).fingerprint == whole
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_loaded_adapter_can_be_trained_on(llama, tmp_path, dropout):
+    run = make_run(llama, tmp_path, pooling="query")
+    encoder = Encoder.load(run)
+    assert not encoder.trainable()
+    encoder.unfreeze_adapter(dropout)
+    fresh = Encoder.load(llama, pooling="query")
+    fresh.add_adapter(4, dropout=dropout)
+    assert set(encoder.trainable()) == set(fresh.trainable())
+    for ours, theirs in zip(encoder.decoder.modules(), fresh.decoder.modules(), strict=True):
+        assert type(ours) is type(theirs) and ("forward" in vars(ours)) == ("forward" in vars(theirs))
+    np.testing.assert_allclose(encoder.encode(TEXTS), Encoder.load(run).encode(TEXTS), atol=1e-6)
 
 
 def test_merging_costs_no_accuracy_in_float32(model, tmp_path):
