@@ -5,6 +5,7 @@
     python train.py --model mistral-7b --pairs pairs/mine.jsonl  # one 24 GB GPU
     python train.py --pairs a.jsonl b.jsonl --weights 2 1        # two sources, two thirds of each batch from the first
     python train.py --out runs/mine --resume                     # go on after an interruption
+    python train.py --model runs/mine --pairs more.jsonl --out runs/more    # train the adapter of a run on
     torchrun --nproc-per-node 8 train.py --batch-size 4096       # several GPUs share every batch
 
 The loss is symmetric InfoNCE over the batch: each anchor must find its positive among all positives and hard negatives of the
@@ -20,13 +21,15 @@ Leaves behind, in --out (default runs/MODEL):
     metrics.jsonl, loss.png                           the numbers of every step, one line each; their curve
     checkpoint.safetensors, checkpoint.previous...    the last two checkpoints: adapter, optimizer, random generators
     summary.json                                      steps, the best of them, pairs, tokens, cost; written at the very end
+    .lock                                             while a run is at work in the folder; one that a kill left behind does no harm
 
-Some pairs are held out. Every so often validation counts how many of their anchors find their positives (or, with --validation,
-how well labelled texts cluster). The adapter that stays in --out is the best that validation has seen, or the latest of those
-within one standard error of it.
+Some pairs are held out, unless there are fewer than 80. Every so often validation counts how many of their anchors find their
+positives (or, with --validation, how well labelled texts cluster). The adapter that stays in --out is the best that validation has
+seen, or the latest of those within one standard error of it.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.util
 import json
@@ -37,22 +40,29 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from encoder import Encoder, EncodingReport
-from encoder.base_models import PRESETS, is_run
-from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES
-from encoder.lora import keep_input_dtype
+from encoder.base_models import PRESETS, Preset, check_base, is_run
+from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, Contract, fingerprint
+from encoder.loading import base_of_run
+from encoder.lora import keep_input_dtype, read_settings
 from encoder.runtime import all_reduce_number, distributed, end_distributed, pick_device, pick_dtype
 from files.console import InputError, Progress, run_script, say, warn
 from files.reading import file_kind
-from files.writing import write_json, write_text
+from files.writing import WriteError, append_line, write_json, write_text
 from prompts import PROMPTS
-from training.checkpoint import TrainingState, gather_random_states, has_checkpoint, load_checkpoint, save_checkpoint
+from training.checkpoint import (
+    TrainingState,
+    after_a_failed_write,
+    gather_random_states,
+    has_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from training.contrastive import (
     MIN_TEMPERATURE,
     LossResult,
@@ -62,8 +72,10 @@ from training.contrastive import (
     batch_gradients,
     batch_loss,
 )
-from training.monitoring import EnergyMeter, catch_signals, draw_curve, make_tracker, peak_memory
-from training.pair_data import PairBatch, PairDataset, PairSampler, hold_out, prefetch
+from training.monitoring import EnergyMeter, catch_signals, collapse, draw_curve, make_tracker
+from training.optimization import TEMPERATURE, learning_rate, make_optimizer, n_warmup_steps
+from training.pair_data import PairBatch, PairDataset, check_pair_files, prefetch
+from training.plan import Run, TrainingData, prepare_data
 from training.run_record import (
     ARGUMENTS,
     METRICS,
@@ -74,12 +86,13 @@ from training.run_record import (
     plain_arguments,
     read_metrics,
     read_record,
+    reserve,
+    summarize,
 )
-from training.validation import Validation
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_PAIRS = ROOT / "pairs" / "docstrings.jsonl"
-TEMPERATURE = "temperature"  # name of the logarithm of the learned temperature among the trained parameters
+OTHER_MODELS = Preset("", batch_size=120, lr=1e-4)  # the training defaults of models that are no preset
 MAX_SKIPPED_IN_A_ROW = 2  # steps that were not finite; one more ends the run
 
 
@@ -97,23 +110,29 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def add_data_arguments(add) -> None:
-    add("--model", default="tiny", help=f"{', '.join(PRESETS)}, a folder or a hub id (default tiny)")
+    add("--model", default="tiny", help=f"{', '.join(PRESETS)}, a folder, a hub id, or a run to train on (default tiny)")
     add("--pairs", type=Path, nargs="+", help="files of make_pairs.py, or of your own (default pairs/docstrings.jsonl, made if missing)")
     add("--weights", type=float, nargs="+", help="share of each file of --pairs in training (default: in proportion to their pairs)")
     add("--same-source-batches", action="store_true", help="draw every batch from a single file of --pairs: harder in-batch negatives")
-    add("--hold-out", type=int, default=256, help="pairs kept for validation, at most a twentieth of all (default 256; 0: none)")
+    add(
+        "--hold-out",
+        type=int,
+        default=256,
+        help="pairs kept for validation, a twentieth of all at most, of fewer than 320 a tenth (default 256; 0: none)",
+    )
     add("--validation", type=Path, help="file with columns text,label: validate by the V-measure of these texts, and hold no pairs out")
-    add("--out", type=Path, help="folder of the run (default runs/MODEL)")
+    add("--out", type=Path, help="folder of the run (default runs/MODEL, with -on behind it where MODEL is a run)")
 
 
 def add_contract_arguments(add) -> None:
-    add("--prompt", default="cluster", help=f"{', '.join(PROMPTS)}, or a string with {{text}} (default cluster)")
+    add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}} (default cluster, or that of the run in --model)")
     add("--pooling", choices=POOLINGS, help="default: last if the prompt goes on after the text, else mean")
     add("--scope", choices=SCOPES, help="which tokens are pooled: all, or those of the text alone (default: all for last, else text)")
     add("--keep-bos", action="store_true", default=None, help="pool the BOS token too, with --scope all (default: leave it out)")
     add("--max-tokens", type=int, help="truncate texts to this many tokens (default 512, or less for a model with fewer positions)")
     add("--attention", choices=("causal", "bidirectional"), help="default causal")
     add("--quantize", choices=QUANTIZATIONS, help="store the base's weights in 4 or 8 bits; needs bitsandbytes (default: as they are)")
+    add("--override-contract", action="store_true", help="train a run on under another contract than its own (default: an error)")
 
 
 def add_loss_arguments(add) -> None:
@@ -131,18 +150,29 @@ def add_loss_arguments(add) -> None:
 
 
 def add_optimization_arguments(add) -> None:
-    add("--batch-size", type=int, help="pairs per step (default: the preset's, 120 for other models)")
+    add("--batch-size", type=int, help="pairs per step (default: the preset's, 120 for other models; of few pairs an eighth)")
     add("--steps", type=int, help="length of the training (default: see --epochs)")
-    add("--epochs", type=float, default=1, help="passes over the pairs, unless --steps is given (default 1)")
+    add("--epochs", type=float, help="passes over the pairs, unless --steps is given (default 1; up to 3 where that is under 20 steps)")
     add("--lr", type=float, help="peak learning rate (default: the preset's, 1e-4 for other models)")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps in which the learning rate rises (default 0.1)")
     add("--max-grad-norm", type=float, default=1.0, help="clip gradients to this norm (default 1.0)")
     add("--weight-decay", type=float, default=0.0, help="weight decay of AdamW (default 0)")
     add("--lora-rank", type=int, help="rank of the adapter (default: the preset's, 64 for other models)")
     add("--lora-alpha", type=int, help="scale of the adapter, divided by its rank (default: the rank)")
-    add("--lora-dropout", type=float, default=0.0, help="dropout on the adapter's inputs (default 0)")
-    add("--rslora", action="store_true", help="divide --lora-alpha by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732)")
-    add("--dora", action="store_true", help="train magnitude and direction of the weights separately (Liu et al. 2024, arXiv 2402.09353)")
+    add("--lora-targets", nargs="+", metavar="LAYER", help="names of the linear layers adapted, such as q_proj v_proj (default: all)")
+    add("--lora-dropout", type=float, help="dropout on the adapter's inputs (default 0)")
+    add(
+        "--rslora",
+        action="store_true",
+        default=None,
+        help="divide --lora-alpha by the square root of the rank (Kalajdzievski 2023, arXiv 2312.03732)",
+    )
+    add(
+        "--dora",
+        action="store_true",
+        default=None,
+        help="train magnitude and direction of the weights separately (Liu et al. 2024, arXiv 2402.09353)",
+    )
     add("--chunk-size", type=int, help="pairs in memory at a time (default: the whole batch; halved when memory runs out)")
     add(
         "--gradient-checkpointing",
@@ -162,38 +192,65 @@ def add_run_arguments(add) -> None:
     add("--patience", type=int, help="end after this many validations without a better score (default: train all steps)")
     add("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default 50)")
     add("--track", choices=("tensorboard", "wandb"), help="write the numbers of every step there as well (default: metrics.jsonl only)")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out; begin a run where there is none")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in --out; with --pairs, begin where there is none (default: begin)",
+    )
     add("--dtype", default="auto", help="auto, float32 or bfloat16, of the base and of autocast (default auto: bfloat16 where it is fast)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (default: do not)")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line. With --resume, arguments that are not given are those of the saved run."""
+    """The command line. With --resume, arguments that are not given are those of the saved run.
+
+    Raises InputError where there is no such run, unless the command names pairs and so says all that a new one needs.
+    """
     parser = build_parser()
     args = parser.parse_args(argv)
     record = default_out(args) / ARGUMENTS
     if args.resume and record.is_file():
         parser.set_defaults(**{k: v for k, v in read_record(record)["arguments"].items() if k not in ("resume", "out", "device")})
         args = parser.parse_args(argv)
+    elif args.resume and args.pairs is None:
+        raise InputError(f"--resume: {record.parent} holds no run. Correct --out, or begin a run there without --resume")
     return args
 
 
 def default_out(args: argparse.Namespace) -> Path:
-    return args.out or ROOT / "runs" / Path(args.model).name
+    return args.out or ROOT / "runs" / (Path(args.model).name + "-on" * is_run(args.model))
+
+
+def preset_of(model: str) -> Preset:
+    """The training defaults of a base, or of a run's base."""
+    if not is_run(model):
+        return PRESETS.get(model, OTHER_MODELS)
+    base = Contract.read(model).base
+    return next((preset for name, preset in PRESETS.items() if base in (name, preset.base)), OTHER_MODELS)
 
 
 # ----------------------------------------------------------------------------------------- checks before anything is loaded
 
 
 def complete_arguments(args: argparse.Namespace) -> None:
-    """Fill in what the preset decides."""
-    preset = PRESETS.get(args.model)
-    for name, value in {"batch_size": 120, "lr": 1e-4, "lora_rank": 64, "gradient_checkpointing": 0}.items():
-        if getattr(args, name) is None:
-            setattr(args, name, getattr(preset, name) if preset else value)
-    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+    """Fill in what the preset decides, or the run that is trained on. `prepare_data` decides batch size and epochs."""
+    preset = preset_of(args.model)
+    defaults = {"lr": preset.lr, "lora_rank": preset.lora_rank, "gradient_checkpointing": preset.gradient_checkpointing}
+    defaults |= {"lora_dropout": 0.0, "rslora": False, "dora": False, "prompt": "cluster"}
     args.out = default_out(args)
+    if is_run(args.model):
+        args.model = str(Path(args.model).resolve())
+        defaults |= read_settings(Path(args.model)) | {"prompt": None}
+        for name in ("lora_rank", "lora_alpha", "rslora", "dora", "lora_targets"):
+            given, saved = getattr(args, name), defaults[name]
+            if given is not None and (sorted(given) != sorted(saved) if name == "lora_targets" else given != saved):
+                flag = f"--{name.replace('_', '-')}"
+                raise InputError(f"{flag} {given}: the adapter of {args.model} was made with {saved}. Leave the flag out")
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
     args.pairs = [Path(path) for path in args.pairs or [DEFAULT_PAIRS]]
 
 
@@ -238,19 +295,23 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("--fsdp divides a base among several processes: start them with torchrun, and leave --quantize out")
     if args.track and importlib.util.find_spec(args.track) is None:
         raise InputError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
-    if args.batch_size % world_size:
+    if args.batch_size and args.batch_size % world_size:
         raise InputError(f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes")
     if args.dtype == "float16":
         raise InputError("--dtype float16 cannot train (its gradients underflow): take bfloat16 or float32")
-    if is_run(args.model):
-        raise InputError(f"{args.model} is a run: training starts from a base model, give the one that the run was trained on")
-    check_out(args.out, args.resume)
+    check_pair_files([path for path in args.pairs if path != DEFAULT_PAIRS])
+    base = base_of_run(Path(args.model), Contract.read(args.model)) if is_run(args.model) else args.model
+    check_base(base, args.trust_remote_code)
 
 
 def prepare_files(args: argparse.Namespace) -> None:
-    """Delete what a kill in the middle of writing left behind, and make the default pairs: in the first process, the others wait."""
+    """Check the folder, delete what a kill in the middle of writing left in it, and make the default pairs.
+
+    The first process does so, the others wait.
+    """
     if distributed().rank == 0:
-        for path in args.out.glob(".*.tmp") if args.resume else ():
+        check_out(args.out, args.resume)
+        for path in args.out.glob(".*.tmp") if args.resume or (args.out / ARGUMENTS).is_file() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if args.pairs == [DEFAULT_PAIRS] and not DEFAULT_PAIRS.exists():
             say(f"{DEFAULT_PAIRS} does not exist yet: making it from the docstrings of the installed packages")
@@ -264,56 +325,8 @@ def prepare_files(args: argparse.Namespace) -> None:
 # ------------------------------------------------------------------------------------------------------------- the set-up
 
 
-@dataclass
-class TrainingData:
-    pairs: PairDataset
-    n_pairs: int  # that are trained on
-    steps: int  # of the whole run
-    sampler: PairSampler
-    validation: Validation
-
-
-@dataclass
-class Run:
-    """What the loop works on."""
-
-    args: argparse.Namespace
-    data: TrainingData
-    encoder: Encoder
-    trained: dict[str, nn.Parameter]  # by name: the adapter, perhaps a learned query and TEMPERATURE
-    optimizer: torch.optim.Optimizer
-    state: TrainingState
-    best: dict[str, Tensor] = field(default_factory=dict)  # the weights that validation chose
-    rows: list[dict] = field(default_factory=list)  # the lines of metrics.jsonl
-    skipped_in_a_row: int = 0
-
-
-def prepare_data(args: argparse.Namespace) -> TrainingData:
-    """Open the pairs, hold some out, and decide the length of the run. Raises InputError where there are too few pairs."""
-    rank, world_size, _ = distributed()
-    if rank:  # the first process reads the files into the cache, the others wait and take them from there
-        torch.distributed.barrier()
-    pairs = PairDataset(args.pairs)
-    if world_size > 1 and not rank:
-        torch.distributed.barrier()
-    held_out = hold_out(len(pairs), 0 if args.validation else args.hold_out)
-    validation = Validation(pairs[held_out.tolist()] if len(held_out) else [], args.validation)
-    if args.patience and not validation:
-        raise InputError(f"--patience needs validation, and {len(pairs)} pairs are too few to hold any out: give --validation FILE")
-    held_out = pairs.copies(held_out) if len(held_out) else held_out
-    n_pairs = len(pairs) - len(held_out)
-    if args.batch_size > n_pairs:
-        raise InputError(f"--batch-size {args.batch_size} is more than the {n_pairs} pairs of {pairs.name}")
-    steps = args.steps or max(1, round(args.epochs * (n_pairs // args.batch_size)))
-    sampler = PairSampler(pairs.sizes, held_out, args.batch_size, steps, args.seed, args.weights, args.same_source_batches)
-    smallest = min(map(len, sampler.sources))
-    if args.same_source_batches and args.batch_size > smallest:
-        raise InputError(f"--batch-size {args.batch_size} is more than the {smallest} pairs of the smallest file of --pairs")
-    return TrainingData(pairs, n_pairs, steps, sampler, validation)
-
-
 def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
-    """The base with a fresh adapter, set up for training."""
+    """The base with a fresh adapter, or with that of the run in --model, set up for training."""
     encoder = Encoder.load(
         args.model,
         dtype=pick_dtype(args.dtype, pick_device(args.device), training=True),
@@ -321,9 +334,13 @@ def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
         trust_remote_code=args.trust_remote_code,
         shard=args.fsdp,
         **{k: getattr(args, k) for k in ("prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention", "quantize")},
-        data={"name": pairs.name, "sha256": pairs.sha256},
-    )
-    encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout, use_rslora=args.rslora, use_dora=args.dora)
+        override_contract=args.override_contract,
+    ).with_contract(data={"name": pairs.name, "sha256": pairs.sha256})
+    if encoder.peft:
+        encoder.unfreeze_adapter(args.lora_dropout)
+    else:
+        options = {"use_rslora": args.rslora, "use_dora": args.dora}
+        encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, **options)
     encoder.share_prefix = args.lora_dropout == 0  # with dropout, every text draws a mask of its own for the prompt
     if encoder.dtype == torch.bfloat16:
         keep_input_dtype(encoder.decoder)
@@ -333,20 +350,15 @@ def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
     return encoder
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
-    """AdamW; a learned temperature does not decay."""
-    groups = [{"params": [p for name, p in trained.items() if name != TEMPERATURE]}]
-    if TEMPERATURE in trained:
-        groups.append({"params": [trained[TEMPERATURE]], "weight_decay": 0.0})
-    return torch.optim.AdamW(groups, lr=args.lr, weight_decay=args.weight_decay)
-
-
 def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming: bool) -> Run:
     """Load the model and, for a resumed run, the checkpoint; write arguments.json and the metrics so far."""
     rank = distributed().rank
     torch.manual_seed(args.seed)
     encoder = make_encoder(args, data.pairs)
     record |= {"base": encoder.untuned().fingerprint, "computed_in": str(encoder.dtype)}
+    if is_run(args.model):
+        before = fingerprint(Contract.read(args.model), encoder.base_hash, encoder.adapter_hash)
+        record["started_from"] = {"run": args.model, "fingerprint": before}
     if resuming:
         check_record(args.out / ARGUMENTS, record)
     width = encoder.decoder.config.hidden_size
@@ -356,7 +368,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
     if args.learn_temperature:
         trained[TEMPERATURE] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
     state = TrainingState(chunk_size=args.chunk_size or args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
-    run = Run(args, data, encoder, trained, make_optimizer(trained, args), state)
+    run = Run(args, data, encoder, trained, make_optimizer(trained, args), state, started_from=record.get("started_from"))
     torch.manual_seed(args.seed + rank)  # dropout differs between processes
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -377,22 +389,17 @@ def announce(run: Run, base_fingerprint: str) -> None:
     prompt = contract.prompts["document"]
     files = ", ".join(map(str, args.pairs))
     say(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {base_fingerprint}")
+    if run.started_from:
+        say(f"going on from the adapter of {args.model}, fingerprint {run.started_from['fingerprint']}")
     say(f"prompt {prompt['prefix']!r} ... {prompt['suffix']!r}, pooling {contract.pooling}, scope {contract.scope}")
     resumed = f", going on after step {done}" if done else ""
-    say(f"{run.data.n_pairs:,} pairs from {files}, {run.data.steps} steps of {args.batch_size}{resumed}")
+    epochs = f"{run.data.steps * args.batch_size / run.data.n_pairs:.3g} epochs"
+    say(f"{run.data.n_pairs:,} pairs from {files}, {run.data.steps} steps of {args.batch_size}, {epochs}{resumed}")
     for note in encoder.notes:
         warn(note)
 
 
 # --------------------------------------------------------------------------------------------------------------- the loop
-
-
-def learning_rate(step: int, steps: int, peak: float, warmup_ratio: float) -> float:
-    """Linear warm-up over the first `warmup_ratio` of the steps, then a cosine down to zero."""
-    warmup_steps = max(1, round(steps * warmup_ratio))
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup_steps) / max(1, steps - warmup_steps)))
 
 
 def train(run: Run) -> int | None:
@@ -411,7 +418,6 @@ def train(run: Run) -> int | None:
     interrupted, is_last = False, True
     encoder.decoder.train()
     with (
-        open(args.out / METRICS if is_first_process else os.devnull, "a", encoding="utf-8") as log,
         Progress(data.steps, "training", "step", initial=state.step) as progress,
         catch_signals() as signals,
     ):
@@ -440,9 +446,12 @@ def train(run: Run) -> int | None:
 
             # log
             run.rows.append(row)
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+            if is_first_process:
+                append_line(args.out / METRICS, json.dumps(row))
             track(row)
+            if not run.has_warned and (problem := collapse(run.rows, n_warmup_steps(data.steps, args.warmup_ratio))):
+                warn(f"step {state.step}: {problem}")
+                run.has_warned = True
             speed = f"{row['pairs_per_second']:.0f} pairs/s, {result.n_negatives:.0f} negatives"
             progress.update(1, f"loss {result.loss.item():.3f}, accuracy {result.accuracy:.2f}, {speed}")
 
@@ -461,7 +470,7 @@ def step_metrics(run: Run, step: int, batch: PairBatch, result: LossResult, grad
     run.state.n_empty += sum(texts.n_empty for texts in batch.texts)
     run.state.n_truncated += sum(texts.n_truncated for texts in batch.texts)
     row = {"step": step + 1, "loss": result.loss.item(), "accuracy": result.accuracy, "lr": run.optimizer.param_groups[0]["lr"]}
-    row |= {"grad_norm": grad_norm.item(), "negatives": result.n_negatives}
+    row |= {"grad_norm": grad_norm.item(), "negatives": result.n_negatives, "spread": result.spread}
     row["pairs_per_second"] = run.args.batch_size / (time.perf_counter() - started)
     row["tokens"] = sum(len(ids) for texts in batch.texts for ids in texts.ids)
     if TEMPERATURE in run.trained:
@@ -486,7 +495,7 @@ def update(run: Run, row: dict) -> None:
     if run.skipped_in_a_row > MAX_SKIPPED_IN_A_ROW:
         raise InputError(f"{message}, for the third time in a row: lower --lr")
     warn(f"{message}: the step is skipped")
-    row |= {"loss": None, "grad_norm": None}
+    row |= {"loss": None, "grad_norm": None, "spread": None}
 
 
 def validate(run: Run) -> float:
@@ -522,7 +531,7 @@ def finish(run: Run, interrupted_by: int | None) -> None:
     joules = all_reduce_number(math.nan if state.joules is None else state.joules, "sum")  # NaN if one process does not know
     if distributed().rank:
         return
-    draw_curve(run.rows, out / "loss.png")
+    draw_curve(run.rows, out / "loss.png", run.data.validation.name)
     if interrupted_by is not None:
         say(f"stopped after step {state.step} of {run.data.steps}: {out} holds a usable adapter; go on with --resume", error=True)
         sys.exit(128 + interrupted_by)
@@ -532,58 +541,39 @@ def finish(run: Run, interrupted_by: int | None) -> None:
         encoder.save(out)
     for line in EncodingReport(state.n_empty, state.n_truncated, encoder.contract.max_tokens).warnings():
         warn(line)
-    write_json(out / SUMMARY, summarize(run, joules))
+    problem = collapse(run.rows, n_warmup_steps(run.data.steps, run.args.warmup_ratio), least=1)
+    write_json(out / SUMMARY, summarize(run, joules) | {"collapse": problem})
     kept = ""
     if validation := run.data.validation:
         kept = f", kept step {state.kept_step} ({validation.name} {state.kept_score:.3f}, the best was {state.best_score:.3f})"
     say(f"{out}: {state.step} steps{kept}, in {state.seconds:.0f} s, fingerprint {encoder.fingerprint}")
-    say(f"python evaluate.py --task clustering --model {os.path.relpath(out)}")
-
-
-def summarize(run: Run, joules: float) -> dict:
-    """What summary.json holds. joules: of all processes, NaN where they are not known."""
-    state, encoder, validation = run.state, run.encoder, run.data.validation
-    world_size = distributed().world_size
-    last_tenth = [row for row in run.rows[-max(1, len(run.rows) // 10) :] if row["loss"] is not None]
-    scores = {"what": validation.name, "best": state.best_score, "kept": state.kept_score} if validation else None
-    return {
-        "steps": state.step,
-        "best_step": state.kept_step or state.step,
-        "validation": scores,
-        "pairs": state.step * run.args.batch_size,
-        "tokens": sum(row["tokens"] for row in run.rows),
-        "seconds": round(state.seconds, 1),
-        "gpu_hours": round(state.seconds * world_size / 3600, 4) if encoder.device.type == "cuda" else 0,
-        "energy_wh": None if math.isnan(joules) else round(joules / 3600, 2),
-        "peak_memory_gib": peak_memory(encoder.device),
-        "texts_empty": state.n_empty,
-        "texts_truncated": state.n_truncated,
-        "skipped_steps": state.skipped_steps,
-        "processes": world_size,
-        "chunk_size": state.chunk_size,
-        "gradient_checkpointing": state.gradient_checkpointing,
-        "loss_last_tenth": sum(row["loss"] for row in last_tenth) / max(1, len(last_tenth)),
-        "accuracy_last_tenth": sum(row["accuracy"] for row in last_tenth) / max(1, len(last_tenth)),
-        "fingerprint": encoder.fingerprint,
-    }
+    if problem:
+        warn(f"this run has learned little or nothing. At its end {problem}")
+    evaluate = f"python evaluate.py --model {os.path.relpath(out)} {run.args.model}"
+    say(f"next: {evaluate} --data labelled.csv     # columns text,label")
+    say(f"  or: {evaluate} --bundled               # without labels: the bundled tasks")
 
 
 def main(args: argparse.Namespace) -> None:
     complete_arguments(args)
     check_arguments(args)
-    prepare_files(args)
-    data = prepare_data(args)
-    labelled_sha256 = hashlib.sha256(args.validation.read_bytes()).hexdigest() if args.validation else None
-    record = make_record(args, pairs_sha256=data.pairs.sha256, validation_sha256=labelled_sha256)
-    resuming = args.resume and has_checkpoint(args.out)
-    if resuming:
-        check_record(args.out / ARGUMENTS, record)
-        if (args.out / SUMMARY).is_file():
-            say(f"{args.out} is finished: nothing to do")
-            return
-    run = set_up(args, data, record, resuming)
-    interrupted_by = train(run)
-    finish(run, interrupted_by)
+    with contextlib.nullcontext() if distributed().rank else reserve(args.out):
+        prepare_files(args)
+        data = prepare_data(args, preset_of(args.model).batch_size)
+        labelled_sha256 = hashlib.sha256(args.validation.read_bytes()).hexdigest() if args.validation else None
+        record = make_record(args, pairs_sha256=data.pairs.sha256, validation_sha256=labelled_sha256)
+        resuming = args.resume and has_checkpoint(args.out)
+        if resuming:
+            check_record(args.out / ARGUMENTS, record)
+            if (args.out / SUMMARY).is_file():
+                say(f"{args.out} is finished: nothing to do")
+                return
+        try:
+            run = set_up(args, data, record, resuming)
+            interrupted_by = train(run)
+            finish(run, interrupted_by)
+        except WriteError as error:
+            raise InputError(f"{error}; {after_a_failed_write(args.out)}") from None
     end_distributed()
 
 

@@ -10,7 +10,7 @@ from encoder import Encoder
 from files.console import InputError
 from training import contrastive
 from training.checkpoint import TrainingState
-from training.contrastive import LossSettings, TextIds, batch_gradients, batch_loss, chunked_backward, embed, info_nce
+from training.contrastive import LossSettings, TextIds, batch_gradients, batch_loss, chunked_backward, embed, info_nce, spread
 from training.pair_data import Pair, PairBatch, tokenize_pairs
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -35,10 +35,10 @@ NONE = torch.zeros(0, 2)
 def test_info_nce_by_hand():
     """Two pairs, similarities 1 and 0 at temperature 1: each direction costs -log(e / (e + 1))."""
     a = torch.eye(2)
-    loss, accuracy, n_negatives = info_nce(a, a, NONE, different_texts(2), 1.0)
+    loss, accuracy, n_negatives, _ = info_nce(a, a, NONE, different_texts(2), 1.0)
     assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1)), abs=1e-6)
     assert (accuracy, n_negatives) == (1, 1)
-    loss, accuracy, _ = info_nce(a, a.flip(0), NONE, different_texts(2), 1.0)
+    loss, accuracy, *_ = info_nce(a, a.flip(0), NONE, different_texts(2), 1.0)
     assert loss.item() == pytest.approx(-math.log(1 / (math.e + 1)), abs=1e-6)
     assert accuracy == 0
 
@@ -46,7 +46,7 @@ def test_info_nce_by_hand():
 def test_a_hard_negative_competes_with_the_positives_by_hand():
     """One that equals anchor 0 costs it -log(e / (e + 1 + e)), and anchor 1 an orthogonal one more; the way back is as before."""
     a = torch.eye(2)
-    loss, _, n_negatives = info_nce(a, a, a[:1], different_texts(2, 1), 1.0)
+    loss, _, n_negatives, _ = info_nce(a, a, a[:1], different_texts(2, 1), 1.0)
     forth = -math.log(math.e / (2 * math.e + 1)) - math.log(math.e / (math.e + 2))
     back = -2 * math.log(math.e / (math.e + 1))
     assert loss.item() == pytest.approx((forth + back) / 4, abs=1e-6) and n_negatives == 2
@@ -56,7 +56,7 @@ def test_a_hard_negative_competes_with_the_positives_by_hand():
 
 def test_the_margin_is_subtracted_from_the_pair_by_hand():
     a = torch.eye(2)
-    loss, accuracy, _ = info_nce(a, a, NONE, different_texts(2), 0.5, margin=0.25)
+    loss, accuracy, *_ = info_nce(a, a, NONE, different_texts(2), 0.5, margin=0.25)
     assert loss.item() == pytest.approx(-math.log(math.exp(1.5) / (math.exp(1.5) + 1)), abs=1e-6)
     assert accuracy == info_nce(a, a, NONE, different_texts(2), 0.5, margin=0.99).accuracy == 1  # accuracy knows no margin
 
@@ -87,13 +87,20 @@ def test_a_few_rows_at_a_time_change_neither_loss_nor_gradient():
         torch.testing.assert_close(in_slices, whole, rtol=1e-10, atol=1e-12)
 
 
+def test_spread_is_the_distance_of_vectors_from_their_mean():
+    a, same = torch.eye(2), torch.tensor([[0.6, 0.8]] * 2)
+    assert spread(a, a) == pytest.approx(0.5)  # two points, each at sqrt(2) / 2 from the middle
+    assert spread(a, same) == spread(same, a) == pytest.approx(0, abs=1e-12)
+    assert info_nce(a, same, a[:0], different_texts(2), 1.0).spread == spread(a, same)
+
+
 def test_copies_are_no_negatives():
     """Pairs 0 and 1 share an anchor, the positive of pair 2 is the anchor of pair 3, pair 4 shares nothing."""
     ids = text_ids([0, 0, 1, 2, 5], [7, 8, 2, 3, 6])
     assert info_nce(unit_vectors(5, 0), unit_vectors(5, 1), unit_vectors(0, 2), ids, 0.05).n_negatives == pytest.approx(4 - 4 / 5)
     x = unit_vectors(5, 0).requires_grad_()
     anchors, positives = x[:1].expand(2, -1), unit_vectors(5, 1)[:1].expand(2, -1)
-    loss, _, n_negatives = info_nce(anchors, positives, unit_vectors(0, 2), text_ids([0, 0], [7, 8]), 0.05)
+    loss, _, n_negatives, _ = info_nce(anchors, positives, unit_vectors(0, 2), text_ids([0, 0], [7, 8]), 0.05)
     loss.backward()
     assert n_negatives == 0 and x.grad.abs().max() < 1e-6  # a batch of copies teaches nothing
 

@@ -18,7 +18,7 @@ LAYERS = [
     {"tasks", "tasks.mteb_tasks", "tasks.draw"},
     {"training", "training.pair_data"},
     {"training.contrastive"},
-    {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record"},
+    {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record", "training.plan", "training.optimization"},
     {"models.packed_text"},
     {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},

@@ -1,13 +1,15 @@
 """Energy, trackers and the loss curve, with stand-ins for the packages that are optional."""
 
+import re
 import sys
 import types
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from training import monitoring
-from training.monitoring import EnergyMeter, draw_curve, joules, make_tracker, peak_memory
+from training.monitoring import EnergyMeter, collapse, draw_curve, joules, make_tracker, peak_memory
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
@@ -88,3 +90,49 @@ def test_the_curve_is_a_picture_of_losses_and_scores(tmp_path):
     draw_curve(ROWS, tmp_path / "two.png")
     pictures = [(tmp_path / name).read_bytes() for name in ("one.png", "two.png")]
     assert all(picture.startswith(b"\x89PNG") for picture in pictures) and pictures[0] != pictures[1]
+
+
+def test_the_curve_names_its_axes_and_lines(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: (figures.append(figure), path.touch()))
+    draw_curve(ROWS, tmp_path / "two.png", "held-out accuracy")
+    (figure,) = figures
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "training loss (left)",
+        "in-batch accuracy (right)",
+        "held-out accuracy (right)",
+    ]
+    left, right = figure.axes
+    assert (left.get_xlabel(), left.get_ylabel()) == ("training step", "InfoNCE loss (nats)")
+    assert right.get_ylabel() == "accuracy: anchors whose positive comes first; held-out accuracy"
+
+
+def row(step: int, spread: float | None = 0.5, negatives: int = 3, loss: float | None = 1.1) -> dict:
+    return {"step": step, "spread": spread, "negatives": negatives, "loss": loss}
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([], None),
+        ([row(1), row(2), row(3)], None),
+        ([row(1, 0), row(2, 0), row(3, 0)], None),  # the base's vectors, before the warm-up is over
+        ([row(3, 0), row(4, 0)], None),
+        ([row(3, 0), row(4), row(5, 0)], None),
+        ([row(3, 0), row(4, 0), row(5, 0)], r"same vector, and the loss is that of chance \(1\.10\)"),
+        ([row(2), row(3, 1e-4), row(4, 9e-4), row(5, 0)], "same vector"),
+        ([row(3, 0), row(4, None, loss=None), row(5, 0)], None),  # a step that was skipped
+        ([row(1, negatives=0), row(2, negatives=0), row(3, negatives=0)], "no text has a negative"),
+        ([row(1, negatives=0), row(2, negatives=0)], None),
+        ([{"step": 9, "loss": 1.0, "negatives": 3}] * 3, None),  # of a run that began with an older version
+    ],
+)
+def test_a_collapse_is_three_steps_in_a_row(rows, problem):
+    found = collapse(rows, warmup_steps=2)
+    assert found is None if problem is None else re.search(problem, found)
+
+
+def test_at_the_end_of_a_short_run_fewer_steps_tell():
+    assert collapse([row(1, 0), row(2, 0)], 1, least=1) and not collapse([row(1, 0)], 1, least=1)
+    assert collapse([row(1, negatives=0)], 1, least=1) and not collapse([], 1, least=1)

@@ -163,7 +163,16 @@ def test_a_twentieth_at_most_is_held_out():
     assert len(hold_out(400, 256)) == len(set(hold_out(400, 256).tolist())) == 20
     assert hold_out(400, 256).tolist() == sorted(hold_out(400, 256).tolist())
     assert len(hold_out(10**6, 256)) == 256
-    assert not len(hold_out(400, 0)) and not len(hold_out(319, 256))  # none, and fewer than 16
+    assert not len(hold_out(400, 0)) and not len(hold_out(10**6, 7))  # none, and fewer than 8
+
+
+@pytest.mark.parametrize(
+    ("size", "batch_size", "expected"),
+    [(320, 2, 16), (319, 2, 16), (160, 2, 16), (159, 2, 15), (80, 2, 8), (79, 2, 0), (2, 2, 0), (100, 92, 8), (100, 93, 0), (319, 305, 14)],
+)
+def test_a_small_set_gives_a_tenth_and_keeps_a_batch(size, batch_size, expected):
+    assert len(hold_out(size, 256, batch_size)) == expected
+    assert len(hold_out(size, 0, batch_size)) == 0
 
 
 def test_copies_of_a_held_out_pair_are_found(tmp_path):

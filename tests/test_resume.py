@@ -3,6 +3,7 @@
 What needs processes of its own is marked slow.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -34,7 +35,9 @@ from short_runs import (
 import train
 from encoder import Encoder
 from files.console import InputError
+from files.writing import errors_of_writing
 from training.checkpoint import CHECKPOINT, PREVIOUS_CHECKPOINT
+from training.run_record import LOCK, reserve
 
 
 @pytest.fixture
@@ -115,7 +118,7 @@ def test_resume_never_trains_over_what_is_there(small, tmp_path):
 def test_a_run_with_damaged_arguments_is_not_resumed(small, tmp_path):
     run(*small("run", "--steps", 1))
     (tmp_path / "run" / "arguments.json").write_text("{")
-    with pytest.raises(InputError, match="is damaged"):
+    with pytest.raises(InputError, match="is missing or damaged"):
         run("--out", tmp_path / "run", "--resume")
 
 
@@ -147,9 +150,86 @@ def test_resume_clears_what_a_kill_left_in_the_middle_of_writing(small, tmp_path
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_resume_begins_a_run_where_there_is_none(small, tmp_path):
+def test_resume_begins_a_run_only_where_the_command_names_pairs(small, tmp_path):
+    """A mistyped --out must not become a training on docstrings."""
+    with pytest.raises(InputError, match=r"--resume: .*typo holds no run\. Correct --out"):
+        run("--out", tmp_path / "typo", "--resume")
+    assert not (tmp_path / "typo").exists()
     run(*small("new", "--steps", 1, "--resume"))
     assert (tmp_path / "new" / "summary.json").is_file()
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_begins_again(small, tmp_path, monkeypatch, capsys):
+    """Here its loss is not finite, and the same folder is taken with other flags."""
+    with pytest.raises(InputError, match="lower --lr"):
+        run(*small("run", "--lr", "1e30", "--steps", 6))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"arguments.json", "metrics.jsonl"}
+    capsys.readouterr()
+    run(*small("run"))
+    assert "ended before its first checkpoint, nothing to keep: it begins again" in capsys.readouterr().out
+    assert [row["step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+    (tmp_path / "logs" / "tensorboard").mkdir(parents=True)  # of somebody else
+    with pytest.raises(InputError, match="logs already holds files"):
+        run(*small("logs"))
+
+
+def test_a_folder_is_taken_by_one_run_at_a_time(small, tmp_path, monkeypatch):
+    """And before anything is loaded; the file that a killed process left behind is no lock."""
+    run(*small("run", "--steps", 1))
+    (tmp_path / "run" / "summary.json").unlink()
+    (tmp_path / "run" / LOCK).touch()
+    monkeypatch.setattr(train, "prepare_data", None)
+    for name, more in (("new", ()), ("run", ("--steps", 1, "--resume"))):
+        before = {path.name for path in (tmp_path / name).glob("*")} - {LOCK}
+        with reserve(tmp_path / name):
+            with pytest.raises(InputError, match=r"another train\.py is at work in .*: wait until it has ended, or choose another --out"):
+                run(*small(name, *more))
+            assert (tmp_path / name / LOCK).is_file()
+        assert {path.name for path in (tmp_path / name).glob("*")} - {LOCK} == before
+    assert not (tmp_path / "new").exists()
+    monkeypatch.undo()
+    run(*small("run", "--steps", 1, "--resume"))
+    assert summary(tmp_path / "run")["steps"] == 1 and not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_lock_in_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):
+    """The run before ends between the moments when this one opens the file and locks it."""
+    flock, locked = fcntl.flock, []
+
+    def late(file, how):
+        if not locked:
+            (tmp_path / LOCK).unlink()
+        locked.append(file.fileno())
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with reserve(tmp_path):
+        assert len(locked) == 2
+        with pytest.raises(InputError, match="at work"), reserve(tmp_path):
+            pass
+
+
+def test_a_full_disk_is_one_line_that_tells_what_is_left(small, tmp_path, monkeypatch):
+    """Before the first checkpoint and after it."""
+    write_line, lines = train.append_line, []
+
+    def disk_is_full_at_step_4(path, line):
+        lines.append(line)
+        if len(lines) == 4:
+            with errors_of_writing(path):
+                raise OSError(28, "No space left on device", ".metrics.jsonl.7.tmp")
+        write_line(path, line)
+
+    monkeypatch.setattr(train, "append_line", disk_is_full_at_step_4)
+    for name, every, advice in (
+        ("none", 50, "there was no checkpoint yet, start it again"),
+        ("some", 2, "its last checkpoint stays, go on"),
+    ):
+        lines.clear()
+        with pytest.raises(InputError, match=rf"{name}/metrics\.jsonl cannot be written: No space left on device; {advice}"):
+            run(*small(name, "--steps", 5, "--checkpoint-every", every))
+        run(*small(name, "--steps", 5, "--checkpoint-every", every, *(("--resume",) if name == "some" else ())))
+        assert [row["step"] for row in metrics(tmp_path / name)] == [1, 2, 3, 4, 5]
 
 
 def test_every_step_is_tracked_also_when_resumed(small, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import random
 import runpy
 import sys
@@ -11,16 +12,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import make_run
 from safetensors.torch import load_file, save_file
 from short_runs import ADAPTER, ROOT, ShortRuns, metrics, numbered_rows, run, summary, word_rows, write_labelled, write_rows
 
 import train
 from encoder import Encoder
+from encoder.base_models import PRESETS
 from files.console import InputError
 from training import contrastive, monitoring
 from training.checkpoint import CHECKPOINT, PREVIOUS_CHECKPOINT, read_checkpoint
 from training.contrastive import TextIds, embed, info_nce
-from training.pair_data import PairDataset
+from training.monitoring import ALIKE
+from training.pair_data import PairDataset, hold_out
+from training.plan import decide_length
 from training.validation import Validation
 
 
@@ -89,6 +94,45 @@ def test_training_lowers_the_loss_on_held_out_pairs(models_dir, tmp_path):
     assert held_out_loss(encoder) < 0.7 * held_out_loss(encoder.untuned())
 
 
+@pytest.mark.parametrize(
+    ("size", "flags", "batch", "epochs"),
+    [
+        (300_000, (), 120, 1),
+        (7680, (), 120, 1),
+        (7680, ("--batch-size", 4000), 4000, 1),
+        (7679, (), 120, 1),
+        (1000, (), 118, 2.5),  # 950 pairs, 8 steps each time
+        (293, (), 34, 2.5),
+        (293, ("--batch-size", 96), 96, 3),  # 2 steps each time
+        (293, ("--epochs", 2), 34, 2),
+        (293, ("--steps", 5), 34, None),
+        (24, (), 8, 3),
+        (3, (), 3, 3),
+    ],
+)
+def test_defaults_for_few_pairs_make_enough_steps(size, flags, batch, epochs, capsys):
+    args = train.parse(["--model", "qwen3-0.6b", *map(str, flags)])
+    n_pairs = size - len(hold_out(size, 256))
+    decide_length(args, size, n_pairs, n_pairs, 120)
+    assert (args.batch_size, args.epochs) == (batch, epochs)
+    changed = (batch < 120 and "--batch-size" not in flags) or ((epochs or 1) > 1 and "--epochs" not in flags)
+    assert ("pairs are few" in capsys.readouterr().out) == changed
+
+
+def test_few_pairs_are_few_in_words_too(small, tmp_path, capsys):
+    pairs = write_rows(tmp_path / "few.jsonl", numbered_rows(90))
+    flags = ("--model", small.model, "--pairs", pairs, "--lora-rank", 2)
+    run(*flags, "--out", tmp_path / "run", "--epochs", 0.3)
+    out, err = capsys.readouterr()
+    assert "90 pairs are few: batches of 10 instead of 120; more pairs would help most" in out
+    assert "81 pairs from" in out and "2 steps of 10, 0.247 epochs" in out
+    assert "only 2 steps: more --epochs, a smaller --batch-size or more pairs may help" in err
+    run(*small("none", "--steps", 1))
+    assert "fewer than 8 of 24 pairs could be held out, so none are" in capsys.readouterr().out
+    run("--out", tmp_path / "run", "--resume")  # batch size and epochs are those of the run
+    assert "is finished" in capsys.readouterr().out
+
+
 def test_learning_rate_rises_then_falls():
     rates = [train.learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0
@@ -141,6 +185,80 @@ def test_copies_in_a_batch_are_told_apart_from_negatives(small, tmp_path):
     run(*small("run", "--pairs", path, "--steps", 1))
     (row,) = metrics(tmp_path / "run")
     assert row["negatives"] == 0 and row["loss"] == 0 and row["accuracy"] == 1
+
+
+def test_a_run_is_trained_on(small, llama, tmp_path, capsys):
+    """With its contract and its adapter's settings, whatever the new command leaves out."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    settings = ("--pooling", "query", "--scope", "all", "--rslora", "--lora-alpha", 3, "--lora-targets", "q_proj", "v_proj")
+    run(*small("first", *settings, "--prompt", "a: {text} b", "--lr", "1e-2"))
+    other = write_rows(tmp_path / "other.jsonl", numbered_rows(30))
+    go_on = ("--model", first, "--pairs", other, "--batch-size", 4, "--steps", 2, "--dtype", "float32")
+    before = Encoder.load(str(first))
+    for more, message in (
+        (("--lora-rank", 3), "--lora-rank 3: the adapter of .*first was made with 2. Leave the flag out"),
+        (("--dora",), "--dora True: the adapter of .*first was made with False"),
+        (("--lora-targets", "q_proj"), "--lora-targets .* was made with"),
+        (("--pooling", "last"), "pooling is 'query' in the run, 'last' was asked for. Leave the flag out, or add --override-contract"),
+        (("--prompt", "cluster"), "prompts is .* in the run"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*go_on, "--out", second, *more)
+        assert not second.exists()
+    run(*go_on, "--out", second, "--lr", "1e-30", "--lora-targets", "v_proj", "q_proj")  # so little that the adapter stays what it was
+    assert f"going on from the adapter of {first}, fingerprint {before.fingerprint}" in capsys.readouterr().out
+    torch.testing.assert_close(load_file(second / ADAPTER), load_file(first / ADAPTER), rtol=0, atol=1e-20)
+    after = Encoder.load(str(second))
+    changed = {k: v for k, v in vars(after.contract).items() if v != getattr(before.contract, k)}
+    assert set(changed) == {"data"} and changed["data"]["name"] == "other.jsonl" and after.contract.base == "llama"
+    arguments = json.loads((second / "arguments.json").read_text())
+    started_from = {"run": str(first), "fingerprint": before.fingerprint}
+    assert arguments["started_from"] == summary(second)["started_from"] == started_from
+    assert (arguments["arguments"]["lora_rank"], arguments["arguments"]["lora_alpha"], arguments["arguments"]["rslora"]) == (2, 3, True)
+    run(*go_on, "--out", tmp_path / "third", "--lr", "1e-2", "--lora-dropout", 0.1)
+    assert all((a != b).any() for a, b in zip(*(load_file(tmp_path / n / ADAPTER).values() for n in ("first", "third")), strict=True))
+    run(*go_on, "--out", tmp_path / "last", "--pooling", "last", "--override-contract")
+    assert json.loads((tmp_path / "last" / "embedding.json").read_text())["pooling"] == "last"
+    (second / "summary.json").unlink()
+    run("--out", second, "--resume")
+    assert summary(second)["fingerprint"] == after.fingerprint
+    assert train.default_out(train.parse(["--model", str(first)])).name == "first-on"
+    assert train.preset_of(make_run("tiny", tmp_path / "tiny")) is PRESETS["tiny"]
+
+
+def test_a_closed_standard_output_ends_no_training(small, tmp_path, monkeypatch):
+    """As after `| head -1`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        run(*small("run"))
+    assert summary(tmp_path / "run")["steps"] == 3
+
+
+def test_the_next_commands_are_the_users_own(small, llama, tmp_path, capsys):
+    run(*small("run", "--steps", 1))
+    *_, first, second = capsys.readouterr().out.splitlines()
+    command = f"python evaluate.py --model {os.path.relpath(tmp_path / 'run')} {llama}"
+    assert f"{command} --data labelled.csv" in first and f"{command} --bundled" in second
+
+
+def test_a_collapse_is_said_once_and_again_at_the_end(small, tmp_path, capsys):
+    run(*small("run", "--lr", "1e9", "--steps", 8, "--checkpoint-every", 4))
+    err = capsys.readouterr().err
+    assert err.count("all texts have the same vector, and the loss is that of chance (1.39): lower --lr") == 2
+    assert err.count("this run has learned little or nothing") == 1
+    assert "same vector" in summary(tmp_path / "run")["collapse"]
+    copies = write_rows(tmp_path / "copies.jsonl", [{"anchor": "The cat.", "positive": f"A cat {i}."} for i in range(4)])
+    run(*small("copies", "--pairs", copies, "--steps", 4))
+    assert capsys.readouterr().err.count("no text has a negative") == 2
+
+
+def test_an_ordinary_run_has_not_collapsed(model, tmp_path, capsys):
+    pairs = write_rows(tmp_path / "pairs.jsonl", word_rows())
+    run("--model", model, "--pairs", pairs, "--out", tmp_path / "run", "--steps", 8, "--batch-size", 12, "--lora-rank", 4)
+    assert "same vector" not in capsys.readouterr().err and summary(tmp_path / "run")["collapse"] is None
+    assert min(row["spread"] for row in metrics(tmp_path / "run")) > 10 * ALIKE
 
 
 def test_seeds_give_different_runs_and_one_seed_the_same(small, tmp_path):
@@ -305,7 +423,7 @@ def test_bad_arguments(small, tmp_path):
         (("--lora-alpha", 0), "--lora-alpha must be 1 or more"),
         (("--seed", -1), "--seed must be 0 or more"),
         (("--patience", 0), "--patience must be 1 or more"),
-        (("--patience", 2), "--patience needs validation, and 24 pairs are too few"),
+        (("--patience", 2), "--patience needs validation, and none of 24 pairs are held out"),
         (("--learn-temperature", "--temperature", 0.005), "start at 0.01 or above"),
         (("--hold-out", -1), "--hold-out must be 0 or more"),
         (("--validate-every", 0), "--validate-every must be 1 or more"),
@@ -321,15 +439,20 @@ def test_bad_arguments(small, tmp_path):
         (("--model", "no-such-model"), "no model 'no-such-model'"),
         (("--device", "cuda:7"), "sees no CUDA device"),
         (("--fsdp",), "start them with torchrun"),
+        (("--lora-targets", "query", "q_proj"), "no linear layer is called query: there are down_proj, gate_proj, k_proj"),
     ):
         if flags[0] == "--device" and torch.cuda.is_available():
             continue
         with pytest.raises(InputError, match=message):
             run(*small("run", *flags))
     assert not (tmp_path / "run").exists()
-    run(*small("base", "--steps", 1))
-    with pytest.raises(InputError, match="is a run: training starts from a base"):
-        run(*small("run", "--model", tmp_path / "base"))
+
+
+def test_an_unknown_model_is_refused_before_anything_is_read(small, monkeypatch):
+    monkeypatch.setattr(train, "prepare_data", None)
+    for model in ("no-such-model", small.folder):
+        with pytest.raises(InputError, match=r"no model|with neither embedding\.json"):
+            run(*small("run", "--model", model))
 
 
 def test_bad_pairs_are_refused_before_a_run_begins(small, tmp_path):
@@ -375,7 +498,7 @@ def test_held_out_pairs_and_their_copies_are_not_trained_on(small, many_pairs):
     many_pairs.write_text(many_pairs.read_text() * 2)
     args = train.parse(small("run", "--pairs", many_pairs))
     train.complete_arguments(args)
-    data = train.prepare_data(args)
+    data = train.prepare_data(args, 120)
     (rows,) = data.sampler.sources
     assert len(data.validation.pairs) == 40 and not set(data.validation.pairs) & set(data.pairs[rows.tolist()])
     assert len(rows) == data.n_pairs == 800 - 2 * len(set(data.validation.pairs))

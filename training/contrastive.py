@@ -51,6 +51,7 @@ class LossResult(NamedTuple):
     loss: Tensor  # scalar, in nats
     accuracy: float  # share of anchors whose positive is the nearest candidate
     n_negatives: float  # mean number of negatives of an anchor
+    spread: float  # see `spread`
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,16 @@ def info_nce(
     slices = torch.arange(n, device=anchors.device).split(rows_at_a_time)
     compute = both_directions if len(slices) == 1 else functools.partial(checkpoint, both_directions, use_reentrant=False)
     loss, hits, n_negatives = (torch.stack(values).sum() for values in zip(*map(compute, slices), strict=True))
-    return LossResult(loss / (2 * n), hits.item() / n, n_negatives.item() / n)
+    return LossResult(loss / (2 * n), hits.item() / n, n_negatives.item() / n, spread(anchors, positives))
+
+
+@torch.no_grad()
+def spread(anchors: Tensor, positives: Tensor) -> float:
+    """Mean squared distance of vectors from their mean, of anchors or of positives, whichever lie closer together.
+
+    For vectors (B, D) of norm 1 that is 1 - their mean cosine to each other, about. 0: all are the same.
+    """
+    return min((v - v.mean(0)).square().sum(1).mean().item() for v in (anchors, positives))
 
 
 def batch_loss(batch: PairBatch, device: torch.device, settings: LossSettings, log_temperature: Tensor | None = None) -> LossOfVectors:

@@ -1,4 +1,4 @@
-"""What a run costs and how it goes: energy, peak memory, a tracker, the loss curve; and the signals that ask it to stop."""
+"""What a run costs and how it goes: energy, peak memory, a tracker, collapse, the loss curve; and the signals that ask it to stop."""
 
 import contextlib
 import importlib.util
@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 
 from files.writing import write_atomic
+
+ALIKE = 1e-3  # vectors of a batch whose spread (training/contrastive.py) is below this are all the same, for all that the loss can see
+STEPS_TO_BELIEVE = 3  # that must look collapsed in a row
 
 
 def joules(device: torch.device) -> float | None:
@@ -84,8 +87,24 @@ def make_tracker(kind: str | None, folder: Path, run_id: str, first_step: int, a
     return lambda row: None
 
 
-def draw_curve(rows: list[dict], path: Path) -> None:
-    """Draw loss, in-batch accuracy and validation scores of the rows of metrics.jsonl as a PNG file."""
+def collapse(rows: list[dict], warmup_steps: int, least: int = STEPS_TO_BELIEVE) -> str | None:
+    """What is wrong where the last steps learned nothing: all vectors of a batch were the same, or no text had a negative.
+
+    rows            of metrics.jsonl
+    warmup_steps    during which a base whose vectors are all alike has had no time to change: they do not count as collapsed
+    least           steps that must look so
+    """
+    last = rows[-STEPS_TO_BELIEVE:]
+    if len(last) >= least and not any(row["negatives"] for row in last):
+        return "no text has a negative: the texts of a batch are copies of each other, or --mask-above leaves none of them"
+    last = [row for row in last if row["step"] > warmup_steps]
+    if len(last) >= least and all(row.get("spread") is not None and row["spread"] < ALIKE for row in last):
+        return f"all texts have the same vector, and the loss is that of chance ({last[-1]['loss']:.2f}): lower --lr"
+    return None
+
+
+def draw_curve(rows: list[dict], path: Path, validation: str = "validation") -> None:
+    """Draw loss, in-batch accuracy and validation scores (what they are: `validation`) of the rows of metrics.jsonl as a PNG file."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -93,16 +112,18 @@ def draw_curve(rows: list[dict], path: Path) -> None:
 
     figure, loss_axis = plt.subplots(figsize=(7, 4), layout="constrained")
     steps = [row["step"] for row in rows]
-    loss_axis.plot(steps, [math.nan if row["loss"] is None else row["loss"] for row in rows], color="tab:blue", linewidth=1)
-    loss_axis.set(xlabel="step", ylabel="InfoNCE loss, nats")
-    loss_axis.set_title(f"{path.parent.name}: training loss and in-batch accuracy", parse_math=False)
+    losses = [math.nan if row["loss"] is None else row["loss"] for row in rows]
+    lines = loss_axis.plot(steps, losses, color="tab:blue", linewidth=1, label="training loss (left)")
+    loss_axis.set(xlabel="training step", ylabel="InfoNCE loss (nats)")
+    loss_axis.set_title(path.parent.name, parse_math=False)
     share_axis = loss_axis.twinx()
-    share_axis.plot(steps, [row["accuracy"] for row in rows], color="tab:orange", linewidth=1)
+    accuracies = [row["accuracy"] for row in rows]
+    lines += share_axis.plot(steps, accuracies, color="tab:orange", linewidth=1, label="in-batch accuracy (right)")
     scores = [(row["step"], row["validation"]) for row in rows if "validation" in row]
     if scores:
-        share_axis.plot(*zip(*scores, strict=True), color="tab:green", marker="o", linewidth=1, label="validation")
-        share_axis.legend(loc="lower right")
-    share_axis.set(ylabel="anchors whose positive comes first; validation", ylim=(0, 1))
+        lines += share_axis.plot(*zip(*scores, strict=True), color="tab:green", marker="o", linewidth=1, label=f"{validation} (right)")
+    share_axis.set(ylabel="accuracy: anchors whose positive comes first" + (f"; {validation}" if scores else ""), ylim=(0, 1.02))
+    figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     plt.close(figure)
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from encoder import Encoder
     from encoder.tokenization import TokenizedTexts
 
-MIN_HELD_OUT = 16  # pairs; with fewer, an accuracy says too little to choose an adapter by
+MIN_HELD_OUT = 8  # pairs; with fewer, an accuracy says too little to choose an adapter by
+SMALL_SET = 320  # pairs, of which a twentieth is 16
 
 
 class Pair(NamedTuple):
@@ -81,6 +82,14 @@ def _pair_rows(path: str) -> Iterator[dict]:
         yield pair._asdict()
 
 
+def check_pair_files(paths: list[Path]) -> None:
+    """Raise InputError for a file that does not exist, or is of another kind. Nothing is read."""
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"no file {path}: make pairs with make_pairs.py")
+        file_kind(path)
+
+
 class PairDataset:
     """The pairs of one or more files. `datasets` copies them into its cache once, and they are mapped into memory from there.
 
@@ -93,10 +102,7 @@ class PairDataset:
     def __init__(self, paths: list[Path]):
         import datasets
 
-        for path in paths:
-            if not path.exists():
-                raise InputError(f"no file {path}: make pairs with make_pairs.py")
-            file_kind(path)
+        check_pair_files(paths)
         datasets.disable_progress_bars()
         hashes, parts = [], []
         for path in paths:
@@ -147,12 +153,12 @@ class PairDataset:
         return [Pair(anchor, positive, tuple(negatives)) for anchor, positive, negatives in texts]
 
 
-def hold_out(size: int, n: int) -> np.ndarray:
+def hold_out(size: int, n: int, batch_size: int = 2) -> np.ndarray:
     """Choose the rows that are not trained on: n of `size` pairs, a twentieth of them at most, sorted.
 
-    None are chosen where that makes fewer than MIN_HELD_OUT.
+    A small set gives a tenth, 16 pairs at most, and keeps a batch. None are chosen where that makes fewer than MIN_HELD_OUT.
     """
-    n = min(n, size // 20)
+    n = min(n, size // 20 if size >= SMALL_SET else min(SMALL_SET // 20, size // 10, size - batch_size))
     return np.sort(np.random.default_rng(0).choice(size, n if n >= MIN_HELD_OUT else 0, replace=False))
 
 

@@ -1,33 +1,89 @@
-"""The folder of a run: whether it may be used, the arguments that a resumed run has to share, the numbers of every step."""
+"""The folder of a run: whether it may be used, the arguments that a resumed run has to share, the numbers of every step, the summary."""
 
 import argparse
 import contextlib
 import json
+import math
+import os
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
-from files.console import InputError
+from encoder.runtime import distributed
+from files.console import InputError, reason, say
 from training.checkpoint import CHECKPOINT, has_checkpoint
+from training.monitoring import peak_memory
+from training.plan import Run
 
-ARGUMENTS, METRICS, SUMMARY = "arguments.json", "metrics.jsonl", "summary.json"
+ARGUMENTS, METRICS, SUMMARY, LOCK = "arguments.json", "metrics.jsonl", "summary.json", ".lock"
+BEFORE_A_CHECKPOINT = {ARGUMENTS, METRICS, "tensorboard", "wandb"}  # what a run writes before its first checkpoint
 
 # these may differ between a run and its resumption; everything else must be the same
 FREE_ON_RESUME = {"resume", "checkpoint_every", "out", "device", "pairs", "validation", "track", "versions", "commit", "command"}
 
 
-def check_out(out: Path, resume: bool) -> None:
-    """Raise InputError unless `out` is new, or a run that can be resumed: nothing is overwritten."""
+def _lock(out: Path) -> IO:
+    """The locked file in `out`, a folder that is made where it does not exist. A process that has ended holds no lock."""
+    if sys.platform != "win32":
+        import fcntl
+    while True:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock = open(out / LOCK, "a")  # noqa: SIM115, closed by `reserve`
+        except FileNotFoundError:  # another process has just removed the folder
+            continue
+        except OSError as error:
+            raise InputError(f"{out} cannot be made: {reason(error)}; choose another --out") from None
+        if sys.platform == "win32":
+            return lock
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock.fileno()).st_ino == (out / LOCK).stat().st_ino:  # not one that has been removed meanwhile
+                return lock
+        except BlockingIOError:
+            lock.close()
+            raise InputError(f"another train.py is at work in {out}: wait until it has ended, or choose another --out") from None
+        except FileNotFoundError:
+            pass
+        except OSError:  # a file system without locks
+            return lock
+        lock.close()
+
+
+@contextlib.contextmanager
+def reserve(out: Path) -> Iterator[None]:
+    """Keep `out` from other processes while this one works in it, by a lock in a file that is removed at the end.
+
+    A folder that is new and still empty at the end is removed. Raises InputError where another process is at work in it.
+    """
     if out.exists() and not out.is_dir():
         raise InputError(f"{out} is a file: choose another --out")
+    new = [folder for folder in (out, *out.parents) if not folder.exists()]
+    lock = _lock(out)
+    try:
+        yield
+    finally:
+        (out / LOCK).unlink(missing_ok=True)  # before another process can have the lock
+        lock.close()
+        with contextlib.suppress(OSError):  # not empty
+            for folder in new:
+                folder.rmdir()
+
+
+def check_out(out: Path, resume: bool) -> None:
+    """Raise InputError unless `out` is new, or a run that can be resumed or begins again: nothing is overwritten."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
+    if ARGUMENTS in names and names <= BEFORE_A_CHECKPOINT:
+        say(f"{out} holds a run that ended before its first checkpoint, nothing to keep: it begins again")
+        return
     if names and not resume:
         advice = "choose another --out, or go on with --resume" if ARGUMENTS in names else "choose another --out"
         raise InputError(f"{out} already holds {'a run' if ARGUMENTS in names else 'files'}: {advice}")
-    before_a_checkpoint = {ARGUMENTS, METRICS, "tensorboard", "wandb"}
-    if names - before_a_checkpoint and not has_checkpoint(out):
+    if names and not has_checkpoint(out):
         raise InputError(f"{out} holds {', '.join(sorted(names)[:3])} but no {CHECKPOINT}: it cannot be resumed, choose another --out")
 
 
@@ -58,8 +114,8 @@ def read_record(path: Path) -> dict:
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         return record | {"arguments": dict(record["arguments"])}
-    except (ValueError, KeyError, TypeError):
-        raise InputError(f"{path} is damaged: the run cannot be resumed, start another --out") from None
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        raise InputError(f"{path} is missing or damaged: the run cannot be resumed, start another --out") from None
 
 
 def check_record(path: Path, record: dict) -> None:
@@ -79,3 +135,32 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if row["step"] <= last_step]
+
+
+def summarize(run: Run, joules: float) -> dict:
+    """What summary.json holds. joules: of all processes, NaN where they are not known."""
+    state, encoder, validation = run.state, run.encoder, run.data.validation
+    world_size = distributed().world_size
+    last_tenth = [row for row in run.rows[-max(1, len(run.rows) // 10) :] if row["loss"] is not None]
+    scores = {"what": validation.name, "best": state.best_score, "kept": state.kept_score} if validation else None
+    return {
+        "steps": state.step,
+        "best_step": state.kept_step or state.step,
+        "validation": scores,
+        "pairs": state.step * run.args.batch_size,
+        "tokens": sum(row["tokens"] for row in run.rows),
+        "seconds": round(state.seconds, 1),
+        "gpu_hours": round(state.seconds * world_size / 3600, 4) if encoder.device.type == "cuda" else 0,
+        "energy_wh": None if math.isnan(joules) else round(joules / 3600, 2),
+        "peak_memory_gib": peak_memory(encoder.device),
+        "texts_empty": state.n_empty,
+        "texts_truncated": state.n_truncated,
+        "skipped_steps": state.skipped_steps,
+        "started_from": run.started_from,
+        "processes": world_size,
+        "chunk_size": state.chunk_size,
+        "gradient_checkpointing": state.gradient_checkpointing,
+        "loss_last_tenth": sum(row["loss"] for row in last_tenth) / max(1, len(last_tenth)),
+        "accuracy_last_tenth": sum(row["accuracy"] for row in last_tenth) / max(1, len(last_tenth)),
+        "fingerprint": encoder.fingerprint,
+    }
