@@ -150,11 +150,13 @@ def test_resume_clears_what_a_kill_left_in_the_middle_of_writing(small, tmp_path
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_resume_begins_a_run_only_where_the_command_names_pairs(small, tmp_path):
+def test_resume_begins_a_run_only_where_the_command_names_pairs(small, tmp_path, monkeypatch):
     """A mistyped --out must not become a training on docstrings."""
+    monkeypatch.setattr(train, "main", None)
     with pytest.raises(InputError, match=r"--resume: .*typo holds no run\. Correct --out"):
         run("--out", tmp_path / "typo", "--resume")
     assert not (tmp_path / "typo").exists()
+    monkeypatch.undo()
     run(*small("new", "--steps", 1, "--resume"))
     assert (tmp_path / "new" / "summary.json").is_file()
 
