@@ -81,6 +81,7 @@ class Ours:
             *(["--gradient-checkpointing", 1] if args.gradient_checkpointing else []),
         ]
         self.args = train.parse([str(f) for f in flags])
+        train.complete_arguments(self.args)
         self.args.gradient_checkpointing, self.args.lora_alpha = int(args.gradient_checkpointing), RANK
         self.pairs = PairsInMemory(read_pairs(Path(pairs)))
         self.encoder = train.make_encoder(self.args, self.pairs)

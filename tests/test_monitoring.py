@@ -105,7 +105,7 @@ def test_the_curve_names_its_axes_and_lines(tmp_path, monkeypatch):
     ]
     left, right = figure.axes
     assert (left.get_xlabel(), left.get_ylabel()) == ("training step", "InfoNCE loss (nats)")
-    assert right.get_ylabel() == "accuracy: anchors whose positive comes first; held-out accuracy"
+    assert right.get_ylabel() == "in-batch accuracy, held-out accuracy"
 
 
 def row(step: int, spread: float | None = 0.5, negatives: int = 3, loss: float | None = 1.1) -> dict:

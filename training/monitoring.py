@@ -122,7 +122,7 @@ def draw_curve(rows: list[dict], path: Path, validation: str = "validation") -> 
     scores = [(row["step"], row["validation"]) for row in rows if "validation" in row]
     if scores:
         lines += share_axis.plot(*zip(*scores, strict=True), color="tab:green", marker="o", linewidth=1, label=f"{validation} (right)")
-    share_axis.set(ylabel="accuracy: anchors whose positive comes first" + (f"; {validation}" if scores else ""), ylim=(0, 1.02))
+    share_axis.set(ylabel="in-batch accuracy" + (f", {validation}" if scores else ""), ylim=(0, 1.02))
     figure.legend(handles=lines, loc="outside lower center", ncols=len(lines), frameon=False)
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
     plt.close(figure)
