@@ -119,6 +119,16 @@ def test_defaults_for_few_pairs_make_enough_steps(size, flags, batch, epochs, ca
     assert ("pairs are few" in capsys.readouterr().out) == changed
 
 
+@pytest.mark.parametrize(
+    ("size", "flags", "every"), [(100, (), 4), (100, ("--validate-every", 7), 7), (319, ("--steps", 400), 50), (320, (), 50)]
+)
+def test_a_short_run_on_a_small_set_is_validated_five_times(small, tmp_path, size, flags, every):
+    args = train.parse(["--model", small.model, "--pairs", str(write_rows(tmp_path / "p.jsonl", numbered_rows(size))), *map(str, flags)])
+    train.complete_arguments(args)
+    data = train.prepare_data(args, 120)
+    assert args.validate_every == every and len(data.validation.pairs) == (10 if size == 100 else 16)
+
+
 def test_few_pairs_are_few_in_words_too(small, tmp_path, capsys):
     pairs = write_rows(tmp_path / "few.jsonl", numbered_rows(90))
     flags = ("--model", small.model, "--pairs", pairs, "--lora-rank", 2)

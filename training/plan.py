@@ -11,7 +11,7 @@ from encoder import Encoder
 from encoder.runtime import distributed
 from files.console import InputError, say, warn
 from training.checkpoint import TrainingState
-from training.pair_data import MIN_HELD_OUT, PairDataset, PairSampler, hold_out
+from training.pair_data import MIN_HELD_OUT, SMALL_SET, PairDataset, PairSampler, hold_out
 from training.validation import Validation
 
 # Defaults for fewer pairs than this differ: of 300, one pass in batches of 120 would be two steps.
@@ -49,7 +49,7 @@ class Run:
 
 
 def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
-    """Open the pairs, hold some out, and decide the length of the run: batch size and epochs are filled in where they are None.
+    """Open the pairs, hold some out, and decide the length of the run: what depends on the number of pairs is filled in where it is None.
 
     default_batch    pairs of a batch, where there are enough of them
     Raises InputError where there are too few.
@@ -77,6 +77,8 @@ def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
     if args.same_source_batches and args.batch_size > smallest:
         raise InputError(f"--batch-size {args.batch_size} is more than the {smallest} pairs of the smallest file of --pairs")
     steps = args.steps or max(1, round(args.epochs * (n_pairs // args.batch_size)))
+    if args.validate_every is None:
+        args.validate_every = min(50, max(1, steps // 5)) if len(pairs) < SMALL_SET else 50
     if not args.steps and steps < MIN_STEPS // 2:
         warn(f"only {steps} step{'s' * (steps > 1)}: more --epochs, a smaller --batch-size or more pairs may help")
     sampler = PairSampler(pairs.sizes, held_out, args.batch_size, steps, args.seed, args.weights, args.same_source_batches)
