@@ -46,15 +46,15 @@ import torch
 from torch import Tensor, nn
 
 from encoder import Encoder, EncodingReport
-from encoder.base_models import PRESETS, Preset, check_base, is_run
-from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, Contract, fingerprint
-from encoder.loading import base_of_run
+from encoder.base_models import check_base
+from encoder.contract import ARGUMENTS_FILE, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract, fingerprint
 from encoder.lora import keep_input_dtype, read_settings
+from encoder.names import PRESETS, Preset, base_of, is_run
 from encoder.runtime import all_reduce_number, distributed, end_distributed, pick_device, pick_dtype
 from files.console import InputError, Progress, run_script, say, warn
 from files.reading import file_kind
 from files.writing import WriteError, append_line, write_json, write_text
-from prompts import PROMPTS
+from prompts import PROMPTS, prompt_label
 from training.checkpoint import (
     TrainingState,
     after_a_failed_write,
@@ -77,9 +77,7 @@ from training.optimization import TEMPERATURE, learning_rate, make_optimizer, n_
 from training.pair_data import PairBatch, PairDataset, check_pair_files, prefetch
 from training.plan import Run, TrainingData, prepare_data
 from training.run_record import (
-    ARGUMENTS,
     METRICS,
-    SUMMARY,
     check_out,
     check_record,
     make_record,
@@ -126,6 +124,7 @@ def add_data_arguments(add) -> None:
 
 def add_contract_arguments(add) -> None:
     add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}} (default cluster, or that of the run in --model)")
+    add("--query-prompt", metavar="PROMPT", help="of anchors, beside --prompt for positives (default: that of --prompt)")
     add("--pooling", choices=POOLINGS, help="default: last if the prompt goes on after the text, else mean")
     add("--scope", choices=SCOPES, help="which tokens are pooled: all, or those of the text alone (default: all for last, else text)")
     add("--keep-bos", action="store_true", default=None, help="pool the BOS token too, with --scope all (default: leave it out)")
@@ -209,7 +208,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """
     parser = build_parser()
     args = parser.parse_args(argv)
-    record = default_out(args) / ARGUMENTS
+    record = default_out(args) / ARGUMENTS_FILE
     if args.resume and record.is_file():
         parser.set_defaults(**{k: v for k, v in read_record(record)["arguments"].items() if k not in ("resume", "out", "device")})
         args = parser.parse_args(argv)
@@ -300,8 +299,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.dtype == "float16":
         raise InputError("--dtype float16 cannot train (its gradients underflow): take bfloat16 or float32")
     check_pair_files([path for path in args.pairs if path != DEFAULT_PAIRS])
-    base = base_of_run(Path(args.model), Contract.read(args.model)) if is_run(args.model) else args.model
-    check_base(base, args.trust_remote_code)
+    check_base(base_of(args.model), args.trust_remote_code)
 
 
 def prepare_files(args: argparse.Namespace) -> None:
@@ -311,7 +309,7 @@ def prepare_files(args: argparse.Namespace) -> None:
     """
     if distributed().rank == 0:
         check_out(args.out, args.resume)
-        for path in args.out.glob(".*.tmp") if args.resume or (args.out / ARGUMENTS).is_file() else ():
+        for path in args.out.glob(".*.tmp") if args.resume or (args.out / ARGUMENTS_FILE).is_file() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if args.pairs == [DEFAULT_PAIRS] and not DEFAULT_PAIRS.exists():
             say(f"{DEFAULT_PAIRS} does not exist yet: making it from the docstrings of the installed packages")
@@ -333,7 +331,7 @@ def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
         device=args.device,
         trust_remote_code=args.trust_remote_code,
         shard=args.fsdp,
-        **{k: getattr(args, k) for k in ("prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention", "quantize")},
+        **{k: getattr(args, k) for k in ("prompt", "query_prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention", "quantize")},
         override_contract=args.override_contract,
     ).with_contract(data={"name": pairs.name, "sha256": pairs.sha256})
     if encoder.peft:
@@ -360,7 +358,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
         before = fingerprint(Contract.read(args.model), encoder.base_hash, encoder.adapter_hash)
         record["started_from"] = {"run": args.model, "fingerprint": before}
     if resuming:
-        check_record(args.out / ARGUMENTS, record)
+        check_record(args.out / ARGUMENTS_FILE, record)
     width = encoder.decoder.config.hidden_size
     if max(args.matryoshka or [0]) > width:
         raise InputError(f"--matryoshka {args.matryoshka}: a vector of this model has {width} numbers")
@@ -377,7 +375,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
         run.rows = read_metrics(args.out / METRICS, run.state.step)
         encoder.set_gradient_checkpointing(run.state.gradient_checkpointing)
     if rank == 0:
-        write_json(args.out / ARGUMENTS, record)
+        write_json(args.out / ARGUMENTS_FILE, record)
         write_text(args.out / METRICS, "".join(json.dumps(row) + "\n" for row in run.rows))
     announce(run, record["base"])
     return run
@@ -386,12 +384,11 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
 def announce(run: Run, base_fingerprint: str) -> None:
     args, encoder, done = run.args, run.encoder, run.state.step
     contract, n_trained = encoder.contract, sum(p.numel() for p in run.trained.values())
-    prompt = contract.prompts["document"]
     files = ", ".join(map(str, args.pairs))
     say(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {base_fingerprint}")
     if run.started_from:
         say(f"going on from the adapter of {args.model}, fingerprint {run.started_from['fingerprint']}")
-    say(f"prompt {prompt['prefix']!r} ... {prompt['suffix']!r}, pooling {contract.pooling}, scope {contract.scope}")
+    say(f"prompt {prompt_label(contract.prompts)}, pooling {contract.pooling}, scope {contract.scope}")
     resumed = f", going on after step {done}" if done else ""
     epochs = f"{run.data.steps * args.batch_size / run.data.n_pairs:.3g} epochs"
     say(f"{run.data.n_pairs:,} pairs from {files}, {run.data.steps} steps of {args.batch_size}, {epochs}{resumed}")
@@ -542,7 +539,7 @@ def finish(run: Run, interrupted_by: int | None) -> None:
     for line in EncodingReport(state.n_empty, state.n_truncated, encoder.contract.max_tokens).warnings():
         warn(line)
     problem = collapse(run.rows, n_warmup_steps(run.data.steps, run.args.warmup_ratio), least=1)
-    write_json(out / SUMMARY, summarize(run, joules) | {"collapse": problem})
+    write_json(out / SUMMARY_FILE, summarize(run, joules) | {"collapse": problem})
     kept = ""
     if validation := run.data.validation:
         kept = f", kept step {state.kept_step} ({validation.name} {state.kept_score:.3f}, the best was {state.best_score:.3f})"
@@ -564,8 +561,8 @@ def main(args: argparse.Namespace) -> None:
         record = make_record(args, pairs_sha256=data.pairs.sha256, validation_sha256=labelled_sha256)
         resuming = args.resume and has_checkpoint(args.out)
         if resuming:
-            check_record(args.out / ARGUMENTS, record)
-            if (args.out / SUMMARY).is_file():
+            check_record(args.out / ARGUMENTS_FILE, record)
+            if (args.out / SUMMARY_FILE).is_file():
                 say(f"{args.out} is finished: nothing to do")
                 return
         try:

@@ -26,7 +26,6 @@ from transformers.utils import logging as transformers_logging
 
 from encoder.contract import MODEL_FILES
 from encoder.names import PACKED_TYPES, PRESETS, find_base
-from encoder.names import is_run as is_run  # train.py takes it from here
 from encoder.runtime import all_reduce_number, is_out_of_memory
 from files.console import InputError
 

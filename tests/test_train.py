@@ -18,13 +18,13 @@ from short_runs import ADAPTER, ROOT, ShortRuns, metrics, numbered_rows, run, su
 
 import train
 from encoder import Encoder
-from encoder.base_models import PRESETS
+from encoder.names import PRESETS
 from files.console import InputError
 from training import contrastive, monitoring
 from training.checkpoint import CHECKPOINT, PREVIOUS_CHECKPOINT, read_checkpoint
 from training.contrastive import TextIds, embed, info_nce
 from training.monitoring import ALIKE
-from training.pair_data import PairDataset, hold_out
+from training.pair_data import Pair, PairDataset, hold_out, tokenize_pairs
 from training.plan import decide_length
 from training.validation import Validation
 
@@ -197,6 +197,15 @@ def test_copies_in_a_batch_are_told_apart_from_negatives(small, tmp_path):
     assert row["negatives"] == 0 and row["loss"] == 0 and row["accuracy"] == 1
 
 
+def test_anchors_may_have_a_prompt_of_their_own(small, tmp_path, capsys):
+    run(*small("run", "--prompt", "text: {text}", "--query-prompt", "question: {text}"))
+    assert "prompt text: {text} (queries: question: {text}), pooling" in capsys.readouterr().out
+    encoder = Encoder.load(str(tmp_path / "run"))
+    assert {role: prompt["prefix"] for role, prompt in encoder.contract.prompts.items()} == {"document": "text: ", "query": "question: "}
+    anchors = tokenize_pairs(encoder, [Pair("a cat", "a dog")]).anchors
+    assert anchors.ids == encoder.tokenize(["a cat"], "query").ids != encoder.tokenize(["a cat"]).ids
+
+
 def test_a_run_is_trained_on(small, llama, tmp_path, capsys):
     """With its contract and its adapter's settings, whatever the new command leaves out."""
     first, second = tmp_path / "first", tmp_path / "second"
@@ -210,7 +219,7 @@ def test_a_run_is_trained_on(small, llama, tmp_path, capsys):
         (("--dora",), "--dora True: the adapter of .*first was made with False"),
         (("--lora-targets", "q_proj"), "--lora-targets .* was made with"),
         (("--pooling", "last"), "pooling is 'query' in the run, 'last' was asked for. Leave the flag out, or add --override-contract"),
-        (("--prompt", "cluster"), "prompts is .* in the run"),
+        (("--prompt", "cluster"), "prompt is 'a: {text} b' in the run, 'cluster' was asked for"),
     ):
         with pytest.raises(InputError, match=message):
             run(*go_on, "--out", second, *more)

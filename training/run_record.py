@@ -13,14 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO
 
+from encoder.contract import ARGUMENTS_FILE
 from encoder.runtime import distributed
 from files.console import InputError, reason, say
 from training.checkpoint import CHECKPOINT, has_checkpoint
 from training.monitoring import peak_memory
 from training.plan import Run
 
-ARGUMENTS, METRICS, SUMMARY, LOCK = "arguments.json", "metrics.jsonl", "summary.json", ".lock"
-BEFORE_A_CHECKPOINT = {ARGUMENTS, METRICS, "tensorboard", "wandb"}  # what a run writes before its first checkpoint
+METRICS, LOCK = "metrics.jsonl", ".lock"
+BEFORE_A_CHECKPOINT = {ARGUMENTS_FILE, METRICS, "tensorboard", "wandb"}  # what a run writes before its first checkpoint
 
 # these may differ between a run and its resumption; everything else must be the same
 FREE_ON_RESUME = {"resume", "checkpoint_every", "out", "device", "pairs", "validation", "track", "versions", "commit", "command"}
@@ -77,12 +78,12 @@ def reserve(out: Path) -> Iterator[None]:
 def check_out(out: Path, resume: bool) -> None:
     """Raise InputError unless `out` is new, or a run that can be resumed or begins again: nothing is overwritten."""
     names = {path.name for path in out.iterdir() if not path.name.startswith(".")} if out.is_dir() else set()
-    if ARGUMENTS in names and names <= BEFORE_A_CHECKPOINT:
+    if ARGUMENTS_FILE in names and names <= BEFORE_A_CHECKPOINT:
         say(f"{out} holds a run that ended before its first checkpoint, nothing to keep: it begins again")
         return
     if names and not resume:
-        advice = "choose another --out, or go on with --resume" if ARGUMENTS in names else "choose another --out"
-        raise InputError(f"{out} already holds {'a run' if ARGUMENTS in names else 'files'}: {advice}")
+        advice = "choose another --out, or go on with --resume" if ARGUMENTS_FILE in names else "choose another --out"
+        raise InputError(f"{out} already holds {'a run' if ARGUMENTS_FILE in names else 'files'}: {advice}")
     if names and not has_checkpoint(out):
         raise InputError(f"{out} holds {', '.join(sorted(names)[:3])} but no {CHECKPOINT}: it cannot be resumed, choose another --out")
 
