@@ -28,7 +28,6 @@ from encoder import lora
 from encoder.base_models import PACKED_TYPES, RUNNING_ERRORS, find_blocks
 from encoder.contract import (
     CONTRACT_FILE,
-    POOLINGS,
     QUERY_FILE,
     SUMMARY_FILE,
     Contract,
@@ -39,7 +38,7 @@ from encoder.contract import (
 )
 from encoder.loading import LoadedBase, contract_fields, load_base
 from encoder.nearest import Nearest, nearest
-from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, select_tokens, trim_hook
+from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, trim_hook
 from encoder.runtime import (
     default_batch_tokens,
     distributed,
@@ -49,13 +48,12 @@ from encoder.runtime import (
     pick_device,
     pick_dtype,
     shard_model,
-    to_device,
 )
+from encoder.states import HiddenStates, check_layer, pool, recorded_states
 from encoder.streaming import EncodingReport, run_batch, tokenized_windows
 from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list, readable_pieces
 from files.console import InputError, Progress
 from files.writing import write_atomic, write_text
-from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
 
 # Flash attention's backward pass holds 128 rows of float32 for a sequence, however short (2 MiB with 4,096 numbers a row): as much
 # as one layer holds of some 16 tokens, by the estimate of `memory_budget`.
@@ -73,14 +71,6 @@ ELSEWHERE = {
     "truncate_dim": ": Encoder.load(..., dims=...)",
     "device": ": Encoder.load(..., device=...)",
 }
-
-
-class HiddenStates(NamedTuple):
-    """What a forward pass leaves for pooling."""
-
-    layers: dict[int, Tensor]  # layer number -> (T, D), a state for each token of the row
-    attention: PackedAttention  # has kept what the attention scores of the last layer are computed from
-    last_only: bool = False  # the states are those of each sequence's last token alone, (B, D)
 
 
 class TokenAttention(NamedTuple):
@@ -126,7 +116,7 @@ class Encoder:
         """Tokenize the prompts, and refuse a contract that does not fit the model."""
         config = self.decoder.config
         for index in self.contract.layers:
-            _check_layer(index, len(self.blocks))
+            check_layer(index, len(self.blocks))
         if self.contract.dims is not None and self.contract.dims > config.hidden_size:
             raise InputError(f"dims {self.contract.dims} is more than the {config.hidden_size} numbers of this model's vectors")
         if self.contract.pooling == "attention":
@@ -326,7 +316,7 @@ class Encoder:
     def forward(self, batch: PackedBatch, poolings: list[PoolingConfig] | None = None) -> HiddenStates:
         """One forward pass -> the states that `poolings` need (default: the contract's)."""
         poolings = poolings or [self.contract.pooling_config()]
-        numbers = {index: _check_layer(index, len(self.blocks)) for pooling in poolings for index in pooling.layers}
+        numbers = {index: check_layer(index, len(self.blocks)) for pooling in poolings for index in pooling.layers}
         needs_scores = any(p.pooling == "attention" for p in poolings)
         if needs_scores:
             self._check_attention_is_read()
@@ -340,7 +330,7 @@ class Encoder:
         )
         if not len(batch.ids):  # sequences without a token
             return HiddenStates({index: torch.zeros(0, self.decoder.config.hidden_size, device=self.device) for index in numbers}, packed)
-        with self._forward_lock, _recorded_states(self.blocks, set(numbers.values())) as states, contextlib.ExitStack() as stack:
+        with self._forward_lock, recorded_states(self.blocks, set(numbers.values())) as states, contextlib.ExitStack() as stack:
             if trim:
                 stack.callback(self.blocks[-1].register_forward_pre_hook(trim_hook(packed), with_kwargs=True).remove)
             if self.peft and not self.adapter_on:
@@ -364,7 +354,7 @@ class Encoder:
 
     def pool(self, states: HiddenStates, batch: PackedBatch, pooling: PoolingConfig | None = None) -> Tensor:
         """States -> (B, D) float32 by `pooling` (default: the contract's), cut to dims and normalized as the contract says."""
-        vectors = _pool(states, batch, pooling or self.contract.pooling_config(), self.query, self.device)
+        vectors = pool(states, batch, pooling or self.contract.pooling_config(), self.query, self.device)
         if self.contract.dims is not None:
             vectors = vectors[:, : self.contract.dims]
         return F.normalize(vectors, dim=-1) if self.contract.normalize else vectors
@@ -515,41 +505,6 @@ class Encoder:
 # ------------------------------------------------------------------------------------------------------------- helpers
 
 
-def _check_layer(index: int, n_layers: int) -> int:
-    """Layer number of a contract -> 0..n_layers for raw residual states, -1 for the state after the final norm."""
-    resolved = index if index >= -1 else n_layers + 1 + index
-    if (index < -1 and resolved < 0) or resolved > n_layers:
-        raise InputError(f"layer {index} does not exist: this model has blocks 1 to {n_layers}, 0 (embeddings) and -1 (final norm)")
-    return resolved
-
-
-# ---------------------------------------------------------------------------------------------------- forward, pooling
-
-
-@contextlib.contextmanager
-def _recorded_states(blocks: nn.ModuleList, numbers: set[int]) -> Iterator[dict[int, Tensor]]:
-    """While it is open, a forward pass leaves the residual states of these layers (-1 excepted) in the dict that is yielded."""
-    states: dict[int, Tensor] = {}
-
-    def recorder(number: int):
-        def hook(_, args, kwargs, output=None):
-            state = output if output is not None else args[0] if args else kwargs["hidden_states"]
-            states[number] = state[0] if isinstance(state, (tuple, list)) else state
-
-        return hook
-
-    hooks = []
-    for number in numbers - {-1}:
-        block = blocks[max(number - 1, 0)]
-        register = block.register_forward_hook if number else block.register_forward_pre_hook
-        hooks.append(register(recorder(number), with_kwargs=True))
-    try:
-        yield states
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 @torch.no_grad()
 def _check_padded(encoder: Encoder) -> None:
     """Run a few tokens through a model that nothing here was written for. Raises InputError where its states cannot be read.
@@ -594,29 +549,3 @@ def _can_trim(encoder: Encoder, batch: PackedBatch, poolings: list[PoolingConfig
     # a layer that is computed again in the backward pass would be computed without the hook
     checkpointed = encoder.decoder.training and getattr(encoder.blocks[-1], "gradient_checkpointing", False)
     return not checkpointed and batch.lengths.min() > 0 and len(batch.ids) > len(batch.spans)
-
-
-def _pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query: Tensor, device: torch.device) -> Tensor:
-    """States -> (B, D) float32, neither cut nor normalized."""
-    first, end = batch.pooled_range(config)
-    if states.last_only and config.pooling != "last":
-        raise ValueError(f"these states are those of last tokens only: give {config} to `forward` as well")
-    if config.pooling == "last":
-        first = np.maximum(end - 1, 0)
-    places, positions, sequence = chosen = batch.locate(first, end)
-    cu_seqlens = to_device(np.concatenate([[0], np.cumsum(end - first)]), device)
-    takes_all = states.last_only or (len(places) == len(batch.ids) and not batch.prefix_length)
-    layers = [states.layers[i] if takes_all else select_tokens(states.layers[i], batch.prefix_length, *chosen) for i in config.layers]
-    values = layers[0] if len(layers) == 1 else torch.stack([x.float() for x in layers]).mean(0)  # (M, D)
-    if config.pooling == "mean":
-        return mean_pool(values, cu_seqlens=cu_seqlens)
-    if config.pooling == "position-mean":  # weight i for the i-th token of the scope: SGPT, Muennighoff 2022, arXiv 2202.08904
-        weights = to_device((positions - first[sequence] + 1).astype(np.float32), device)
-        return mean_pool(values, cu_seqlens=cu_seqlens, weights=weights)
-    if config.pooling == "last":
-        return last_pool(values, cu_seqlens=cu_seqlens)
-    if config.pooling == "attention":
-        return attention_pool(values, states.attention.scores(*chosen), cu_seqlens=cu_seqlens)[0].mean(1)
-    if config.pooling == "query":
-        return query_pool(values, query, cu_seqlens=cu_seqlens)[0][:, 0]
-    raise InputError(f"unknown pooling {config.pooling!r}: take one of {', '.join(POOLINGS)}")

@@ -13,7 +13,7 @@ LAYERS = [
     {"encoder.runtime"},
     {"encoder.base_models", "encoder.tokenization"},
     {"encoder.packing", "encoder.lora", "encoder.loading", "encoder.nearest"},
-    {"encoder.streaming"},
+    {"encoder.states", "encoder.streaming"},
     {"encoder.encoder", "encoder"},
     {"tasks", "tasks.mteb_tasks", "tasks.draw"},
     {"training", "training.pair_data"},
