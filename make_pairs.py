@@ -433,7 +433,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--below", type=probability, default=0.95, help="largest cosine of a negative, as a share of the positive's (default 0.95)"
     )
     mine.add_argument("--limit", type=positive_int, help="use at most this many pairs (default: all)")
-    mine.add_argument("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto)")
+    mine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto: bfloat16 where it is fast)")
     mine.add_argument("--device", help="device of the model (default: cuda where there is one, else cpu)")
     mine.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     return parser
