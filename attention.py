@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
     add("--role", choices=ROLES, default="document", help="under which of the two prompts (default document)")
     add("--pictures", type=int, default=8, help="draw at most this many texts (default 8)")
-    add("--out", type=Path, help="a folder (default attention/MODEL)")
+    add("--out", type=Path, help="a folder (default attention/MODEL beside attention.py)")
     add("--dtype", help=f"auto, {', '.join(DTYPES)} (default float32 on a CPU, bfloat16 elsewhere)")
     add("--device", help="cpu, cuda or cuda:N (default cuda where there is one, else cpu)")
     add("--override-contract", action="store_true", help="let --prompt contradict a run's contract (default: never)")

@@ -126,7 +126,9 @@ def listed_tasks(names: list[str], types: list[str], benchmark: str, *, whole_be
             tasks += [task for task in mteb.get_benchmark(benchmark).tasks if whole_benchmark or task.metadata.type in types]
     except (KeyError, ValueError) as error:
         hint = f"types are {', '.join(TYPES)}; bundled tasks {', '.join(bundled_tasks())}"
-        raise InputError(f"{' '.join(str(error).split())[:200]} ({hint}; or a task name of mteb)") from None
+        raise InputError(
+            f"{' '.join(str(error.args[0]).split()).removeprefix('KeyError: ')[:200]} ({hint}; or a task name of mteb)"
+        ) from None
     return tasks
 
 
@@ -163,11 +165,11 @@ class MtebModel:
 
 
 def is_collapsed(vectors: np.ndarray) -> bool:
-    """Whether unit vectors (N, D) point one way, but for a hundredth of them."""
+    """Whether unit vectors (N, D) point one way, but for a hundredth of them, or are all zero."""
     if len(vectors) < 2:
         return False
     center = vectors.mean(0, dtype=np.float64)
-    return bool(np.quantile(vectors @ center, 0.01) > (1 - COLLAPSED) * np.linalg.norm(center) > 0)
+    return not vectors.any() or bool(np.quantile(vectors @ center, 0.01) > (1 - COLLAPSED) * np.linalg.norm(center) > 0)
 
 
 class EncodingCache:
@@ -290,7 +292,7 @@ def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = Fal
         yield [EncodingCache(base).row(f"{base.contract.base}, untuned, same contract")]
     drift = encoder.merge()
     how = f"merged into the base, 1 - cosine {drift:.0e} at most" if encoder.merged else "not merged, because its base is quantized"
-    say(f"{os.path.relpath(spec)}: adapter {how}", error=True)
+    (warn if drift > 1e-2 else functools.partial(say, error=True))(f"{os.path.relpath(spec)}: adapter {how}")
     if args.compile:
         encoder.compile()
     yield [EncodingCache(encoder).row(os.path.relpath(spec))]

@@ -14,8 +14,8 @@ Leaves behind one JSONL file with a pair a line:
 `mine` adds {"negatives": [str], "scores": cosines of the anchor to the positive and to each of the negatives}.
 
 --input and --corpus take txt (a text a line), csv, tsv, jsonl or json, each also gzipped, parquet, or `-` for standard input: JSONL
-where it begins with {, else a text a line. --pairs takes the same, with columns anchor,positive and perhaps negative. Of a text, crop
-and noise take the first 2,048 words; in scripts without spaces a character is a word.
+where it begins with {, csv where its first line names a known column, else a text a line. --pairs takes the same, with columns
+anchor,positive and perhaps negative. Of a text, crop and noise take the first 2,048 words; in scripts without spaces a character is a word.
 
 Docstrings are read from the source files; no code is imported or run. The modules behind the bundled evaluation tasks
 (`tasks/*.jsonl.gz`) are left out, and so is any docstring that shares a sentence with them.
@@ -441,6 +441,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> None:
     check_absent(args.out)
+    if not args.out.name.endswith((".jsonl", ".jsonl.gz")):
+        raise InputError(f"--out {args.out}: pairs are written as JSONL, take a name that ends in .jsonl or .jsonl.gz")
     pairs = ENGINES[args.engine](args)[: args.limit]
     if not pairs:
         why = "every answer was empty or repeated its text" if args.engine == "llm" else "no docstring has two sentences that fit"

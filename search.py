@@ -84,6 +84,8 @@ def main(args: argparse.Namespace) -> None:
     numbers, cosines = encoder.nearest(args.query, [text for _, text in rows], args.k, progress=True, report=report)
     for line in encoder.notes + report.warnings():
         warn(line)
+    if cosines.shape[1] > 1 and (cosines.max(1) - cosines.min(1) < 1e-4).all():
+        warn("the nearest texts are all equally near: are they copies, or have the vectors collapsed to a point?")
     for query, places, values in zip(args.query, numbers.tolist(), cosines.tolist(), strict=True):
         say(excerpt(query, SHOWN))
         for number, cosine in zip(places, values, strict=True):

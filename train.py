@@ -35,6 +35,7 @@ import importlib.util
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def add_data_arguments(add) -> None:
         help="pairs kept for validation, a twentieth of all at most, of fewer than 320 a tenth (default 256; 0: none)",
     )
     add("--validation", type=Path, help="file with columns text,label: validate by the V-measure of these texts, and hold no pairs out")
-    add("--out", type=Path, help="folder of the run (default runs/MODEL, with -on behind it where MODEL is a run)")
+    add("--out", type=Path, help="folder of the run (default runs/MODEL beside train.py, with -on behind it where MODEL is a run)")
 
 
 def add_contract_arguments(add) -> None:
@@ -212,7 +213,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if args.resume and record.is_file():
         parser.set_defaults(**{k: v for k, v in read_record(record)["arguments"].items() if k not in ("resume", "out", "device")})
         args = parser.parse_args(argv)
-    elif args.resume and args.pairs is None:
+    elif args.resume and args.pairs:
+        say(f"{record.parent} holds no run: beginning one")
+    elif args.resume:
         raise InputError(f"--resume: {record.parent} holds no run. Correct --out, or begin a run there without --resume")
     return args
 
@@ -546,7 +549,7 @@ def finish(run: Run, interrupted_by: int | None) -> None:
     say(f"{out}: {state.step} steps{kept}, in {state.seconds:.0f} s, fingerprint {encoder.fingerprint}")
     if problem:
         warn(f"this run has learned little or nothing. At its end {problem}")
-    evaluate = f"python evaluate.py --model {os.path.relpath(out)} {run.args.model}"
+    evaluate = f"python evaluate.py --model {shlex.quote(os.path.relpath(out))} {shlex.quote(run.args.model)}"
     say(f"next: {evaluate} --data labelled.csv     # columns text,label")
     say(f"  or: {evaluate} --bundled               # without labels: the bundled tasks")
 

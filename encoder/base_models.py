@@ -81,7 +81,8 @@ def fetch(source: str, revision: str | None, trust_remote_code: bool, files: tup
     except (HTTPError, OSError, ValueError) as error:
         no_folder = "" if source in (preset.base for preset in PRESETS.values()) else "there is no such folder here, and "
         where = "the hub has no such model that may be read" if online else "it is not in this machine's cache, and the hub does not answer"
-        raise InputError(f"cannot load {source!r}: {no_folder}{where} ({' '.join(str(error).split()).split('. ')[0][:200]})") from None
+        reason = f" ({' '.join(str(error).split()).split('. ')[0][:200]})" if online else ""
+        raise InputError(f"cannot load {source!r}: {no_folder}{where}{reason}") from None
 
 
 # -------------------------------------------------------------------------------------------- from folder to the model

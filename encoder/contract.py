@@ -108,8 +108,13 @@ class Contract:
             values.setdefault("quantize", None)  # runs saved before this field existed
         if not isinstance(values, dict) or set(values) != known:
             names = set(values) if isinstance(values, dict) else set()
-            raise InputError(f"{where}: unknown fields {sorted(names - known)}, missing fields {sorted(known - names)}")
-        return cls(**values)
+            lists = (("unknown", names - known), ("missing", known - names))
+            fields_of = "; ".join(f"{what} fields {', '.join(sorted(some))}" for what, some in lists if some)
+            raise InputError(f"{where}: {fields_of or 'is no object'}: restore it from the run that wrote it")
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from None
 
     @classmethod
     def read(cls, run: str | Path) -> "Contract":

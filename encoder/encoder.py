@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from encoder import lora
 from encoder.base_models import PACKED_TYPES, RUNNING_ERRORS, find_blocks
 from encoder.contract import (
+    ARGUMENTS_FILE,
     CONTRACT_FILE,
     QUERY_FILE,
     SUMMARY_FILE,
@@ -245,7 +246,9 @@ class Encoder:
                 raise InputError(f"{run / QUERY_FILE} is missing or damaged ({' '.join(str(error).split())[:100]})") from None
         self.adapter_hash = adapter_hash(run)
         recorded, present = recorded_fingerprint(run), fingerprint(Contract.read(run), self.base_hash, self.adapter_hash)
-        if recorded not in (None, present):
+        if recorded is None and (run / ARGUMENTS_FILE).is_file():
+            self.notes.append(f"{run}: its training has not ended, this is its last checkpoint")
+        elif recorded not in (None, present):
             self.notes.append(
                 f"{CONTRACT_FILE} or the adapter was changed after training: fingerprint {present}, {SUMMARY_FILE} has {recorded}"
             )

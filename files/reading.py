@@ -7,8 +7,9 @@
     parquet
 
 All but parquet may be gzipped (.gz), and are UTF-8 with or without a byte-order mark. Blank lines of csv and jsonl are skipped.
-`-` is standard input: JSONL where its first line that is not blank begins with `{`, else a text a line. Files are read a row at a
-time (a JSON array at once), so that they may be larger than memory.
+`-` is standard input: JSONL where its first line that is not blank begins with `{`, csv or tsv where that line names a known column,
+such as text or label, beside others, else a text a line. Files are read a row at a time (a JSON array at once), so that they may be
+larger than memory.
 """
 
 import csv
@@ -33,6 +34,7 @@ STDIN = Path("-")
 PARQUET_BATCH = 1024  # rows
 # a column of one of these names is taken for the text where no other is asked for
 TEXT_COLUMNS = ("text", "sentence", "sentences", "content", "document", "body", "abstract", "question", "title", "anchor")
+KNOWN_COLUMNS = {*TEXT_COLUMNS, "label", "text1", "positive"}
 CSV_ERRORS = {
     "unexpected end of data": "a quote in this row is never closed",
     "expected after": "a quoted cell goes on after its closing quote: write quotes inside a cell twice",
@@ -138,6 +140,8 @@ def read_rows(path: Path, notes: list[str] | None = None) -> Iterator[Row]:
             if delimiter == ";" and notes is not None:
                 notes.append("separated by semicolons")
             rows = csv_rows(name, lines, delimiter)
+        elif kind == "stdin" and (delimiter := header_delimiter(first)):
+            rows = csv_rows(name, lines, delimiter)
         elif kind == "txt" or (kind == "stdin" and not first.startswith("{")):
             rows = ((f"{name}, line {number}", {"text": line.rstrip("\n")}) for number, line in lines)
         elif kind == "json" and first.startswith("["):
@@ -159,6 +163,12 @@ def peek(lines: Lines) -> tuple[str, Lines]:
         if line.strip():
             break
     return head[-1][1].strip() if head else "", itertools.chain(head, lines)
+
+
+def header_delimiter(first: str) -> str | None:
+    """What separates the cells of a first line that names a known column, else None."""
+    cells = {delimiter: [cell.strip('" ') for cell in first.split(delimiter)] for delimiter in ",;\t"}
+    return next((delimiter for delimiter, names in cells.items() if len(names) > 1 and KNOWN_COLUMNS & set(names)), None)
 
 
 def csv_rows(name: str, lines: Lines, delimiter: str) -> Iterator[Row]:

@@ -60,7 +60,8 @@ def write_json(path: Path, value: object, indent: int = 2) -> None:
 def check_absent(path: Path) -> None:
     """Raise InputError where there is something already: nothing is overwritten."""
     if path.exists():
-        raise InputError(f"{path} exists already: choose another --out, or delete it first")
+        advice = "choose another --out" if path.is_dir() and any(path.iterdir()) else "choose another --out, or delete it first"
+        raise InputError(f"{path} exists already{' and is a folder' * path.is_dir()}: {advice}")
 
 
 def write_new(path: Path, data: bytes) -> None:

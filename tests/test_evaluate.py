@@ -238,10 +238,12 @@ def test_vectors_that_are_one_point_are_noticed(capsys):
         return capsys.readouterr().err
 
     evaluate.warn_once.cache_clear()
-    assert encode([[1, 0]]) == encode([[1, 0]] * 9, ["same"] * 9) == encode([[1, 0.03], [1, -0.03]] * 9) == encode([[0, 0]] * 9) == ""
-    assert encode([[1, 0.001], [2, 0]] * 100 + [[0, 0]]) == (
-        "warning: mine: different texts have nearly the same vector (cosine above 0.9999): its scores mean little\n"
-    )
+    assert encode([[1, 0]]) == encode([[1, 0]] * 9, ["same"] * 9) == encode([[1, 0.03], [1, -0.03]] * 9) == ""
+    for vectors in ([[1, 0.001], [2, 0]] * 100 + [[0, 0]], [[0, 0]] * 9):
+        evaluate.warn_once.cache_clear()
+        assert encode(vectors) == (
+            "warning: mine: different texts have nearly the same vector (cosine above 0.9999): its scores mean little\n"
+        )
     assert encode([[1, 0]] * 9) == ""  # said once
 
 

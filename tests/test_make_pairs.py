@@ -274,10 +274,16 @@ def test_nothing_is_overwritten_and_columns_are_checked(tmp_path):
 
 
 def test_the_script_ends_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", [str(HERE / "make_pairs.py"), "crop", "--input", "no.txt", "--out", str(tmp_path / "x")])
+    monkeypatch.setattr(sys, "argv", [str(HERE / "make_pairs.py"), "crop", "--input", "no.txt", "--out", str(tmp_path / "x.jsonl")])
     with pytest.raises(SystemExit) as exit_error:
         runpy.run_path(sys.argv[0], run_name="__main__")
     assert (exit_error.value.code, *capsys.readouterr()) == (2, "", "make_pairs.py: no file no.txt\n")
+
+
+def test_pairs_are_written_under_a_name_that_can_be_read_again(tmp_path):
+    for name in ("pairs.parquet", "pairs.csv", "pairs"):
+        with pytest.raises(InputError, match="are written as JSONL, take a name that ends in"):
+            make_pairs.main(make_pairs.build_parser().parse_args(["crop", "--input", "no.txt", "--out", str(tmp_path / name)]))
 
 
 # --------------------------------------------------------------------------------------------- rewriting by a chat model

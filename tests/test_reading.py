@@ -106,6 +106,7 @@ def test_standard_input_is_jsonl_or_a_text_a_line(tmp_path, monkeypatch):
             return list(read_rows(Path("-")))
 
     assert read(b'\xef\xbb\xbf\n {"a": 1}\n') == [("standard input, line 2", {"a": 1})]
+    assert read(b'id;text\n1;"a\nb"\n') == [("standard input, line 2", {"id": "1", "text": "a\nb"})]
     assert read("naïve\n[1]\n".encode()) == [("standard input, line 1", {"text": "naïve"}), ("standard input, line 2", {"text": "[1]"})]
     with open(tmp_path / "stdin", "rb") as f:
         monkeypatch.setattr(sys, "stdin", f)

@@ -128,7 +128,7 @@ def test_resume_needs_the_base_and_the_validation_texts_of_the_run(small, llama,
     (tmp_path / "run" / "summary.json").unlink()
     content = labelled.read_text()
     labelled.write_text(content + '{"text": "a dog", "label": "a third"}\n')
-    with pytest.raises(InputError, match="validation_sha256 was"):
+    with pytest.raises(InputError, match="the file of --validation was changed since: bring the old one back"):
         run("--out", tmp_path / "run", "--resume")
     labelled.write_text(content)
     config = json.loads((base / "config.json").read_text())

@@ -123,6 +123,10 @@ def check_record(path: Path, record: dict) -> None:
     """Raise InputError unless arguments, data and base are those of the saved run."""
     now, saved = ({k: v for k, v in (r | r["arguments"]).items() if k != "arguments"} for r in (record, read_record(path)))
     differing = [f"{k} was {saved[k]!r}, is {v!r}" for k, v in now.items() if k not in FREE_ON_RESUME and saved.get(k, v) != v]
+    for name in ("pairs_sha256", "validation_sha256"):
+        if name in now and saved.get(name, now[name]) != now[name]:
+            what = name.partition("_")[0]
+            raise InputError(f"{path.parent}: the file of --{what} was changed since: bring the old one back, or start another --out")
     if differing:
         raise InputError(
             f"{path.parent}: arguments differ from the saved run: {'; '.join(differing)}. Repeat its arguments, or start another --out"
