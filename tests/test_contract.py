@@ -93,7 +93,10 @@ def test_a_run_may_be_cut_to_the_dims_that_it_was_trained_for(llama, tmp_path):
 def test_a_contract_that_was_changed_after_training_is_noticed(llama, tmp_path):
     run, folder = make_run(llama, tmp_path / "run", prompt="cluster"), tmp_path / "run"
     before = Encoder.load(run)
-    assert before.notes == []  # not finished
+    assert before.notes == []  # a run that train.py has not made
+    (folder / "arguments.json").write_text("{}")
+    assert Encoder.load(run).notes == [f"{run}: its training has not ended, this is its last checkpoint"]
+    (folder / "arguments.json").unlink()
     (folder / "summary.json").write_text(json.dumps({"fingerprint": before.fingerprint}))
     assert Encoder.load(run).notes == Encoder.load(run, pooling="mean", override_contract=True).notes == []
     contract = folder / "embedding.json"

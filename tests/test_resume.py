@@ -150,15 +150,17 @@ def test_resume_clears_what_a_kill_left_in_the_middle_of_writing(small, tmp_path
     assert not list((tmp_path / "run").glob(".*"))
 
 
-def test_resume_begins_a_run_only_where_the_command_names_pairs(small, tmp_path, monkeypatch):
+def test_resume_begins_a_run_only_where_the_command_names_pairs(small, tmp_path, monkeypatch, capsys):
     """A mistyped --out must not become a training on docstrings."""
     monkeypatch.setattr(train, "main", None)
     with pytest.raises(InputError, match=r"--resume: .*typo holds no run\. Correct --out"):
         run("--out", tmp_path / "typo", "--resume")
     assert not (tmp_path / "typo").exists()
     monkeypatch.undo()
-    run(*small("new", "--steps", 1, "--resume"))
-    assert (tmp_path / "new" / "summary.json").is_file()
+    run(*small("a new", "--steps", 1, "--resume"))
+    assert (tmp_path / "a new" / "summary.json").is_file()
+    printed = capsys.readouterr().out
+    assert "a new holds no run: beginning one" in printed and "a new' " in printed  # quoted in the next command
 
 
 def test_a_run_that_ended_before_its_first_checkpoint_begins_again(small, tmp_path, monkeypatch, capsys):

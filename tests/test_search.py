@@ -107,3 +107,10 @@ def test_bad_flags_are_one_line(llama, tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             run(*flags)
+
+
+def test_texts_that_are_all_equally_near_are_noticed(llama, tmp_path, capsys):
+    path = tmp_path / "texts.txt"
+    path.write_text("a cat\na cat\na cat\n")
+    run("--model", llama, "--input", path, "--query", "a dog", "-k", 2)
+    assert "warning: the nearest texts are all equally near" in capsys.readouterr().err
