@@ -131,8 +131,9 @@ def test_a_model_that_is_neither_here_nor_reachable(spec, offline):
         Encoder.load(spec)
 
 
-def test_a_folder_that_is_missing_is_said_before_the_hub(offline):
+def test_a_folder_that_is_missing_is_said_before_the_hub(offline, tmp_path, monkeypatch):
     """`runs/demo` may be a hub id as well. A preset's name is no folder."""
+    monkeypatch.chdir(tmp_path)  # where no demo has run
     with pytest.raises(InputError, match=r"^cannot load 'runs/demo': there is no such folder here, and .* the hub does not answer"):
         Encoder.load("runs/demo")
     with pytest.raises(InputError, match=r"^cannot load 'Qwen/Qwen3-0.6B': it is not in this machine's cache"):
