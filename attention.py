@@ -19,12 +19,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from encoder.contract import Contract
-from encoder.names import DTYPES, PACKED_TYPES, PRESETS, base_of, check_dtype, find_base, is_run, newest_run
+from encoder.names import DTYPES, PACKED_TYPES, PRESETS, base_of, check_dtype, check_prompts, find_base, is_run, newest_run
 from files.console import InputError, run_script, say, warn
 from files.reading import read_texts
 from files.writing import check_absent, write_atomic, write_json
-from prompts import PROMPTS, ROLES, get_prompt, prompt_label
+from prompts import PROMPTS, ROLES, prompt_label
 
 if TYPE_CHECKING:  # torch and transformers are imported where they are used: what is wrong with the flags is said at once
     from encoder import Encoder, TokenAttention
@@ -163,12 +162,7 @@ def check_flags(args: argparse.Namespace, model: str, out: Path) -> None:
     check_dtype(args.dtype)
     if args.pictures < 0:
         raise InputError(f"--pictures must be 0 or more, not {args.pictures}")
-    if args.query_prompt and not args.prompt:
-        raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
-    if args.prompt:
-        roles = get_prompt(args.prompt, args.query_prompt).roles()
-        if is_run(model):
-            Contract.read(model).override({"prompts": roles}, force=args.override_contract)
+    check_prompts(model, args.prompt, args.query_prompt, override_contract=args.override_contract)
     check_absent(out)
     folder = next(folder for folder in out.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):

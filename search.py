@@ -14,11 +14,10 @@ the prompt that it was trained with; under one like `cluster`, which is the same
 import argparse
 from pathlib import Path
 
-from encoder.contract import Contract
-from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run, newest_run
+from encoder.names import DTYPES, PRESETS, base_of, check_dtype, check_prompts, find_base, is_run, newest_run
 from files.console import InputError, run_script, say, warn
 from files.reading import excerpt, read_texts
-from prompts import PROMPTS, get_prompt, prompt_label
+from prompts import PROMPTS, prompt_label
 
 RUNS = Path(__file__).resolve().parent / "runs"
 SHOWN = 200  # characters of a text
@@ -50,12 +49,7 @@ def check_flags(args: argparse.Namespace, model: str) -> None:
     if args.k < 1:
         raise InputError(f"-k must be 1 or more, not {args.k}")
     check_dtype(args.dtype)
-    if args.query_prompt and not args.prompt:
-        raise InputError("--query-prompt stands beside the prompt of the texts: give --prompt as well, none if there is none")
-    if args.prompt:
-        roles = get_prompt(args.prompt, args.query_prompt).roles()
-        if is_run(model):
-            Contract.read(model).override({"prompts": roles}, force=args.override_contract)
+    check_prompts(model, args.prompt, args.query_prompt, override_contract=args.override_contract)
     find_base(base_of(model))
 
 

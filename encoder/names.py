@@ -9,6 +9,7 @@ from pathlib import Path
 
 from encoder.contract import ADAPTER_CONFIG, CONTRACT_FILE, Contract
 from files.console import InputError
+from prompts import get_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 # Run without padding, tested on the configs of tests/conftest.py and tests/test_classes.py; other decoders are padded. Such a class
@@ -48,6 +49,16 @@ def check_dtype(name: str | None) -> None:
     """Raise InputError for what is no dtype; None is the default."""
     if name not in (None, "auto", *DTYPES):
         raise InputError(f"unknown dtype {name!r}: take auto, {', '.join(DTYPES)}")
+
+
+def check_prompts(spec: str, prompt: str | None, query_prompt: str | None, *, override_contract: bool) -> None:
+    """Raise InputError for what is no prompt, for a query prompt by itself, and for prompts that contradict the contract of a run."""
+    if query_prompt and not prompt:
+        raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
+    if prompt:
+        roles = get_prompt(prompt, query_prompt).roles()
+        if is_run(spec):
+            Contract.read(spec).override({"prompts": roles}, force=override_contract)
 
 
 def is_run(spec: str) -> bool:
