@@ -559,7 +559,7 @@ def main(args: argparse.Namespace) -> None:
         write_results(cells, out)
     if failures:
         raise InputError(f"the table lacks what could not be computed: {'; '.join(failures)}")
-    from encoder.runtime import end_distributed
+    from encoder.processes import end_distributed
 
     end_distributed()
 

@@ -42,52 +42,37 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor, nn
-
-from encoder import Encoder, EncodingReport
-from encoder.base_models import check_base
-from encoder.contract import ARGUMENTS_FILE, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract, fingerprint
-from encoder.lora import keep_input_dtype, read_settings
-from encoder.names import PRESETS, Preset, base_of, is_run
-from encoder.runtime import all_reduce_number, distributed, end_distributed, pick_device, pick_dtype
+from encoder.contract import ARGUMENTS_FILE, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract
+from encoder.names import PRESETS, Preset, base_of, find_base, is_run, read_lora_settings
+from encoder.processes import all_reduce_number, distributed, end_distributed, wait_for_all
 from files.console import InputError, Progress, run_script, say, warn
 from files.reading import file_kind
-from files.writing import WriteError, append_line, write_json, write_text
+from files.writing import WriteError, append_line, write_json
 from prompts import PROMPTS, prompt_label
-from training.checkpoint import (
-    TrainingState,
-    after_a_failed_write,
-    gather_random_states,
-    has_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from training.contrastive import (
-    MIN_TEMPERATURE,
-    LossResult,
-    LossSettings,
-    all_reduce_gradients,
-    attention_kernel,
-    batch_gradients,
-    batch_loss,
-)
 from training.monitoring import EnergyMeter, catch_signals, collapse, draw_curve, make_tracker
-from training.optimization import TEMPERATURE, learning_rate, make_optimizer, n_warmup_steps
-from training.pair_data import PairBatch, PairDataset, check_pair_files, prefetch
-from training.plan import Run, TrainingData, prepare_data
+from training.optimization import MIN_TEMPERATURE, TEMPERATURE, learning_rate, n_warmup_steps
+from training.pair_data import check_pair_files, prefetch
 from training.run_record import (
     METRICS,
+    after_a_failed_write,
     check_out,
     check_record,
+    has_checkpoint,
     make_record,
     plain_arguments,
-    read_metrics,
     read_record,
     reserve,
     summarize,
 )
+
+if TYPE_CHECKING:  # slow to import, so that errors of the flags come first
+    from torch import Tensor
+
+    from training.contrastive import LossResult
+    from training.pair_data import PairBatch
+    from training.plan import Run
 
 ROOT = Path(__file__).resolve().parent
 DEFAULT_PAIRS = ROOT / "pairs" / "docstrings.jsonl"
@@ -243,7 +228,7 @@ def complete_arguments(args: argparse.Namespace) -> None:
     args.out = default_out(args)
     if is_run(args.model):
         args.model = str(Path(args.model).resolve())
-        defaults |= read_settings(Path(args.model)) | {"prompt": None}
+        defaults |= read_lora_settings(Path(args.model)) | {"prompt": None}
         for name in ("lora_rank", "lora_alpha", "rslora", "dora", "lora_targets"):
             given, saved = getattr(args, name), defaults[name]
             if given is not None and (sorted(given) != sorted(saved) if name == "lora_targets" else given != saved):
@@ -299,19 +284,22 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--track {args.track} needs the package {args.track}: pip install {args.track}")
     if args.batch_size and args.batch_size % world_size:
         raise InputError(f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes")
+    find_base(base_of(args.model))
     if args.dtype == "float16":
         raise InputError("--dtype float16 cannot train (its gradients underflow): take bfloat16 or float32")
     check_pair_files([path for path in args.pairs if path != DEFAULT_PAIRS])
-    check_base(base_of(args.model), args.trust_remote_code)
 
 
 def prepare_files(args: argparse.Namespace) -> None:
-    """Check the folder, delete what a kill in the middle of writing left in it, and make the default pairs.
+    """Check the folder and the base, delete what a kill in the middle of writing left, and make the default pairs.
 
     The first process does so, the others wait.
     """
     if distributed().rank == 0:
         check_out(args.out, args.resume)
+        from encoder.base_models import check_base  # slow to import, so that all other errors come first
+
+        check_base(base_of(args.model), args.trust_remote_code)
         for path in args.out.glob(".*.tmp") if args.resume or (args.out / ARGUMENTS_FILE).is_file() else ():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         if args.pairs == [DEFAULT_PAIRS] and not DEFAULT_PAIRS.exists():
@@ -319,72 +307,13 @@ def prepare_files(args: argparse.Namespace) -> None:
             done = subprocess.run([sys.executable, str(ROOT / "make_pairs.py"), "docstrings", "--out", str(DEFAULT_PAIRS)], check=False)
             if done.returncode:
                 sys.exit(done.returncode)  # make_pairs.py has said why
-    if distributed().world_size > 1:
-        torch.distributed.barrier()
+    wait_for_all()
 
 
-# ------------------------------------------------------------------------------------------------------------- the set-up
+# --------------------------------------------------------------------------------------------------------------- the loop
 
 
-def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
-    """The base with a fresh adapter, or with that of the run in --model, set up for training."""
-    encoder = Encoder.load(
-        args.model,
-        dtype=pick_dtype(args.dtype, pick_device(args.device), training=True),
-        device=args.device,
-        trust_remote_code=args.trust_remote_code,
-        shard=args.fsdp,
-        **{k: getattr(args, k) for k in ("prompt", "query_prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention", "quantize")},
-        override_contract=args.override_contract,
-    ).with_contract(data={"name": pairs.name, "sha256": pairs.sha256})
-    if encoder.peft:
-        encoder.unfreeze_adapter(args.lora_dropout)
-    else:
-        options = {"use_rslora": args.rslora, "use_dora": args.dora}
-        encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, **options)
-    encoder.share_prefix = args.lora_dropout == 0  # with dropout, every text draws a mask of its own for the prompt
-    if encoder.dtype == torch.bfloat16:
-        keep_input_dtype(encoder.decoder)
-    if args.fsdp:
-        encoder.shard()
-    encoder.set_gradient_checkpointing(args.gradient_checkpointing)
-    return encoder
-
-
-def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming: bool) -> Run:
-    """Load the model and, for a resumed run, the checkpoint; write arguments.json and the metrics so far."""
-    rank = distributed().rank
-    torch.manual_seed(args.seed)
-    encoder = make_encoder(args, data.pairs)
-    record |= {"base": encoder.untuned().fingerprint, "computed_in": str(encoder.dtype)}
-    if is_run(args.model):
-        before = fingerprint(Contract.read(args.model), encoder.base_hash, encoder.adapter_hash)
-        record["started_from"] = {"run": args.model, "fingerprint": before}
-    if resuming:
-        check_record(args.out / ARGUMENTS_FILE, record)
-    width = encoder.decoder.config.hidden_size
-    if max(args.matryoshka or [0]) > width:
-        raise InputError(f"--matryoshka {args.matryoshka}: a vector of this model has {width} numbers")
-    trained = encoder.trainable()
-    if args.learn_temperature:
-        trained[TEMPERATURE] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
-    state = TrainingState(chunk_size=args.chunk_size or args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
-    run = Run(args, data, encoder, trained, make_optimizer(trained, args), state, started_from=record.get("started_from"))
-    torch.manual_seed(args.seed + rank)  # dropout differs between processes
-    if rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-    if resuming:
-        run.state, run.best = load_checkpoint(args.out, encoder, trained, run.optimizer)
-        run.rows = read_metrics(args.out / METRICS, run.state.step)
-        encoder.set_gradient_checkpointing(run.state.gradient_checkpointing)
-    if rank == 0:
-        write_json(args.out / ARGUMENTS_FILE, record)
-        write_text(args.out / METRICS, "".join(json.dumps(row) + "\n" for row in run.rows))
-    announce(run, record["base"])
-    return run
-
-
-def announce(run: Run, base_fingerprint: str) -> None:
+def announce(run: "Run", base_fingerprint: str) -> None:
     args, encoder, done = run.args, run.encoder, run.state.step
     contract, n_trained = encoder.contract, sum(p.numel() for p in run.trained.values())
     files = ", ".join(map(str, args.pairs))
@@ -399,14 +328,15 @@ def announce(run: Run, base_fingerprint: str) -> None:
         warn(note)
 
 
-# --------------------------------------------------------------------------------------------------------------- the loop
-
-
-def train(run: Run) -> int | None:
+def train(run: "Run") -> int | None:
     """The loop; each step is batch, forward and backward, update, validate, log, save.
 
     Returns None after the last step or when patience has run out, otherwise the number of the signal that interrupted it.
     """
+    from torch.nn.utils import clip_grad_norm_
+
+    from training.contrastive import LossSettings, all_reduce_gradients, attention_kernel, batch_gradients, batch_loss
+
     args, data, encoder, state, optimizer = run.args, run.data, run.encoder, run.state, run.optimizer
     is_first_process = distributed().rank == 0
     adapter = [p for name, p in run.trained.items() if name != TEMPERATURE]
@@ -431,7 +361,7 @@ def train(run: Run) -> int | None:
             with attention_kernel(encoder):
                 result = batch_gradients(encoder, batch, state, loss_of, optimizer)
             all_reduce_gradients(adapter)  # the temperature's gradient is whole in every process
-            grad_norm = nn.utils.clip_grad_norm_(run.trained.values(), args.max_grad_norm)
+            grad_norm = clip_grad_norm_(run.trained.values(), args.max_grad_norm)
             row = step_metrics(run, step, batch, result, grad_norm, started)
 
             # update
@@ -465,7 +395,7 @@ def train(run: Run) -> int | None:
     return (signals or [signal.SIGTERM])[0] if interrupted and not is_last else None
 
 
-def step_metrics(run: Run, step: int, batch: PairBatch, result: LossResult, grad_norm: Tensor, started: float) -> dict:
+def step_metrics(run: "Run", step: int, batch: "PairBatch", result: "LossResult", grad_norm: "Tensor", started: float) -> dict:
     """The numbers of a step for metrics.jsonl, before its update. Empty and truncated texts are counted for the summary."""
     run.state.n_empty += sum(texts.n_empty for texts in batch.texts)
     run.state.n_truncated += sum(texts.n_truncated for texts in batch.texts)
@@ -478,7 +408,7 @@ def step_metrics(run: Run, step: int, batch: PairBatch, result: LossResult, grad
     return row
 
 
-def update(run: Run, row: dict) -> None:
+def update(run: "Run", row: dict) -> None:
     """Take the optimizer's step, unless loss or gradient are not finite: then the step is skipped, and the row says so.
 
     Raises InputError when too many steps in a row are skipped.
@@ -498,7 +428,7 @@ def update(run: Run, row: dict) -> None:
     row |= {"loss": None, "grad_norm": None, "spread": None}
 
 
-def validate(run: Run) -> float:
+def validate(run: "Run") -> float:
     """Score the adapter, and keep its weights if the score is the best so far, or within one standard error of it."""
     state, validation = run.state, run.data.validation
     score = validation(run.encoder)
@@ -512,11 +442,13 @@ def validate(run: Run) -> float:
     return score
 
 
-def is_out_of_patience(run: Run) -> bool:
+def is_out_of_patience(run: "Run") -> bool:
     return run.args.patience is not None and run.state.validations_without_improvement >= run.args.patience
 
 
-def save(run: Run) -> None:
+def save(run: "Run") -> None:
+    from training.checkpoint import gather_random_states, save_checkpoint
+
     random_states = gather_random_states(run.encoder.device)
     if distributed().rank == 0:
         save_checkpoint(run.args.out, run.encoder, run.trained, run.optimizer, run.state, run.best, random_states)
@@ -525,8 +457,10 @@ def save(run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------------- the end
 
 
-def finish(run: Run, interrupted_by: int | None) -> None:
+def finish(run: "Run", interrupted_by: int | None) -> None:
     """Draw the curve; of a complete run leave the best weights and the summary. An interrupted one exits as after its signal."""
+    from encoder import EncodingReport
+
     out, state, encoder = run.args.out, run.state, run.encoder
     joules = all_reduce_number(math.nan if state.joules is None else state.joules, "sum")  # NaN if one process does not know
     if distributed().rank:
@@ -554,11 +488,13 @@ def finish(run: Run, interrupted_by: int | None) -> None:
     say(f"  or: {evaluate} --bundled               # without labels: the bundled tasks")
 
 
-def main(args: argparse.Namespace) -> None:
+def make_run(args: argparse.Namespace) -> None:
     complete_arguments(args)
     check_arguments(args)
     with contextlib.nullcontext() if distributed().rank else reserve(args.out):
         prepare_files(args)
+        from training.plan import prepare_data, set_up
+
         data = prepare_data(args, preset_of(args.model).batch_size)
         labelled_sha256 = hashlib.sha256(args.validation.read_bytes()).hexdigest() if args.validation else None
         record = make_record(args, pairs_sha256=data.pairs.sha256, validation_sha256=labelled_sha256)
@@ -570,10 +506,15 @@ def main(args: argparse.Namespace) -> None:
                 return
         try:
             run = set_up(args, data, record, resuming)
+            announce(run, record["base"])
             interrupted_by = train(run)
             finish(run, interrupted_by)
         except WriteError as error:
             raise InputError(f"{error}; {after_a_failed_write(args.out)}") from None
+
+
+def main(args: argparse.Namespace) -> None:
+    make_run(args)
     end_distributed()
 
 

@@ -43,6 +43,7 @@ from prompts import get_prompt
 from training.checkpoint import TrainingState
 from training.contrastive import LossSettings, attention_kernel, batch_gradients, batch_loss
 from training.pair_data import Pair, PairSampler, prefetch, read_pairs
+from training.plan import make_encoder
 
 PROMPT = get_prompt("cluster").roles()["document"]
 TEMPERATURE, RANK, LR = 0.05, 64, 1e-4
@@ -84,7 +85,7 @@ class Ours:
         train.complete_arguments(self.args)
         self.args.gradient_checkpointing, self.args.lora_alpha = int(args.gradient_checkpointing), RANK
         self.pairs = PairsInMemory(read_pairs(Path(pairs)))
-        self.encoder = train.make_encoder(self.args, self.pairs)
+        self.encoder = make_encoder(self.args, self.pairs)
         if not fused:
             for module in self.encoder.decoder.modules():
                 vars(module).pop("forward", None)

@@ -18,7 +18,8 @@ dtype, device, batch size and compilation are facts of the machine and no part o
 contract.py      what decides a vector, its file and its fingerprint
 names.py         presets, folders, hub ids, runs: what a user may type (no torch)
 base_models.py   fetching and loading a base model
-runtime.py       device, dtype, memory, processes
+processes.py     what torchrun starts (torch only where there are several)
+runtime.py       device, dtype, memory
 tokenization.py  texts to token ids, prompt included
 packing.py       token ids to batches; attention of packed rows
 lora.py          the adapter: add, load, save, a fused layer

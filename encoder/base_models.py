@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from encoder.contract import MODEL_FILES
 from encoder.names import PACKED_TYPES, PRESETS, find_base
-from encoder.runtime import all_reduce_number, is_out_of_memory
+from encoder.processes import all_reduce_number
+from encoder.runtime import is_out_of_memory
 from files.console import InputError
 
 # what the classes of transformers raise where a config is not for them

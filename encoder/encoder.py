@@ -40,15 +40,14 @@ from encoder.contract import (
 from encoder.loading import LoadedBase, contract_fields, load_base
 from encoder.nearest import Nearest, nearest
 from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, trim_hook
+from encoder.processes import distributed, shard_model
 from encoder.runtime import (
     default_batch_tokens,
-    distributed,
     emulates_bfloat16,
     is_out_of_memory,
     memory_budget,
     pick_device,
     pick_dtype,
-    shard_model,
 )
 from encoder.states import HiddenStates, check_layer, pool, recorded_states
 from encoder.streaming import EncodingReport, run_batch, tokenized_windows

@@ -128,16 +128,6 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         raise OSError(re.sub(r"^.*I/O error: |\s*\(os error \d+\)", "", str(error))) from None
 
 
-def read_settings(run: Path) -> dict:
-    """How the adapter of a run was made, by the names of train.py's flags. Raises InputError where its config is damaged."""
-    names = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
-    try:
-        config = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        return {flag: config[name] for flag, name in (names | {"lora_targets": "target_modules"}).items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{run / ADAPTER_CONFIG} is missing or damaged: the adapter cannot be trained on without it") from None
-
-
 def unfreeze(handle, dropout: float) -> None:
     """Let a loaded adapter be trained on, with this dropout on its inputs."""
     handle.peft_config["default"].lora_dropout = dropout

@@ -109,3 +109,13 @@ def base_of_run(run: Path, contract: Contract) -> str:
 def base_of(spec: str) -> str:
     """The base of a run; a base is its own."""
     return base_of_run(Path(spec), Contract.read(spec)) if is_run(spec) else spec
+
+
+def read_lora_settings(run: Path) -> dict:
+    """How the adapter of a run was made, by the names of train.py's flags. Raises InputError where its config is damaged."""
+    names = {"lora_rank": "r", "lora_alpha": "lora_alpha", "lora_dropout": "lora_dropout", "rslora": "use_rslora", "dora": "use_dora"}
+    try:
+        config = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        return {flag: config[name] for flag, name in (names | {"lora_targets": "target_modules"}).items()}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{run / ADAPTER_CONFIG} is missing or damaged: the adapter cannot be trained on without it") from None

@@ -1,21 +1,14 @@
-"""The machine: device, dtype, free memory, random numbers, and the processes that torchrun starts."""
+"""The machine: device, dtype, free memory, random numbers."""
 
-import functools
 import os
-from datetime import timedelta
-from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from encoder.names import check_dtype
+from encoder.processes import all_reduce_number, local_rank
 from files.console import InputError
-
-
-def local_rank() -> int:
-    """Number of this process on its machine under torchrun, which is the number of its GPU; 0 without torchrun."""
-    return int(os.environ.get("LOCAL_RANK", 0))
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -123,60 +116,3 @@ def set_random_state(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if len(states) > 1 and device.type == "cuda":
         torch.cuda.set_rng_state(states[1], device)
-
-
-# ----------------------------------------------------------------------------------------------------------- processes
-
-
-class Distributed(NamedTuple):
-    rank: int
-    world_size: int
-    group: object | None  # a gloo group for tensors on the CPU; None for a single process
-
-
-@functools.cache
-def distributed() -> Distributed:
-    """Rank and number of the processes that torchrun started; sets up their communication at the first call."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return Distributed(0, 1, None)
-    process_groups, timeout = torch.distributed, timedelta(days=7)  # one process may work alone for long, the others wait
-    if not process_groups.is_initialized():
-        if torch.cuda.is_available() and local_rank() < torch.cuda.device_count():  # else pick_device says what is wrong
-            device = torch.device("cuda", local_rank())
-            torch.cuda.set_device(device)  # NCCL and FSDP work on the current device, which is the first one in every process
-            process_groups.init_process_group("cpu:gloo,cuda:nccl", timeout=timeout, device_id=device)
-        else:
-            process_groups.init_process_group("gloo", timeout=timeout)
-    group = process_groups.new_group(backend="gloo", timeout=timeout)
-    return Distributed(process_groups.get_rank(), process_groups.get_world_size(), group)
-
-
-def end_distributed() -> None:
-    """Leave the group of processes, at the end of a script that has succeeded."""
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def all_reduce_number(number: float, how: str) -> float:
-    """The "min", "max" or "sum" of a number over all processes, of the type of the number given."""
-    if distributed().world_size == 1:
-        return number
-    tensor = torch.tensor(number, dtype=torch.float64)
-    torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how.upper()), group=distributed().group)
-    return type(number)(tensor)
-
-
-def shard_model(model: nn.Module, blocks: nn.ModuleList, device: torch.device) -> None:
-    """Divide the frozen weights among torchrun's processes, a block at a time (FSDP2); trained weights stay whole in each.
-
-    From then on all processes must run equally many forward passes: each gathers a block's weights from all of them.
-    """
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    trained = {p for p in model.parameters() if p.requires_grad}
-    for parameter in trained:
-        parameter.data = parameter.data.to(device)
-    mesh = init_device_mesh(device.type, (distributed().world_size,))
-    for module in (*blocks, model):
-        fully_shard(module, mesh=mesh, ignored_params=trained)

@@ -14,17 +14,14 @@ from encoder import Encoder, lora
 from files.console import InputError
 from files.writing import WriteError
 from training.checkpoint import (
-    CHECKPOINT,
-    PREVIOUS_CHECKPOINT,
     TrainingState,
-    after_a_failed_write,
     content_hash,
     gather_random_states,
-    has_checkpoint,
     load_checkpoint,
     read_checkpoint,
     save_checkpoint,
 )
+from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT, after_a_failed_write, has_checkpoint
 
 CPU = torch.device("cpu")
 

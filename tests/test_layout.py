@@ -1,7 +1,11 @@
 """The plan of the house: imports run one way, and no script imports a script."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # each line may import from the lines above it and from its own
@@ -9,16 +13,16 @@ LAYERS = [
     {"files.console", "files.reading", "files.writing", "files.docstrings", "files"},
     {"prompts", "pooling_kernels"},
     {"encoder.contract"},
-    {"encoder.names"},
+    {"encoder.names", "encoder.processes"},
     {"encoder.runtime"},
     {"encoder.base_models", "encoder.tokenization"},
     {"encoder.packing", "encoder.lora", "encoder.loading", "encoder.nearest"},
     {"encoder.states", "encoder.streaming"},
     {"encoder.encoder", "encoder"},
     {"tasks", "tasks.mteb_tasks", "tasks.draw"},
-    {"training", "training.pair_data"},
+    {"training", "training.pair_data", "training.optimization"},
     {"training.contrastive"},
-    {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record", "training.plan", "training.optimization"},
+    {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record", "training.plan"},
     {"models.packed_text"},
     {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},
@@ -57,6 +61,15 @@ def test_every_module_has_its_place():
 def test_imports_run_one_way():
     wrong = [f"{name} imports {other}" for name, path in modules().items() for other in imports(path) if LAYER[other] > LAYER[name]]
     assert not wrong
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS & {path.stem for path in ROOT.glob("*.py")}))
+def test_a_script_starts_without_slow_imports(script):
+    """Torch takes seconds: a wrong flag is answered before, and Ctrl-C is no traceback."""
+    slow = "{'torch', 'transformers', 'peft', 'datasets', 'mteb', 'sklearn', 'matplotlib'}"
+    program = f"import sys, {script}; assert not {slow} & set(sys.modules), {slow} & set(sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_no_script_imports_a_script():

@@ -10,7 +10,8 @@ from peft import AutoPeftModelForFeatureExtraction, LoraConfig, PeftModel, get_p
 from transformers import AutoModel
 
 from encoder import Encoder
-from encoder.lora import LoRALinear, fuse_adapter, read_settings
+from encoder.lora import LoRALinear, fuse_adapter
+from encoder.names import read_lora_settings
 from encoder.tokenization import TokenizedTexts
 from files.console import InputError
 
@@ -35,7 +36,7 @@ def test_an_adapter_on_chosen_layers(llama, targets, tmp_path):
     randomize_adapter(encoder)
     encoder.save(tmp_path)
     np.testing.assert_allclose(Encoder.load(str(tmp_path)).encode(TEXTS), encoder.encode(TEXTS), atol=1e-6)
-    assert sorted(read_settings(tmp_path)["lora_targets"]) == sorted(targets)
+    assert sorted(read_lora_settings(tmp_path)["lora_targets"]) == sorted(targets)
     with pytest.raises(InputError, match="no linear layer is called q, up: there are down_proj, gate_proj, k_proj, o_proj, q_proj"):
         Encoder.load(llama).add_adapter(2, targets=["q", "q_proj", "up"])
 

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, StableLmConfig
 from encoder import Encoder, EncodingReport, PoolingConfig, packing, streaming
 from encoder.contract import POOLINGS, SCOPES
 from encoder.encoder import BACKWARD_COST
-from encoder.runtime import Distributed
+from encoder.processes import Distributed
 from files.console import InputError
 
 HERE = Path(__file__).resolve().parents[1]

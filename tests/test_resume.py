@@ -36,8 +36,7 @@ import train
 from encoder import Encoder
 from files.console import InputError
 from files.writing import errors_of_writing
-from training.checkpoint import CHECKPOINT, PREVIOUS_CHECKPOINT
-from training.run_record import LOCK, reserve
+from training.run_record import CHECKPOINT, LOCK, PREVIOUS_CHECKPOINT, reserve
 
 
 @pytest.fixture
@@ -182,7 +181,7 @@ def test_a_folder_is_taken_by_one_run_at_a_time(small, tmp_path, monkeypatch):
     run(*small("run", "--steps", 1))
     (tmp_path / "run" / "summary.json").unlink()
     (tmp_path / "run" / LOCK).touch()
-    monkeypatch.setattr(train, "prepare_data", None)
+    monkeypatch.setattr("training.plan.prepare_data", None)
     for name, more in (("new", ()), ("run", ("--steps", 1, "--resume"))):
         before = {path.name for path in (tmp_path / name).glob("*")} - {LOCK}
         with reserve(tmp_path / name):
@@ -300,12 +299,26 @@ def test_two_processes_resume_to_the_bit(small, tmp_path):
 
 
 @pytest.mark.slow
+def test_processes_end_before_python_finalizes(small, tmp_path):
+    """A thread of gloo that let go of a tensor while Python ends aborted the process, though all had gone well."""
+    script = tmp_path / "end.py"
+    script.write_text(
+        "import atexit, sys, train\n"
+        "atexit.register(print, 'exit functions ran')\n"
+        "train.run_script(lambda: train.main(train.parse()))\n"
+        "sys.exit(3)\n"
+    )
+    done = torchrun(*small("run"), script=script)
+    assert done.returncode == 0 and done.stdout.count("exit functions ran") == 2, done.stderr
+
+
+@pytest.mark.slow
 def test_the_traceback_of_any_process_is_shown(small, tmp_path):
     script = tmp_path / "broken.py"
     script.write_text(
-        "import os, train\n"
+        "import os, train, training.plan\n"
         "def broken(*_): raise RuntimeError('broken in process ' + os.environ['RANK'])\n"
-        "if os.environ['RANK'] == '1': train.set_up = broken\n"
+        "if os.environ['RANK'] == '1': training.plan.set_up = broken\n"
         "train.run_script(lambda: train.main(train.parse()))\n"
     )
     done = torchrun(*small("run"), script=script)

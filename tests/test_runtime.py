@@ -13,7 +13,7 @@ import pytest
 import torch
 from conftest import TEXTS, make_run, randomize_adapter
 
-from encoder import Encoder, runtime
+from encoder import Encoder, processes
 from encoder.encoder import NonFiniteError
 from encoder.packing import PackedAttention, select_tokens
 from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
@@ -60,10 +60,10 @@ def test_the_device_is_set_before_the_processes_meet(two_gpus, monkeypatch):
         ("2", [("gloo", None)]),  # no GPU of its own: --device cpu may still be asked for
     ):
         monkeypatch.setenv("LOCAL_RANK", local_rank)
-        runtime.distributed.cache_clear()
+        processes.distributed.cache_clear()
         calls.clear()
-        assert runtime.distributed() == (1, 2, "gloo group") and calls == expected
-    runtime.distributed.cache_clear()
+        assert processes.distributed() == (1, 2, "gloo group") and calls == expected
+    processes.distributed.cache_clear()
 
 
 def test_gpus_without_bfloat16_take_float16_to_encode_and_float32_to_train(two_gpus):

@@ -21,11 +21,12 @@ from encoder import Encoder
 from encoder.names import PRESETS
 from files.console import InputError
 from training import contrastive, monitoring
-from training.checkpoint import CHECKPOINT, PREVIOUS_CHECKPOINT, read_checkpoint
+from training.checkpoint import read_checkpoint
 from training.contrastive import TextIds, embed, info_nce
 from training.monitoring import ALIKE
 from training.pair_data import Pair, PairDataset, hold_out, tokenize_pairs
-from training.plan import decide_length
+from training.plan import decide_length, make_encoder, prepare_data
+from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT
 from training.validation import Validation
 
 
@@ -125,7 +126,7 @@ def test_defaults_for_few_pairs_make_enough_steps(size, flags, batch, epochs, ca
 def test_a_short_run_on_a_small_set_is_validated_five_times(small, tmp_path, size, flags, every):
     args = train.parse(["--model", small.model, "--pairs", str(write_rows(tmp_path / "p.jsonl", numbered_rows(size))), *map(str, flags)])
     train.complete_arguments(args)
-    data = train.prepare_data(args, 120)
+    data = prepare_data(args, 120)
     assert args.validate_every == every and len(data.validation.pairs) == (10 if size == 100 else 16)
 
 
@@ -169,7 +170,7 @@ def test_a_learned_temperature_neither_decays_nor_falls_below_its_minimum(small,
 def encoder_for(flags: list[str]) -> Encoder:
     args = train.parse(flags)
     train.complete_arguments(args)
-    return train.make_encoder(args, PairDataset(args.pairs))
+    return make_encoder(args, PairDataset(args.pairs))
 
 
 def test_a_prompt_is_shared_unless_each_text_draws_a_mask_of_its_own(small):
@@ -468,7 +469,7 @@ def test_bad_arguments(small, tmp_path):
 
 
 def test_an_unknown_model_is_refused_before_anything_is_read(small, monkeypatch):
-    monkeypatch.setattr(train, "prepare_data", None)
+    monkeypatch.setattr("training.plan.prepare_data", None)
     for model in ("no-such-model", small.folder):
         with pytest.raises(InputError, match=r"no model|with neither embedding\.json"):
             run(*small("run", "--model", model))
@@ -517,7 +518,7 @@ def test_held_out_pairs_and_their_copies_are_not_trained_on(small, many_pairs):
     many_pairs.write_text(many_pairs.read_text() * 2)
     args = train.parse(small("run", "--pairs", many_pairs))
     train.complete_arguments(args)
-    data = train.prepare_data(args, 120)
+    data = prepare_data(args, 120)
     (rows,) = data.sampler.sources
     assert len(data.validation.pairs) == 40 and not set(data.validation.pairs) & set(data.pairs[rows.tolist()])
     assert len(rows) == data.n_pairs == 800 - 2 * len(set(data.validation.pairs))

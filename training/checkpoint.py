@@ -17,11 +17,11 @@ from torch import Tensor
 
 from encoder import Encoder
 from encoder.lora import save_tensors
-from encoder.runtime import distributed, random_state, set_random_state
+from encoder.processes import distributed
+from encoder.runtime import random_state, set_random_state
 from files.console import InputError, warn
 from files.writing import write_atomic
-
-CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.safetensors", "checkpoint.previous.safetensors"
+from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT, has_checkpoint
 
 
 @dataclass
@@ -107,15 +107,6 @@ def save_checkpoint(
 
     write_atomic(folder / CHECKPOINT, write)
     encoder.save(folder)  # should the process be killed before this, `load_checkpoint` makes up for it
-
-
-def has_checkpoint(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
-
-
-def after_a_failed_write(folder: Path) -> str:
-    """What a user can do whose run could not be written any further."""
-    return "its last checkpoint stays, go on with --resume" if has_checkpoint(folder) else "there was no checkpoint yet, start it again"
 
 
 def read_checkpoint(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:

@@ -21,7 +21,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from encoder import Encoder
-from encoder.runtime import all_reduce_number, distributed, empty_cache, is_out_of_memory, random_state, set_random_state, to_device
+from encoder.processes import all_reduce_number, distributed
+from encoder.runtime import empty_cache, is_out_of_memory, random_state, set_random_state, to_device
 from encoder.tokenization import TokenizedTexts
 from files.console import InputError, say
 from training.pair_data import PairBatch
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from training.checkpoint import TrainingState
 
 CPU_BATCH_TOKENS = 4096  # of a forward pass in training; measured in bench/README.md
-MIN_TEMPERATURE = 0.01  # a learned temperature goes no lower, as in CLIP (Radford et al. 2021, arXiv 2103.00020, 2.5)
 
 Chunk = list[tuple[TokenizedTexts, list[int]]]  # anchors, positives and hard negatives of some pairs: token ids, and which rows
 LossOfVectors = Callable[[Tensor, Tensor, Tensor], "LossResult"]  # anchors (B, D), positives (B, D), hard negatives (M, D)

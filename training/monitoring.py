@@ -7,16 +7,18 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from files.writing import write_atomic
+
+if TYPE_CHECKING:
+    import torch
 
 ALIKE = 1e-3  # vectors of a batch whose spread (training/contrastive.py) is below this are all the same, for all that the loss can see
 STEPS_TO_BELIEVE = 3  # that must look collapsed in a row
 
 
-def joules(device: torch.device) -> float | None:
+def joules(device: "torch.device") -> float | None:
     """Energy that a GPU has used since its driver was loaded; None where that is not known.
 
     It comes from NVML through the package nvidia-ml-py. Older GPUs do not count.
@@ -24,6 +26,7 @@ def joules(device: torch.device) -> float | None:
     if device.type != "cuda" or importlib.util.find_spec("pynvml") is None:
         return None
     import pynvml
+    import torch
 
     try:
         pynvml.nvmlInit()
@@ -39,7 +42,7 @@ class EnergyMeter:
     before    joules; None: not known, and so the sum is not known either
     """
 
-    def __init__(self, device: torch.device, before: float | None):
+    def __init__(self, device: "torch.device", before: float | None):
         self.device, self.before, self.start = device, before, joules(device)
 
     def read(self) -> float | None:
@@ -48,9 +51,11 @@ class EnergyMeter:
         return None if None in (self.before, self.start, now) else self.before + now - self.start
 
 
-def peak_memory(device: torch.device) -> float | None:
+def peak_memory(device: "torch.device") -> float | None:
     """GiB: the most that PyTorch allocated on a GPU, or that was resident on a CPU; None where the system does not tell."""
     if device.type == "cuda":
+        import torch
+
         return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
     if sys.platform == "win32":
         return None

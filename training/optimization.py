@@ -2,15 +2,20 @@
 
 import argparse
 import math
+from typing import TYPE_CHECKING
 
-import torch
-from torch import nn
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
 
 TEMPERATURE = "temperature"  # name of the logarithm of the learned temperature among the trained parameters
+MIN_TEMPERATURE = 0.01  # it goes no lower, as in CLIP (Radford et al. 2021, arXiv 2103.00020, 2.5)
 
 
-def make_optimizer(trained: dict[str, nn.Parameter], args: argparse.Namespace) -> torch.optim.Optimizer:
+def make_optimizer(trained: dict[str, "nn.Parameter"], args: argparse.Namespace) -> "torch.optim.Optimizer":
     """AdamW; a learned temperature does not decay."""
+    import torch
+
     groups = [{"params": [p for name, p in trained.items() if name != TEMPERATURE]}]
     if TEMPERATURE in trained:
         groups.append({"params": [trained[TEMPERATURE]], "weight_decay": 0.0})

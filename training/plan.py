@@ -1,6 +1,8 @@
-"""What a run is made of: which pairs it trains on, which it holds out, how large its batches are and how many steps it takes."""
+"""What a run is made of: which pairs it trains on and which it holds out, size and number of its batches, model and optimizer."""
 
 import argparse
+import json
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -8,10 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from encoder import Encoder
-from encoder.runtime import distributed
+from encoder.contract import ARGUMENTS_FILE, Contract, fingerprint
+from encoder.lora import keep_input_dtype
+from encoder.names import is_run
+from encoder.processes import distributed, wait_for_all
+from encoder.runtime import pick_device, pick_dtype
 from files.console import InputError, say, warn
-from training.checkpoint import TrainingState
+from files.writing import write_json, write_text
+from training.checkpoint import TrainingState, load_checkpoint
+from training.optimization import TEMPERATURE, make_optimizer
 from training.pair_data import MIN_HELD_OUT, SMALL_SET, PairDataset, PairSampler, hold_out
+from training.run_record import METRICS, check_record, read_metrics
 from training.validation import Validation
 
 # Defaults for fewer pairs than this differ: of 300, one pass in batches of 120 would be two steps.
@@ -54,12 +63,12 @@ def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
     default_batch    pairs of a batch, where there are enough of them
     Raises InputError where there are too few.
     """
-    rank, world_size, _ = distributed()
+    rank = distributed().rank
     if rank:  # the first process reads the files into the cache, the others wait and take them from there
-        torch.distributed.barrier()
+        wait_for_all()
     pairs = PairDataset(args.pairs)
-    if world_size > 1 and not rank:
-        torch.distributed.barrier()
+    if not rank:
+        wait_for_all()
     held_out = hold_out(len(pairs), 0 if args.validation else args.hold_out, args.batch_size or 2)
     validation = Validation(pairs[held_out.tolist()] if len(held_out) else [], args.validation)
     if not validation:
@@ -106,3 +115,60 @@ def decide_length(args: argparse.Namespace, size: int, n_pairs: int, n_source: i
         changed.append(f"{args.epochs:g} epochs instead of 1")
     if changed:
         say(f"{size:,} pairs are few: {' and '.join(changed)}; more pairs would help most")
+
+
+def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
+    """The base with a fresh adapter, or with that of the run in --model, set up for training."""
+    encoder = Encoder.load(
+        args.model,
+        dtype=pick_dtype(args.dtype, pick_device(args.device), training=True),
+        device=args.device,
+        trust_remote_code=args.trust_remote_code,
+        shard=args.fsdp,
+        **{k: getattr(args, k) for k in ("prompt", "query_prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention", "quantize")},
+        override_contract=args.override_contract,
+    ).with_contract(data={"name": pairs.name, "sha256": pairs.sha256})
+    if encoder.peft:
+        encoder.unfreeze_adapter(args.lora_dropout)
+    else:
+        options = {"use_rslora": args.rslora, "use_dora": args.dora}
+        encoder.add_adapter(args.lora_rank, args.lora_alpha, args.lora_dropout, args.lora_targets, **options)
+    encoder.share_prefix = args.lora_dropout == 0  # with dropout, every text draws a mask of its own for the prompt
+    if encoder.dtype == torch.bfloat16:
+        keep_input_dtype(encoder.decoder)
+    if args.fsdp:
+        encoder.shard()
+    encoder.set_gradient_checkpointing(args.gradient_checkpointing)
+    return encoder
+
+
+def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming: bool) -> Run:
+    """Load the model and, for a resumed run, the checkpoint; write arguments.json and the metrics so far."""
+    rank = distributed().rank
+    torch.manual_seed(args.seed)
+    encoder = make_encoder(args, data.pairs)
+    record |= {"base": encoder.untuned().fingerprint, "computed_in": str(encoder.dtype)}
+    if is_run(args.model):
+        before = fingerprint(Contract.read(args.model), encoder.base_hash, encoder.adapter_hash)
+        record["started_from"] = {"run": args.model, "fingerprint": before}
+    if resuming:
+        check_record(args.out / ARGUMENTS_FILE, record)
+    width = encoder.decoder.config.hidden_size
+    if max(args.matryoshka or [0]) > width:
+        raise InputError(f"--matryoshka {args.matryoshka}: a vector of this model has {width} numbers")
+    trained = encoder.trainable()
+    if args.learn_temperature:
+        trained[TEMPERATURE] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
+    state = TrainingState(chunk_size=args.chunk_size or args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
+    run = Run(args, data, encoder, trained, make_optimizer(trained, args), state, started_from=record.get("started_from"))
+    torch.manual_seed(args.seed + rank)  # dropout differs between processes
+    if rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+    if resuming:
+        run.state, run.best = load_checkpoint(args.out, encoder, trained, run.optimizer)
+        run.rows = read_metrics(args.out / METRICS, run.state.step)
+        encoder.set_gradient_checkpointing(run.state.gradient_checkpointing)
+    if rank == 0:
+        write_json(args.out / ARGUMENTS_FILE, record)
+        write_text(args.out / METRICS, "".join(json.dumps(row) + "\n" for row in run.rows))
+    return run

@@ -11,16 +11,18 @@ import sys
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
 from encoder.contract import ARGUMENTS_FILE
-from encoder.runtime import distributed
+from encoder.processes import distributed
 from files.console import InputError, reason, say
-from training.checkpoint import CHECKPOINT, has_checkpoint
 from training.monitoring import peak_memory
-from training.plan import Run
+
+if TYPE_CHECKING:
+    from training.plan import Run
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
+CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.safetensors", "checkpoint.previous.safetensors"
 BEFORE_A_CHECKPOINT = {ARGUMENTS_FILE, METRICS, "tensorboard", "wandb"}  # what a run writes before its first checkpoint
 
 # these may differ between a run and its resumption; everything else must be the same
@@ -73,6 +75,15 @@ def reserve(out: Path) -> Iterator[None]:
         with contextlib.suppress(OSError):  # not empty
             for folder in new:
                 folder.rmdir()
+
+
+def has_checkpoint(folder: Path) -> bool:
+    return any((folder / name).is_file() for name in (CHECKPOINT, PREVIOUS_CHECKPOINT))
+
+
+def after_a_failed_write(folder: Path) -> str:
+    """What a user can do whose run could not be written any further."""
+    return "its last checkpoint stays, go on with --resume" if has_checkpoint(folder) else "there was no checkpoint yet, start it again"
 
 
 def check_out(out: Path, resume: bool) -> None:
@@ -142,7 +153,7 @@ def read_metrics(path: Path, last_step: int) -> list[dict]:
     return [row for row in rows if row["step"] <= last_step]
 
 
-def summarize(run: Run, joules: float) -> dict:
+def summarize(run: "Run", joules: float) -> dict:
     """What summary.json holds. joules: of all processes, NaN where they are not known."""
     state, encoder, validation = run.state, run.encoder, run.data.validation
     world_size = distributed().world_size

@@ -8,7 +8,7 @@ import torch
 
 from encoder import Encoder
 from encoder.encoder import NonFiniteError
-from encoder.runtime import all_reduce_number, distributed
+from encoder.processes import all_reduce_number, distributed
 from files.console import InputError
 from files.reading import as_label, as_text, column_names, excerpt, read_column, read_rows
 from training.contrastive import autocast
