@@ -24,6 +24,8 @@ LAYERS = [
     {"training.contrastive"},
     {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record", "training.plan"},
     {"models.packed_text"},
+    {"pair_engines", "pair_engines.inputs"},
+    {"pair_engines.docstring_pairs", "pair_engines.spans", "pair_engines.chat", "pair_engines.mining"},
     {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},
 ]
@@ -32,7 +34,11 @@ LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 
 def modules() -> dict[str, Path]:
-    paths = [p for folder in (".", "files", "encoder", "tasks", "training", "models", "bench") for p in (ROOT / folder).glob("*.py")]
+    paths = [
+        p
+        for folder in (".", "files", "pair_engines", "encoder", "tasks", "training", "models", "bench")
+        for p in (ROOT / folder).glob("*.py")
+    ]
     names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths}
     return {name: path for path, name in names.items()}
 

@@ -17,6 +17,7 @@ from conftest import make_run
 import make_pairs
 from files.console import InputError
 from files.docstrings import DocstringText, bundled_task_files, normalized_key, read_excluded
+from pair_engines import chat, mining, spans
 from tasks.draw import BY_MODULE, BY_PACKAGE, draw_tasks
 
 HERE = Path(__file__).resolve().parent.parent
@@ -158,10 +159,10 @@ def test_noise_damages_a_text_and_keeps_its_words(tmp_path):
     with pytest.raises(InputError, match="no pairs were made"):  # a copy without damage is no pair
         run("noise", "--input", path, "--out", tmp_path / "none.jsonl", "--delete", 0, "--chars", 0, "--swap", 0)
     rng = random.Random(0)
-    assert make_pairs.damage("one two three", rng, 1, 0, 0) == "one"
-    damaged = make_pairs.damage("abcdefgh", rng, 0, 0, 1)
+    assert spans.damage("one two three", rng, 1, 0, 0) == "one"
+    damaged = spans.damage("abcdefgh", rng, 0, 0, 1)
     assert sorted(damaged) == sorted("abcdefgh") and damaged != "abcdefgh" and (damaged[0], damaged[-1]) == ("a", "h")
-    assert {make_pairs.damage("我很喜欢这个词 abcd 和那个 xyz", random.Random(i), 0, 0, 1) for i in range(9)} == {
+    assert {spans.damage("我很喜欢这个词 abcd 和那个 xyz", random.Random(i), 0, 0, 1) for i in range(9)} == {
         "我很喜欢这个词 acbd 和那个 xyz"
     }
 
@@ -184,7 +185,7 @@ def test_noise_damages_a_text_and_keeps_its_words(tmp_path):
     ],
 )
 def test_words_are_those_of_the_script(text, words):
-    split, space = make_pairs.split_words(text)
+    split, space = spans.split_words(text)
     assert split == words and space.join(words) == " ".join(text.split())
 
 
@@ -203,10 +204,10 @@ def test_every_script_can_be_cropped_and_damaged(tmp_path, text):
     pairs = read_rows(tmp_path / "crop.jsonl")
     assert len(pairs) >= 6 and all(pair[name] in text for pair in pairs for name in ("anchor", "positive"))
     run("noise", "--input", tmp_path / "t.txt", "--out", tmp_path / "noise.jsonl", "--delete", 0, "--swap", 0.5, "--chars", 0.5)
-    pairs, units = read_rows(tmp_path / "noise.jsonl"), sorted(word.strip() for word in make_pairs.split_words(text)[0])
+    pairs, units = read_rows(tmp_path / "noise.jsonl"), sorted(word.strip() for word in spans.split_words(text)[0])
     assert len(pairs) == 8
     if not text.startswith("ا"):  # characters move, and none is taken apart
-        damaged = [sorted(word.strip() for word in make_pairs.split_words(pair["positive"])[0] if word.strip()) for pair in pairs]
+        damaged = [sorted(word.strip() for word in spans.split_words(pair["positive"])[0] if word.strip()) for pair in pairs]
         assert all([u for u in words if not u.isascii()] == [u for u in units if not u.isascii()] for words in damaged)
 
 
@@ -232,11 +233,11 @@ def test_what_is_left_out_is_counted_with_the_reason(tmp_path, capsys):
 @pytest.mark.parametrize("text", ["word " * 100_000, "字" * 100_000])
 def test_of_a_long_text_the_beginning_is_taken(tmp_path, capsys, text):
     (tmp_path / "t.txt").write_text(f"{text}\n{TEN_WORDS}", encoding="utf-8")
-    for engine, n_words in (("crop", 0.7 * make_pairs.MAX_WORDS + 1), ("noise", make_pairs.MAX_WORDS)):
+    for engine, n_words in (("crop", 0.7 * spans.MAX_WORDS + 1), ("noise", spans.MAX_WORDS)):
         run(engine, "--input", tmp_path / "t.txt", "--out", tmp_path / f"{engine}.jsonl", "--seed", 1)
         assert "1 of 2 texts cut to their first 2,048 words" in capsys.readouterr().out
         pair = read_rows(tmp_path / f"{engine}.jsonl")[0]
-        lengths = [len(make_pairs.split_words(pair[name])[0]) for name in ("anchor", "positive")]
+        lengths = [len(spans.split_words(pair[name])[0]) for name in ("anchor", "positive")]
         assert pair["source"] == "t.txt:1" and n_words / 3 < max(lengths) <= n_words
 
 
@@ -307,9 +308,9 @@ def test_an_interrupted_rewriting_job_continues_where_it_stopped(tmp_path, chat_
     run(*flags, "--out", tmp_path / "whole.jsonl")
     whole = read_rows(tmp_path / "whole.jsonl")
     templates = {row["template"] for row in whole}
-    assert len(whole) >= 5 and templates <= set(make_pairs.TEMPLATES) and len(templates) > 1
+    assert len(whole) >= 5 and templates <= set(chat.TEMPLATES) and len(templates) > 1
 
-    load, batches = make_pairs.load_chat_model, []
+    load, batches = chat.load_chat_model, []
 
     def load_and_fail(args):
         rewrite = load(args)
@@ -322,7 +323,7 @@ def test_an_interrupted_rewriting_job_continues_where_it_stopped(tmp_path, chat_
 
         return failing
 
-    monkeypatch.setattr(make_pairs, "load_chat_model", load_and_fail)
+    monkeypatch.setattr(chat, "load_chat_model", load_and_fail)
     with pytest.raises(KeyboardInterrupt):
         run(*flags, "--out", tmp_path / "parts.jsonl")
     partial = tmp_path / "parts.jsonl.partial"
@@ -354,7 +355,7 @@ def test_a_chat_model_that_is_missing_is_named_and_leaves_nothing(tmp_path):
 def test_mined_negatives_are_the_most_similar_texts_that_are_probably_wrong(tmp_path, llama, monkeypatch, capsys):
     from encoder import Encoder
 
-    monkeypatch.setattr(make_pairs, "SIMILARITIES_AT_ONCE", 20)  # two pairs at a time
+    monkeypatch.setattr(mining, "SIMILARITIES_AT_ONCE", 20)  # two pairs at a time
     topics = ["cat", "dog", "bank", "river", "loan", "tree"]
     pairs = [{"anchor": f"The {t} is here.", "positive": f"About a {t}.", "engine": "crop"} for t in topics]
     pairs += [{"anchor": "The cat is here.", "positive": "A small cat.", "engine": "crop"}]
@@ -409,7 +410,7 @@ def test_neither_the_anchor_itself_nor_a_positive_of_an_equal_anchor_is_a_negati
     plane = lambda *cosines: torch.tensor([[c, math.sqrt(1 - c * c)] for c in cosines])  # noqa: E731
     pairs = [{"anchor": "question", "positive": "right"}, {"anchor": "question", "positive": "right, too"}]
     corpus = ["question", "right, too", "nearly right", "wrong"]
-    make_pairs.add_negatives(pairs, plane(1, 1), plane(0.8, 0.5), corpus, plane(0.6, 0.5, 0.79, 0.4), 4, 0.95)
+    mining.add_negatives(pairs, plane(1, 1), plane(0.8, 0.5), corpus, plane(0.6, 0.5, 0.79, 0.4), 4, 0.95)
     assert [(pair["negatives"], pair["scores"]) for pair in pairs] == [(["wrong"], [0.8, 0.4]), (["wrong"], [0.5, 0.4])]
 
 
