@@ -70,7 +70,7 @@ from training.run_record import (
 if TYPE_CHECKING:  # slow to import, so that errors of the flags come first
     from torch import Tensor
 
-    from training.contrastive import LossResult
+    from training.losses import LossResult
     from training.pair_data import PairBatch
     from training.plan import Run
 
@@ -335,7 +335,8 @@ def train(run: "Run") -> int | None:
     """
     from torch.nn.utils import clip_grad_norm_
 
-    from training.contrastive import LossSettings, all_reduce_gradients, attention_kernel, batch_gradients, batch_loss
+    from training.gradients import all_reduce_gradients, attention_kernel, batch_gradients
+    from training.losses import LossSettings, batch_loss
 
     args, data, encoder, state, optimizer = run.args, run.data, run.encoder, run.state, run.optimizer
     is_first_process = distributed().rank == 0

@@ -41,7 +41,8 @@ import train
 from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
 from prompts import get_prompt
 from training.checkpoint import TrainingState
-from training.contrastive import LossSettings, attention_kernel, batch_gradients, batch_loss
+from training.gradients import attention_kernel, batch_gradients
+from training.losses import LossSettings, batch_loss
 from training.pair_data import Pair, PairSampler, prefetch, read_pairs
 from training.plan import make_encoder
 

@@ -128,7 +128,8 @@ def tiny() -> dict:
 
     from encoder import Encoder
     from training.checkpoint import TrainingState
-    from training.contrastive import LossSettings, attention_kernel, batch_gradients, batch_loss
+    from training.gradients import attention_kernel, batch_gradients
+    from training.losses import LossSettings, batch_loss
     from training.pair_data import Pair, tokenize_pairs
 
     texts = ["A cat sleeps.", "Interest rates rose again this month.", "def add(a, b): return a + b", ""]

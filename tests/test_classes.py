@@ -16,7 +16,7 @@ from encoder import Encoder, PoolingConfig
 from encoder.base_models import PACKED_TYPES, check_base, find_blocks
 from encoder.contract import SCOPES
 from files.console import InputError
-from training.contrastive import fall_back_after_out_of_memory
+from training.gradients import fall_back_after_out_of_memory
 
 GQA = {"num_key_value_heads": 2, "intermediate_size": 48}
 HEADS = GQA | {"head_dim": 8}

@@ -23,9 +23,10 @@ from encoder.lora import keep_input_dtype
 from encoder.packing import PackedAttention, collate, select_tokens
 from encoder.tokenization import TokenizedTexts
 from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
-from training import contrastive
+from training import gradients
 from training.checkpoint import TrainingState, gather_random_states, load_checkpoint, save_checkpoint
-from training.contrastive import LossSettings, attention_kernel, batch_gradients, batch_loss, chunked_backward, embed
+from training.gradients import attention_kernel, batch_gradients, chunked_backward, embed
+from training.losses import LossSettings, batch_loss
 from training.pair_data import Pair, tokenize_pairs
 
 ON_GPU, DRY_RUN = torch.cuda.is_available(), os.environ.get("EMBEDDING_DRY_RUN") == "1"
@@ -189,13 +190,13 @@ def test_training_that_runs_out_of_memory_ends_near_the_run_that_does_not(monkey
 
     capped, after_failures = Training(n_pairs, "bfloat16"), []
     capped.steps(1)
-    fall_back = contrastive.fall_back_after_out_of_memory
+    fall_back = gradients.fall_back_after_out_of_memory
 
     def watched(*args):
         after_failures.append(torch.cuda.memory_allocated() / capped.allocated)
         fall_back(*args)
 
-    monkeypatch.setattr(contrastive, "fall_back_after_out_of_memory", watched)
+    monkeypatch.setattr(gradients, "fall_back_after_out_of_memory", watched)
     torch.cuda.empty_cache()
     with memory_cap(torch.cuda.memory_reserved() + 0.25 * needed):
         losses = capped.steps(3)

@@ -18,7 +18,7 @@ from encoder.encoder import NonFiniteError
 from encoder.packing import PackedAttention, select_tokens
 from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
 from files.console import InputError
-from training.contrastive import embed
+from training.gradients import embed
 
 HERE = Path(__file__).resolve().parents[1]
 

@@ -20,9 +20,10 @@ import train
 from encoder import Encoder
 from encoder.names import PRESETS
 from files.console import InputError
-from training import contrastive, monitoring
+from training import gradients, monitoring
 from training.checkpoint import read_checkpoint
-from training.contrastive import TextIds, embed, info_nce
+from training.gradients import embed
+from training.losses import TextIds, info_nce
 from training.monitoring import ALIKE
 from training.pair_data import Pair, PairDataset, hold_out, tokenize_pairs
 from training.plan import decide_length, make_encoder, prepare_data
@@ -372,7 +373,7 @@ def test_a_run_goes_on_in_smaller_chunks_when_memory_runs_out(small, tmp_path, m
             raise torch.OutOfMemoryError("CUDA out of memory")
         return embed(encoder, tokenized, rows)
 
-    monkeypatch.setattr(contrastive, "embed", too_large)
+    monkeypatch.setattr(gradients, "embed", too_large)
     run(*small("chunks"))
     whole, chunks = summary(tmp_path / "whole"), summary(tmp_path / "chunks")
     assert (whole["chunk_size"], whole["gradient_checkpointing"]) == (4, 0)
@@ -389,7 +390,7 @@ def break_losses(monkeypatch, *broken_steps: int) -> None:
         result = info_nce(*args, **kwargs)
         return result._replace(loss=result.loss * (math.nan if next(step) in broken_steps else 1))
 
-    monkeypatch.setattr(contrastive, "info_nce", broken)
+    monkeypatch.setattr(gradients, "info_nce", broken)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(small, tmp_path, monkeypatch, capsys):

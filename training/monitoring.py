@@ -14,7 +14,7 @@ from files.writing import write_atomic
 if TYPE_CHECKING:
     import torch
 
-ALIKE = 1e-3  # vectors of a batch whose spread (training/contrastive.py) is below this are all the same, for all that the loss can see
+ALIKE = 1e-3  # vectors of a batch whose spread (training/losses.py) is below this are all the same, for all that the loss can see
 STEPS_TO_BELIEVE = 3  # that must look collapsed in a row
 
 

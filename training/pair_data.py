@@ -31,6 +31,7 @@ class Pair(NamedTuple):
     anchor: str
     positive: str
     negatives: tuple[str, ...] = ()
+    teacher: np.ndarray | None = None  # (texts of the pair, E): a teacher's vectors of anchor, positive and negatives, of norm 1
 
 
 def validate_pair(row: dict, where: str) -> Pair:
@@ -219,6 +220,8 @@ class PairBatch(NamedTuple):
     negatives: "TokenizedTexts"  # the hard negatives of all pairs
     negative_rows: list[list[int]]  # for each pair, where in `negatives` its hard negatives are
     text_ids: list[list[int]]  # for each pair, an id of each of its texts (anchor, positive, negatives): equal ids, equal texts
+    taught: list[int]  # which pairs have a teacher's vectors
+    teacher: np.ndarray | None  # (texts of these pairs, E): of their anchors, of their positives, of their negatives
 
     @property
     def n_pairs(self) -> int:
@@ -233,12 +236,16 @@ def tokenize_pairs(encoder: "Encoder", pairs: list[Pair]) -> PairBatch:
     """Tokenize the pairs of a batch: anchors in the role "query", positives and hard negatives in the role "document"."""
     ends = itertools.accumulate((len(pair.negatives) for pair in pairs), initial=0)
     ids: dict[str, int] = {}
+    taught = [i for i, pair in enumerate(pairs) if pair.teacher is not None]
+    kinds = [[pairs[i].teacher[part] for i in taught] for part in (slice(0, 1), slice(1, 2), slice(2, None))]
     return PairBatch(
         encoder.tokenize([pair.anchor for pair in pairs], "query"),
         encoder.tokenize([pair.positive for pair in pairs], "document"),
         encoder.tokenize([text for pair in pairs for text in pair.negatives], "document"),
         [list(range(*span)) for span in itertools.pairwise(ends)],
         [[ids.setdefault(text, len(ids)) for text in (pair.anchor, pair.positive, *pair.negatives)] for pair in pairs],
+        taught,
+        np.concatenate([vectors for kind in kinds for vectors in kind]).astype(np.float32) if taught else None,
     )
 
 

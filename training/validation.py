@@ -11,7 +11,7 @@ from encoder.encoder import NonFiniteError
 from encoder.processes import all_reduce_number, distributed
 from files.console import InputError
 from files.reading import as_label, as_text, column_names, excerpt, read_column, read_rows
-from training.contrastive import autocast
+from training.gradients import autocast
 from training.pair_data import Pair
 
 MAX_LABELLED = 2048  # texts of a labelled file that are clustered

@@ -8,9 +8,10 @@ import torch.nn.functional as F
 
 from encoder import Encoder
 from files.console import InputError
-from training import contrastive
+from training import gradients
 from training.checkpoint import TrainingState
-from training.contrastive import LossSettings, TextIds, batch_gradients, batch_loss, chunked_backward, embed, info_nce, spread
+from training.gradients import batch_gradients, chunked_backward, embed
+from training.losses import LossSettings, TextIds, batch_loss, info_nce, spread
 from training.pair_data import Pair, PairBatch, tokenize_pairs
 
 # ------------------------------------------------------------------------------------------------------------- the loss
@@ -35,7 +36,7 @@ NONE = torch.zeros(0, 2)
 def test_info_nce_by_hand():
     """Two pairs, similarities 1 and 0 at temperature 1: each direction costs -log(e / (e + 1))."""
     a = torch.eye(2)
-    loss, accuracy, n_negatives, _ = info_nce(a, a, NONE, different_texts(2), 1.0)
+    loss, accuracy, n_negatives, *_ = info_nce(a, a, NONE, different_texts(2), 1.0)
     assert loss.item() == pytest.approx(-math.log(math.e / (math.e + 1)), abs=1e-6)
     assert (accuracy, n_negatives) == (1, 1)
     loss, accuracy, *_ = info_nce(a, a.flip(0), NONE, different_texts(2), 1.0)
@@ -46,7 +47,7 @@ def test_info_nce_by_hand():
 def test_a_hard_negative_competes_with_the_positives_by_hand():
     """One that equals anchor 0 costs it -log(e / (e + 1 + e)), and anchor 1 an orthogonal one more; the way back is as before."""
     a = torch.eye(2)
-    loss, _, n_negatives, _ = info_nce(a, a, a[:1], different_texts(2, 1), 1.0)
+    loss, _, n_negatives, *_ = info_nce(a, a, a[:1], different_texts(2, 1), 1.0)
     forth = -math.log(math.e / (2 * math.e + 1)) - math.log(math.e / (math.e + 2))
     back = -2 * math.log(math.e / (math.e + 1))
     assert loss.item() == pytest.approx((forth + back) / 4, abs=1e-6) and n_negatives == 2
@@ -100,14 +101,14 @@ def test_copies_are_no_negatives():
     assert info_nce(unit_vectors(5, 0), unit_vectors(5, 1), unit_vectors(0, 2), ids, 0.05).n_negatives == pytest.approx(4 - 4 / 5)
     x = unit_vectors(5, 0).requires_grad_()
     anchors, positives = x[:1].expand(2, -1), unit_vectors(5, 1)[:1].expand(2, -1)
-    loss, _, n_negatives, _ = info_nce(anchors, positives, unit_vectors(0, 2), text_ids([0, 0], [7, 8]), 0.05)
+    loss, _, n_negatives, *_ = info_nce(anchors, positives, unit_vectors(0, 2), text_ids([0, 0], [7, 8]), 0.05)
     loss.backward()
     assert n_negatives == 0 and x.grad.abs().max() < 1e-6  # a batch of copies teaches nothing
 
 
 def batch_of(*ids_of_pairs: list[int]) -> PairBatch:
     """A batch of which only the ids of the texts are looked at."""
-    return PairBatch(None, None, None, [], list(ids_of_pairs))
+    return PairBatch(None, None, None, [[] for _ in ids_of_pairs], list(ids_of_pairs), [], None)
 
 
 def test_matryoshka_averages_the_losses_of_shortened_vectors():
@@ -237,7 +238,7 @@ def assert_same_gradients(gradients: dict, expected: dict) -> None:
 def test_ever_smaller_chunks_are_tried_until_they_fit(llama, monkeypatch, capsys):
     trainer, state = Trainer(llama, dropout=0.0), TrainingState(chunk_size=100, gradient_checkpointing=0)
     expected, limit = trainer.step(TrainingState(7, 0)), 2  # texts of one kind at a time; a pair has up to two hard negatives
-    monkeypatch.setattr(contrastive, "embed", lambda *args: embed(*args) if len(args[2]) <= limit else out_of_memory())
+    monkeypatch.setattr(gradients, "embed", lambda *args: embed(*args) if len(args[2]) <= limit else out_of_memory())
     assert_same_gradients(trainer.step(state), expected)
     lines = capsys.readouterr().err.splitlines()
     settings = ["--gradient-checkpointing 2", "--gradient-checkpointing 1", "--chunk-size 3", "--chunk-size 1"]
@@ -252,14 +253,14 @@ def test_ever_smaller_chunks_are_tried_until_they_fit(llama, monkeypatch, capsys
 @pytest.mark.parametrize("fails_at", ["embed", "backward_from_gradients"])
 def test_a_batch_that_is_begun_again_gives_the_same_gradients(llama, monkeypatch, fails_at):
     """Memory runs out once dropout has drawn its masks, or when the temperature has its gradient already."""
-    trainer, original, calls = Trainer(llama), getattr(contrastive, fails_at), []
+    trainer, original, calls = Trainer(llama), getattr(gradients, fails_at), []
     expected = trainer.step(TrainingState(3, 0))
 
     def fails_once(*args):
         calls.append(original(*args))
         return out_of_memory() if len(calls) == 2 else calls[-1]
 
-    monkeypatch.setattr(contrastive, fails_at, fails_once)
+    monkeypatch.setattr(gradients, fails_at, fails_once)
     state = TrainingState(3, 0)
     assert_same_gradients(trainer.step(state), expected)
     assert state.gradient_checkpointing == 2 and len(calls) > 2
@@ -269,6 +270,6 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(llama, monkeypatch):
     def broken(*_):
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(contrastive, "embed", broken)
+    monkeypatch.setattr(gradients, "embed", broken)
     with pytest.raises(RuntimeError, match="broken"):
         Trainer(llama).step(TrainingState(7, 0))

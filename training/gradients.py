@@ -1,30 +1,22 @@
-"""The contrastive loss, and its gradients for a batch of any size.
-
-Symmetric InfoNCE over the batch: each anchor must find its positive among all positives and hard negatives, and each positive
-its anchor. A batch that does not fit into memory is run in chunks, with the same gradient (GradCache).
-
-Legend: B pairs of a batch, M hard negatives of all its pairs, D numbers of a vector, b rows of similarities at a time.
-"""
+"""Gradients of a loss over the vectors of a batch of any size: what does not fit into memory is run in chunks (GradCache)."""
 
 import contextlib
-import functools
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.checkpoint import checkpoint
 
 from encoder import Encoder
 from encoder.processes import all_reduce_number, distributed
 from encoder.runtime import empty_cache, is_out_of_memory, random_state, set_random_state, to_device
 from encoder.tokenization import TokenizedTexts
 from files.console import InputError, say
+from training.losses import LossOfVectors, LossResult
 from training.pair_data import PairBatch
 
 if TYPE_CHECKING:
@@ -33,119 +25,6 @@ if TYPE_CHECKING:
 CPU_BATCH_TOKENS = 4096  # of a forward pass in training; measured in bench/README.md
 
 Chunk = list[tuple[TokenizedTexts, list[int]]]  # anchors, positives and hard negatives of some pairs: token ids, and which rows
-LossOfVectors = Callable[[Tensor, Tensor, Tensor], "LossResult"]  # anchors (B, D), positives (B, D), hard negatives (M, D)
-
-
-# ------------------------------------------------------------------------------------------------------------ the loss
-
-
-class TextIds(NamedTuple):
-    """Which text each vector of a batch belongs to: equal ids, equal texts."""
-
-    anchors: Tensor  # (B,)
-    positives: Tensor  # (B,)
-    negatives: Tensor  # (M,)
-
-
-class LossResult(NamedTuple):
-    loss: Tensor  # scalar, in nats
-    accuracy: float  # share of anchors whose positive is the nearest candidate
-    n_negatives: float  # mean number of negatives of an anchor
-    spread: float  # see `spread`
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """temperature, margin and mask_above are those of `info_nce`; there, mask_above is `threshold`.
-
-    matryoshka    the first so many numbers of a vector must do as vectors of their own (Kusupati et al. 2022, arXiv 2205.13147)
-    """
-
-    temperature: float = 0.05
-    margin: float = 0.0
-    mask_above: float | None = None
-    matryoshka: tuple[int, ...] = ()
-
-
-def info_nce(
-    anchors: Tensor,
-    positives: Tensor,
-    negatives: Tensor,
-    text_ids: TextIds,
-    temperature: Tensor | float,
-    *,
-    margin: float = 0.0,
-    threshold: float | None = None,
-    rows_at_a_time: int | None = None,
-) -> LossResult:
-    """Symmetric InfoNCE (van den Oord et al. 2018, arXiv 1807.03748; both directions as in CLIP, arXiv 2103.00020).
-
-    anchors, positives (B, D) and negatives (M, D), all of norm 1. An anchor has to find its positive among all positives and
-    all hard negatives, a positive its anchor among all anchors. A candidate that shares a text with the pair is left out.
-
-    margin            subtracted from the cosine of each pair (additive margin: Yang et al. 2019, arXiv 1902.08564)
-    threshold         also leave out candidates whose cosine to the right answer is above this
-    rows_at_a_time    rows of the similarity matrix that exist at a time, in the backward pass too, so that memory grows with B
-                      and not with its square (default: 64 MiB of them)
-    """
-    candidates, n = torch.cat([positives, negatives]), len(anchors)
-    rows_at_a_time = rows_at_a_time or max(64, 2**24 // len(candidates))
-    anchor_ids, positive_ids, negative_ids = text_ids
-
-    def one_direction(queries: Tensor, candidates: Tensor, answers: Tensor, left_out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries (b, D), the rows of their right answers (b,), what to leave out (b, C): summed cross-entropy, hits, negatives."""
-        if threshold is not None:
-            with torch.no_grad():
-                left_out = left_out | (candidates[answers] @ candidates.T > threshold)
-        left_out = left_out.scatter(1, answers[:, None], False)
-        similarity = queries @ candidates.T
-        hits = (similarity.detach().masked_fill(left_out, -torch.inf).argmax(1) == answers).sum()
-        if margin:
-            similarity = similarity - margin * F.one_hot(answers, len(candidates))
-        similarity = (similarity / temperature).masked_fill(left_out, -torch.inf)
-        return F.cross_entropy(similarity, answers, reduction="sum"), hits, (~left_out).sum() - len(answers)
-
-    def both_directions(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        a, p = anchor_ids[rows, None], positive_ids[rows, None]
-        same_pair = (a == anchor_ids) | (p == positive_ids) | (a == positive_ids) | (p == anchor_ids)  # (b, B)
-        same_negative = (negative_ids == a) | (negative_ids == p)  # (b, M)
-        forth, hits, n_negatives = one_direction(anchors[rows], candidates, rows, torch.cat([same_pair, same_negative], 1))
-        back, _, _ = one_direction(positives[rows], anchors, rows, same_pair)
-        return forth + back, hits, n_negatives
-
-    slices = torch.arange(n, device=anchors.device).split(rows_at_a_time)
-    compute = both_directions if len(slices) == 1 else functools.partial(checkpoint, both_directions, use_reentrant=False)
-    loss, hits, n_negatives = (torch.stack(values).sum() for values in zip(*map(compute, slices), strict=True))
-    return LossResult(loss / (2 * n), hits.item() / n, n_negatives.item() / n, spread(anchors, positives))
-
-
-@torch.no_grad()
-def spread(anchors: Tensor, positives: Tensor) -> float:
-    """Mean squared distance of vectors from their mean, of anchors or of positives, whichever lie closer together.
-
-    For vectors (B, D) of norm 1 that is 1 - their mean cosine to each other, about. 0: all are the same.
-    """
-    return min((v - v.mean(0)).square().sum(1).mean().item() for v in (anchors, positives))
-
-
-def batch_loss(batch: PairBatch, device: torch.device, settings: LossSettings, log_temperature: Tensor | None = None) -> LossOfVectors:
-    """The loss of a batch as a function of its vectors; with Matryoshka the mean over the shortened vectors and the whole ones.
-
-    log_temperature    of a learned temperature; None: settings.temperature
-    """
-    ids = batch.text_ids
-    columns = [pair[0] for pair in ids], [pair[1] for pair in ids], [i for pair in ids for i in pair[2:]]
-    text_ids = TextIds(*(to_device(np.array(column, np.int64), device) for column in columns))
-
-    def loss_of(*vectors: Tensor) -> LossResult:
-        temperature = settings.temperature if log_temperature is None else log_temperature.exp()
-        results = []
-        for dims in (*settings.matryoshka, None):
-            unit = [F.normalize(v.float()[:, :dims], dim=-1) for v in vectors]
-            results.append(info_nce(*unit, text_ids, temperature, margin=settings.margin, threshold=settings.mask_above))
-        return results[-1]._replace(loss=torch.stack([result.loss for result in results]).mean())
-
-    return loss_of
 
 
 # ------------------------------------------------------------------------------------------------ vectors with gradients
