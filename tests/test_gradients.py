@@ -81,7 +81,7 @@ def test_a_few_rows_at_a_time_change_neither_loss_nor_gradient():
         vectors = [unit_vectors(10, 0).requires_grad_(), unit_vectors(10, 1).requires_grad_(), unit_vectors(4, 2).requires_grad_()]
         ids = text_ids([0, 0, *range(1, 9)], range(20, 30), [20, 40, 41, 8])
         temperature = torch.tensor(0.1, requires_grad=True)
-        loss, *rest = info_nce(*vectors, ids, temperature, margin=0.1, threshold=0.5, rows_at_a_time=rows_at_a_time)
+        loss, *rest, _ = info_nce(*vectors, ids, temperature, margin=0.1, threshold=0.5, rows_at_a_time=rows_at_a_time)
         loss.backward()
         results.append([loss.detach(), torch.tensor(rest), temperature.grad, *(v.grad for v in vectors)])
     for whole, in_slices in zip(*results, strict=True):

@@ -390,7 +390,7 @@ def break_losses(monkeypatch, *broken_steps: int) -> None:
         result = info_nce(*args, **kwargs)
         return result._replace(loss=result.loss * (math.nan if next(step) in broken_steps else 1))
 
-    monkeypatch.setattr(gradients, "info_nce", broken)
+    monkeypatch.setattr("training.losses.info_nce", broken)
 
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(small, tmp_path, monkeypatch, capsys):
