@@ -1,5 +1,6 @@
 """Make positive pairs: two texts that mean the same thing, for contrastive training.
 
+    python make_pairs.py auto --input texts.csv --out pairs/mine             # your own texts and a teacher for them: start here
     python make_pairs.py docstrings                                  # from the packages installed here, offline, a minute
     python make_pairs.py crop --input texts.csv --out pairs/mine.jsonl       # two spans of each document
     python make_pairs.py noise --input texts.txt --out pairs/mine.jsonl      # a text and its damaged copy
@@ -11,6 +12,7 @@ Leaves behind one JSONL file with a pair a line:
     {"anchor": str, "positive": str, "engine": "docstrings" | "crop" | "noise" | "llm",
      "source": module or FILE:ROW that the anchor comes from, "template": name of the instruction ("llm" only)}
 
+`auto` writes a folder instead, which train.py --pairs takes (training/own_texts.py).
 `mine` adds {"negatives": [str], "scores": cosines of the anchor to the positive and to each of the negatives}.
 
 --input and --corpus take txt (a text a line), csv, tsv, jsonl or json, each also gzipped, parquet, or `-` for standard input: JSONL
@@ -31,6 +33,7 @@ from pair_engines.chat import TEMPLATES, llm_pairs, partial_file
 from pair_engines.docstring_pairs import docstring_pairs
 from pair_engines.mining import mined_pairs
 from pair_engines.spans import crop_pairs, noise_pairs
+from pair_engines.teacher import auto
 
 HERE = Path(__file__).resolve().parent
 # adding an engine: a function from the arguments to the pairs, a line here, and its flags below
@@ -50,6 +53,11 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def add_model_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto: bfloat16 where it is fast)")
+    parser.add_argument("--device", help="device of the model (default: cuda where there is one, else cpu)")
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     engines = parser.add_subparsers(dest="engine", required=True, metavar="ENGINE", help="how the pairs are made:")
@@ -67,6 +75,16 @@ def build_parser() -> argparse.ArgumentParser:
     docs.add_argument(
         "--out", type=Path, default=HERE / "pairs" / "docstrings.jsonl", help="JSONL file to write (default pairs/docstrings.jsonl)"
     )
+    auto = engines.add_parser("auto", parents=[common, table], help="your own texts with a teacher that needs no label: see README")
+    auto.add_argument(
+        "--model",
+        default="tiny",
+        help="model whose vectors are part of the teacher, best the one to train: run, preset, folder, hub id, or none (default tiny)",
+    )
+    auto.add_argument(
+        "--general", type=Path, help="file of pairs that keep general knowledge, or none (default: docstrings of the installed packages)"
+    )
+    add_model_flags(auto)
     crop = engines.add_parser("crop", parents=[common, table], help="two spans of one document")
     crop.add_argument("--min-words", type=positive_int, default=8, help="leave documents of fewer words out (default 8)")
     noise = engines.add_parser("noise", parents=[common, table], help="a text and its damaged copy")
@@ -100,13 +118,15 @@ def build_parser() -> argparse.ArgumentParser:
         "--below", type=probability, default=0.95, help="largest cosine of a negative, as a share of the positive's (default 0.95)"
     )
     mine.add_argument("--limit", type=positive_int, help="use at most this many pairs (default: all)")
-    mine.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto: bfloat16 where it is fast)")
-    mine.add_argument("--device", help="device of the model (default: cuda where there is one, else cpu)")
+    add_model_flags(mine)
     mine.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.engine == "auto":  # writes a folder, not a file of pairs
+        auto(args)
+        return
     check_absent(args.out)
     if not args.out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"--out {args.out}: pairs are written as JSONL, take a name that ends in .jsonl or .jsonl.gz")

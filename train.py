@@ -53,6 +53,7 @@ from files.writing import WriteError, append_line, write_json
 from prompts import PROMPTS, prompt_label
 from training.monitoring import EnergyMeter, catch_signals, collapse, draw_curve, make_tracker
 from training.optimization import MIN_TEMPERATURE, TEMPERATURE, learning_rate, n_warmup_steps
+from training.own_texts import is_own_texts, read_recipe
 from training.pair_data import check_pair_files, prefetch
 from training.run_record import (
     METRICS,
@@ -234,11 +235,15 @@ def complete_arguments(args: argparse.Namespace) -> None:
             if given is not None and (sorted(given) != sorted(saved) if name == "lora_targets" else given != saved):
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} {given}: the adapter of {args.model} was made with {saved}. Leave the flag out")
+    args.pairs = [Path(path) for path in args.pairs or [DEFAULT_PAIRS]]
+    for path in filter(is_own_texts, args.pairs):
+        defaults |= {k: v for k, v in read_recipe(path)["train"].items() if not (is_run(args.model) and k in ("pooling", "scope"))}
+    if args.epochs:
+        defaults.pop("steps", None)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
-    args.pairs = [Path(path) for path in args.pairs or [DEFAULT_PAIRS]]
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -322,8 +327,9 @@ def announce(run: "Run", base_fingerprint: str) -> None:
         say(f"going on from the adapter of {args.model}, fingerprint {run.started_from['fingerprint']}")
     say(f"prompt {prompt_label(contract.prompts)}, pooling {contract.pooling}, scope {contract.scope}")
     resumed = f", going on after step {done}" if done else ""
-    epochs = f"{run.data.steps * args.batch_size / run.data.n_pairs:.3g} epochs"
-    say(f"{run.data.n_pairs:,} pairs from {files}, {run.data.steps} steps of {args.batch_size}, {epochs}{resumed}")
+    epochs = f", {run.data.steps * args.batch_size / run.data.n_pairs:.3g} epochs" * (not run.data.pairs.taught)
+    what = run.data.pairs.summary or f"{run.data.n_pairs:,} pairs"
+    say(f"{what} from {files}, {run.data.steps} steps of {args.batch_size}{epochs}{resumed}")
     for note in encoder.notes:
         warn(note)
 
@@ -404,6 +410,8 @@ def step_metrics(run: "Run", step: int, batch: "PairBatch", result: "LossResult"
     row |= {"grad_norm": grad_norm.item(), "negatives": result.n_negatives, "spread": result.spread}
     row["pairs_per_second"] = run.args.batch_size / (time.perf_counter() - started)
     row["tokens"] = sum(len(ids) for texts in batch.texts for ids in texts.ids)
+    if result.divergence is not None:
+        row["divergence"] = result.divergence
     if TEMPERATURE in run.trained:
         row["temperature"] = run.trained[TEMPERATURE].exp().item()
     return row

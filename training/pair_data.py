@@ -16,6 +16,7 @@ import numpy as np
 
 from files.console import InputError
 from files.reading import excerpt, file_kind, is_encodable, read_rows
+from training.own_texts import GENERAL_FILE, OwnTexts, is_own_texts, read_recipe
 
 if TYPE_CHECKING:
     from encoder import Encoder
@@ -89,47 +90,31 @@ def check_pair_files(paths: list[Path]) -> None:
     for path in paths:
         if not path.exists():
             raise InputError(f"no file {path}: make pairs with make_pairs.py")
-        file_kind(path)
+        if is_own_texts(path):
+            read_recipe(path)
+        else:
+            file_kind(path)
 
 
-class PairDataset:
-    """The pairs of one or more files. `datasets` copies them into its cache once, and they are mapped into memory from there.
+class PairFile:
+    """The pairs of a file. `datasets` copies them into its cache once, and they are mapped into memory from there.
 
-    name       the files' names
-    sha256     of the file, or of the hashes of all files in their order
-    sizes      pairs of each file; rows are counted through all files in their order
-    Raises InputError for a file that is missing, invalid, given twice, or too short, and for a damaged cache.
+    Raises InputError for a file that is invalid or too short, and for a damaged cache.
     """
 
-    def __init__(self, paths: list[Path]):
+    def __init__(self, path: Path):
         import datasets
 
-        check_pair_files(paths)
-        datasets.disable_progress_bars()
-        hashes, parts = [], []
-        for path in paths:
-            with open(path, "rb") as f:
-                hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
-            if hashes[-1] in hashes[:-1]:
-                raise InputError(f"{path} holds the same pairs as another file of --pairs: give it once")
-            parts.append(self._load(path, hashes[-1]))
-        self.sizes, self.name = [len(part) for part in parts], " + ".join(path.name for path in paths)
-        self.sha256 = hashes[0] if len(paths) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
-        self._rows = datasets.concatenate_datasets(parts)
-
-    @staticmethod
-    def _load(path: Path, sha256: str):
-        """The pairs of one file, from the cache where a file of the same content was read before."""
-        import datasets
-
+        with open(path, "rb") as f:
+            self.sha256 = hashlib.file_digest(f, "sha256").hexdigest()
         first_two = list(itertools.islice(read_pairs(path), 2))
         if len(first_two) < 2:
             raise InputError(f"{path} holds {len(first_two)} pairs: contrastive training needs at least two")
         text = datasets.Value("string")
         features = datasets.Features({"anchor": text, "positive": text, "negatives": datasets.List(text)})
         try:
-            return datasets.Dataset.from_generator(
-                _pair_rows, gen_kwargs={"path": str(path)}, features=features, fingerprint=f"pairs-1-{sha256}"
+            self._rows = datasets.Dataset.from_generator(
+                _pair_rows, gen_kwargs={"path": str(path)}, features=features, fingerprint=f"pairs-1-{self.sha256}"
             )
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ from None
@@ -138,21 +123,91 @@ class PairDataset:
             raise InputError(f"the cache of {path} is damaged ({str(error)[:80]}): delete {folder}") from None
 
     def __len__(self) -> int:
-        return sum(self.sizes)
+        return len(self._rows)
 
-    def copies(self, rows: np.ndarray) -> np.ndarray:
-        """All rows whose pair is equal to the pair of one of `rows`, those included, sorted."""
+    def find(self, pairs: list[Pair]) -> np.ndarray:
+        """Numbers of the pairs that are equal to one of these, sorted."""
         import pyarrow as pa
         from pyarrow.compute import is_in
 
-        pairs, table = self._rows[rows.tolist()], self._rows.data
-        known = [is_in(table.column(name), value_set=pa.array(pairs[name], pa.string())).to_numpy() for name in ("anchor", "positive")]
+        table = self._rows.data
+        columns = {"anchor": [pair.anchor for pair in pairs], "positive": [pair.positive for pair in pairs]}
+        known = [is_in(table.column(name), value_set=pa.array(texts, pa.string())).to_numpy() for name, texts in columns.items()]
         return np.flatnonzero(known[0] & known[1])
 
     def __getitem__(self, rows: list[int]) -> list[Pair]:
         columns = self._rows[rows]
         texts = zip(columns["anchor"], columns["positive"], columns["negatives"], strict=True)
         return [Pair(anchor, positive, tuple(negatives)) for anchor, positive, negatives in texts]
+
+
+class PairDataset:
+    """The pairs of one or more files, or folders of `make_pairs.py auto`, whose own texts and general pairs are two sources.
+
+    name       the files' names
+    sha256     of the file, or of the hashes of all files in their order
+    sizes      pairs of each source; rows are counted through all sources in their order
+    taught     whether some of the texts have a teacher
+    summary    what there is, where they have; else empty
+    Raises InputError for a file that is missing, invalid, given twice, or too short, and for a damaged cache.
+    """
+
+    def __init__(self, paths: list[Path]):
+        import datasets
+
+        check_pair_files(paths)
+        datasets.disable_progress_bars()
+        self.name, self._sources, self._sources_of = " + ".join(path.name for path in paths), [], []
+        for path in paths:
+            folder = is_own_texts(path)
+            sources = [OwnTexts(path)] if folder else [PairFile(path)]
+            if folder and (path / GENERAL_FILE).is_file():
+                sources.append(PairFile(path / GENERAL_FILE))
+            if sources[0].sha256 in [source.sha256 for source in self._sources]:
+                raise InputError(f"{path} holds the same pairs as another file of --pairs: give it once")
+            self._sources += sources
+            self._sources_of.append(len(sources))
+        hashes = [source.sha256 for source in self._sources]
+        self.sizes, self.taught = [len(source) for source in self._sources], any(isinstance(s, OwnTexts) for s in self._sources)
+        self.sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        n_texts = sum(len(source.texts) for source in self._sources if isinstance(source, OwnTexts))
+        n_pairs = sum(len(source) for source in self._sources if isinstance(source, PairFile))
+        self.summary = f"{n_texts:,} texts with a teacher" + f" and {n_pairs:,} pairs" * (n_pairs > 0) if self.taught else ""
+        self._starts = np.cumsum([0, *self.sizes])
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def weights(self, given: list[float] | None) -> list[float] | None:
+        """Weights of the sources from those of the paths; None: in proportion to the pairs.
+
+        The two sources of a folder share its weight equally. With a folder and no weights given all paths weigh the same.
+        """
+        if given is None and not self.taught:
+            return None
+        given = given or [1.0] * len(self._sources_of)
+        return [weight / n for weight, n in zip(given, self._sources_of, strict=True) for _ in range(n)]
+
+    def copies(self, rows: np.ndarray) -> np.ndarray:
+        """All rows whose pair is equal to the pair of one of `rows`, those included, sorted."""
+        pairs = self[rows.tolist()]
+        places = zip(self._sources, self._starts, strict=False)
+        return np.concatenate([source.find(pairs) + start for source, start in places if isinstance(source, PairFile)])
+
+    def __getitem__(self, rows: list[int]) -> list[Pair]:
+        """The pairs of these rows; of a text with a teacher, itself, a neighbour and, as its negative, another neighbour."""
+        chosen = np.asarray(rows, np.int64)
+        pairs: list[Pair] = [None] * len(chosen)
+        numbers = np.searchsorted(self._starts, chosen, side="right") - 1
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            source, inner = self._sources[number], (chosen[places] - self._starts[number]).tolist()
+            items = source[inner]
+            if isinstance(source, OwnTexts):
+                items = [Pair(anchor, positive, (other,), teacher) for (anchor, positive, other), teacher in items]
+            for place, pair in zip(places.tolist(), items, strict=True):
+                pairs[place] = pair
+        return pairs
 
 
 def hold_out(size: int, n: int, batch_size: int = 2) -> np.ndarray:

@@ -69,12 +69,14 @@ def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
     pairs = PairDataset(args.pairs)
     if not rank:
         wait_for_all()
-    held_out = hold_out(len(pairs), 0 if args.validation else args.hold_out, args.batch_size or 2)
+    held_out = hold_out(len(pairs), 0 if args.validation or pairs.taught else args.hold_out, args.batch_size or 2)
     validation = Validation(pairs[held_out.tolist()] if len(held_out) else [], args.validation)
     if not validation:
         if args.patience:
             raise InputError(f"--patience needs validation, and none of {len(pairs)} pairs are held out: give --validation FILE")
-        if args.hold_out:
+        if pairs.taught:
+            say("no pairs are held out, as they say nothing about texts with a teacher: the last step's adapter is kept")
+        elif args.hold_out:
             none = f"fewer than {MIN_HELD_OUT} of {len(pairs)} pairs could be held out, so none are"
             say(f"{none}: the last step's adapter is kept; --validation FILE would choose the best")
     held_out = pairs.copies(held_out) if len(held_out) else held_out
@@ -90,7 +92,7 @@ def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
         args.validate_every = min(50, max(1, steps // 5)) if len(pairs) < SMALL_SET else 50
     if not args.steps and steps < MIN_STEPS // 2:
         warn(f"only {steps} step{'s' * (steps > 1)}: more --epochs, a smaller --batch-size or more pairs may help")
-    sampler = PairSampler(pairs.sizes, held_out, args.batch_size, steps, args.seed, args.weights, args.same_source_batches)
+    sampler = PairSampler(pairs.sizes, held_out, args.batch_size, steps, args.seed, pairs.weights(args.weights), args.same_source_batches)
     return TrainingData(pairs, n_pairs, steps, sampler, validation)
 
 

@@ -1,0 +1,238 @@
+"""A teacher for texts without labels: what their words say and what a model says, for `train.py` to distil into an adapter.
+
+Words and letter sequences know which texts of a corpus share a rare name, a dish, a product; a model knows which mean the same in
+other words. Each is a set of vectors; side by side they cluster better than either (bench/README.md), and a model can learn their
+similarities, also for texts that it has not seen. Nothing here needs a label, a chat model or a network.
+
+Legend: N texts, E numbers of a teacher's vector, K neighbours of a text.
+"""
+
+import argparse
+import json
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from files.console import InputError, say, warn
+from files.docstrings import normalized_key
+from files.reading import left_out
+from files.writing import check_absent, errors_of_writing, write_atomic, write_json, write_text
+from pair_engines.docstring_pairs import docstring_pairs
+from pair_engines.inputs import read_input
+from pair_engines.spans import UNSPACED
+from training.own_texts import GENERAL_FILE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE
+from training.pair_data import read_pairs
+
+DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings.jsonl"  # where make_pairs.py docstrings puts them
+NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of these
+MIN_TEXTS = 32  # of a corpus in which neighbours mean something
+MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
+LSA_DIMS = 100  # of fewer than 1,000 texts a tenth of their number, 15 at least
+MODEL_DIMS = 256  # of the model's vectors in the teacher, so that it stays small
+MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
+ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
+COSINES_AT_ONCE = 2**25  # 128 MiB
+MIN_STEPS, MAX_STEPS = 160, 2000
+
+
+class Corpus(NamedTuple):
+    texts: list[str]
+    sources: list[str]  # FILE:ROW of each text
+    language: str  # "English", "other", or "unspaced": written without spaces between words
+    words: int  # median number of words of a text; characters where unspaced
+
+
+def auto(args: argparse.Namespace) -> None:
+    """Write the folder of texts, teacher, general pairs and recipe (training/own_texts.py), and say what was chosen and why."""
+    check_absent(args.out)
+    general = read_general(args)
+    corpus = read_corpus(args)
+    lexical = lexical_vectors(corpus)
+    names = [name for name, _ in lexical]
+    parts = [vectors for _, vectors in lexical]
+    fingerprint = None
+    if args.model != "none":
+        vectors, fingerprint = model_vectors(corpus.texts, args)
+        parts.append(vectors)
+        names.append(f"vectors of {args.model}")
+    say(f"teacher: {', '.join(names)}, side by side")
+    teacher, neighbours = side_by_side(parts)
+    n_epoch = len(corpus.texts) / 48
+    steps = int(min(MAX_STEPS, max(MIN_STEPS, 2 * n_epoch)))
+    recipe = {
+        "texts": len(corpus.texts),
+        "language": corpus.language,
+        "median_words": corpus.words,
+        "teacher": names,
+        "model": args.model,
+        "fingerprint": fingerprint,
+        "general": str(args.general or "docstrings"),
+        "train": {"steps": steps, "pooling": "position-mean", "scope": "all"},
+    }
+    write_folder(args.out, corpus, teacher, neighbours, general, recipe)
+    say(f"{args.out}: {len(corpus.texts):,} texts with their neighbours, for example")
+    for number in (0, 1):
+        say(f"  {corpus.texts[number][:90]!r}\n  {corpus.texts[neighbours[number, 0]][:90]!r}")
+    say(f"next: python train.py --model {'tiny' if args.model == 'none' else args.model} --pairs {args.out} --out runs/{args.out.name}")
+
+
+# ------------------------------------------------------------------------------------------------------------ the corpus
+
+
+def read_corpus(args: argparse.Namespace) -> Corpus:
+    """The texts without copies, at most MAX_TEXTS of them. Prints what was left out and what the corpus looks like."""
+    rows, seen, reasons = [], set(), Counter()
+    for source, text in read_input(args.input, args.column):
+        key = normalized_key(text)
+        if key in seen:
+            reasons["that is a copy of another"] += 1
+        else:
+            seen.add(key)
+            rows.append((source, text))
+    if len(rows) < MIN_TEXTS:
+        raise InputError(f"{args.input} holds {len(rows)} different texts: a teacher needs at least {MIN_TEXTS}")
+    if reasons:
+        say(left_out("text", reasons))
+    limit = min(args.limit or MAX_TEXTS, MAX_TEXTS)
+    if len(rows) > limit:
+        chosen = np.sort(np.random.default_rng(args.seed).choice(len(rows), limit, replace=False))
+        say(f"{limit:,} of {len(rows):,} texts are drawn at random")
+        rows = [rows[i] for i in chosen.tolist()]
+    texts = [text for _, text in rows]
+    language, words = look_at(texts)
+    unit = "characters" if language == "unspaced" else "words"
+    look = {"English": "English", "other": "not English", "unspaced": "written without spaces"}[language]
+    say(f"{len(texts):,} texts, {look}, of {words} {unit} at the median")
+    return Corpus(texts, [source for source, _ in rows], language, words)
+
+
+def look_at(texts: list[str]) -> tuple[str, int]:
+    """Language, as `Corpus` has it, and the median number of words, from 2,000 texts."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    some = texts[:: max(1, len(texts) // 2000)]
+    joined = "".join("".join(text.split()) for text in some)
+    if 2 * len(UNSPACED.sub("", joined)) < len(joined):
+        return "unspaced", int(np.median([len("".join(text.split())) for text in some]))
+    words = [text.lower().split() for text in some]
+    n_english = sum(word in ENGLISH_STOP_WORDS for text in words for word in text)
+    language = "English" if n_english > ENGLISH_SHARE * sum(map(len, words)) else "other"
+    return language, int(np.median([len(text) for text in words]))
+
+
+def read_general(args: argparse.Namespace) -> list[dict]:
+    """The pairs that keep the model's general knowledge: of --general, docstrings by default; none where it is "none"."""
+    if str(args.general) == "none":
+        return []
+    if args.general is None and not DOCSTRING_PAIRS.exists():
+        return docstring_pairs(args)
+    pairs = read_pairs(args.general or DOCSTRING_PAIRS)
+    return [{"anchor": pair.anchor, "positive": pair.positive, "negatives": list(pair.negatives)} for pair in pairs]
+
+
+# ----------------------------------------------------------------------------------------------------------- the teacher
+
+
+def lexical_vectors(corpus: Corpus) -> list[tuple[str, np.ndarray]]:
+    """Latent semantic analysis (TF-IDF and truncated SVD) of words and of letter sequences: a name and vectors (N, E) of each.
+
+    Words lose the English stop words, or in another language those of a tenth of all texts; letter sequences those of a tenth.
+    """
+    from sklearn.decomposition import TruncatedSVD
+    from sklearn.feature_extraction.text import TfidfVectorizer
+
+    texts = [text[:MAX_CHARACTERS] for text in corpus.texts]
+    if corpus.language == "unspaced":
+        lengths = {"characters": (1, 1), "sequences of 2 to 3 characters": (2, 3)}
+        settings = {name: {"analyzer": "char", "ngram_range": span} for name, span in lengths.items()}
+    else:
+        words = {"stop_words": "english"} if corpus.language == "English" else {"max_df": 0.1}
+        settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5), "max_df": 0.1}}
+    vectors = []
+    for name, options in settings.items():
+        try:
+            counts = TfidfVectorizer(sublinear_tf=True, min_df=2, dtype=np.float32, **options).fit_transform(texts)
+        except ValueError:  # nothing is left: every word stands in a single text, or in more than a tenth of them
+            continue
+        dims = min(LSA_DIMS, max(15, len(texts) // 10), min(counts.shape) - 1)
+        if dims > 1:
+            vectors.append((name, TruncatedSVD(dims, random_state=0).fit_transform(counts)))
+    if not vectors:
+        raise InputError("no two texts share a word: there is nothing that a teacher could be made of")
+    return vectors
+
+
+def model_vectors(texts: list[str], args: argparse.Namespace) -> tuple[np.ndarray, str]:
+    """Vectors (N, at most MODEL_DIMS) of the model of --model, and its fingerprint; the mean over all tokens unless it is a run."""
+    from sklearn.decomposition import PCA
+
+    from encoder import Encoder, EncodingReport
+    from encoder.names import is_run
+
+    contract = {} if is_run(args.model) else {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
+    encoder, report = Encoder.load(args.model, dtype=args.dtype, device=args.device, **contract), EncodingReport()
+    encoder.merge()
+    vectors = encoder.encode(texts, progress=True, report=report)
+    for line in [*encoder.notes, *report.warnings()]:
+        warn(line)
+    if vectors.shape[1] > MODEL_DIMS:
+        vectors = PCA(min(MODEL_DIMS, len(vectors)), random_state=0).fit_transform(vectors)
+    return vectors, encoder.fingerprint
+
+
+def side_by_side(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Teacher's vectors (N, E) of norm 1 and the numbers (N, K) of each text's nearest.
+
+    The parts are centred, brought to norm 1 and stand side by side, so that each has an equal say in a cosine. Each vector then
+    moves halfway to the mean of its neighbours, weighted by their cosines: what a text shares with them stays, its noise does not.
+    """
+    import torch
+
+    def unit(vectors: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.normalize(vectors.float(), dim=-1)
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    vectors = unit(torch.cat([unit(v - v.mean(0)) for v in (torch.from_numpy(part).float().to(device) for part in parts)], dim=1))
+    n_neighbours = min(NEIGHBOURS, 2 * ((len(vectors) - 1) // 2))
+    neighbours, smooth = [], torch.empty_like(vectors)
+    for rows in torch.arange(len(vectors), device=device).split(max(1, COSINES_AT_ONCE // len(vectors))):
+        cosines = vectors[rows] @ vectors.T
+        cosines[torch.arange(len(rows), device=device), rows] = -2
+        best, numbers = cosines.topk(n_neighbours)
+        weights = best.clamp(min=0)[:, :, None]
+        means = (weights * vectors[numbers]).sum(1) / weights.sum(1).clamp(min=1e-6)
+        smooth[rows] = unit(vectors[rows] + means)
+        neighbours.append(numbers.int())
+    return smooth.cpu().numpy(), torch.cat(neighbours).cpu().numpy()
+
+
+# ------------------------------------------------------------------------------------------------------------ the folder
+
+
+def write_folder(out: Path, corpus: Corpus, teacher: np.ndarray, neighbours: np.ndarray, general: list[dict], recipe: dict) -> None:
+    """Write all files into a folder beside `out` and rename it: the folder is complete or absent."""
+    from safetensors.numpy import save_file
+
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+
+    def lines(rows: Iterator[dict]) -> str:
+        return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+    with errors_of_writing(out):
+        temporary.mkdir(parents=True)
+        try:
+            write_text(temporary / TEXTS_FILE, lines({"text": t, "source": s} for t, s in zip(corpus.texts, corpus.sources, strict=True)))
+            tensors = {"vectors": teacher.astype(np.float16), "neighbours": neighbours}
+            write_atomic(temporary / TEACHER_FILE, lambda path: save_file(tensors, path))
+            if general:
+                write_text(temporary / GENERAL_FILE, lines(general))
+            files = [TEXTS_FILE, TEACHER_FILE, *([GENERAL_FILE] if general else [])]
+            write_json(temporary / RECIPE_FILE, recipe | {"files": files})
+            os.replace(temporary, out)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
