@@ -19,7 +19,6 @@ from typing import NamedTuple
 import numpy as np
 
 from files.console import InputError, say, warn
-from files.docstrings import normalized_key
 from files.reading import left_out
 from files.writing import check_absent, errors_of_writing, write_atomic, write_json, write_text
 from pair_engines.docstring_pairs import docstring_pairs
@@ -32,6 +31,7 @@ DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings
 NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of these
 MIN_TEXTS = 32  # of a corpus in which neighbours mean something
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
+MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; between 0.1 and 0.4 it hardly matters (bench/README.md)
 LSA_DIMS = 100  # of fewer than 1,000 texts a tenth of their number, 15 at least
 MODEL_DIMS = 256  # of the model's vectors in the teacher, so that it stays small
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
@@ -88,9 +88,9 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     """The texts without copies, at most MAX_TEXTS of them. Prints what was left out and what the corpus looks like."""
     rows, seen, reasons = [], set(), Counter()
     for source, text in read_input(args.input, args.column):
-        key = normalized_key(text)
+        key = " ".join(text.casefold().split())
         if key in seen:
-            reasons["that is a copy of another"] += 1
+            reasons["that are copies of others"] += 1
         else:
             seen.add(key)
             rows.append((source, text))
@@ -141,7 +141,7 @@ def read_general(args: argparse.Namespace) -> list[dict]:
 def lexical_vectors(corpus: Corpus) -> list[tuple[str, np.ndarray]]:
     """Latent semantic analysis (TF-IDF and truncated SVD) of words and of letter sequences: a name and vectors (N, E) of each.
 
-    Words lose the English stop words, or in another language those of a tenth of all texts; letter sequences those of a tenth.
+    Words in English lose the stop words; in another language, and sequences of letters, those of more than MAX_SHARE of the texts.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -151,13 +151,13 @@ def lexical_vectors(corpus: Corpus) -> list[tuple[str, np.ndarray]]:
         lengths = {"characters": (1, 1), "sequences of 2 to 3 characters": (2, 3)}
         settings = {name: {"analyzer": "char", "ngram_range": span} for name, span in lengths.items()}
     else:
-        words = {"stop_words": "english"} if corpus.language == "English" else {"max_df": 0.1}
-        settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5), "max_df": 0.1}}
+        words = {"stop_words": "english"} if corpus.language == "English" else {"max_df": MAX_SHARE}
+        settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5), "max_df": MAX_SHARE}}
     vectors = []
     for name, options in settings.items():
         try:
             counts = TfidfVectorizer(sublinear_tf=True, min_df=2, dtype=np.float32, **options).fit_transform(texts)
-        except ValueError:  # nothing is left: every word stands in a single text, or in more than a tenth of them
+        except ValueError:  # nothing is left: every word stands in a single text, or in too many
             continue
         dims = min(LSA_DIMS, max(15, len(texts) // 10), min(counts.shape) - 1)
         if dims > 1:

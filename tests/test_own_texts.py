@@ -1,0 +1,266 @@
+"""`make_pairs.py auto` and training on its folder: the teacher, the folder, distillation, resumption and chunks."""
+
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.numpy import load_file, save_file
+from short_runs import ShortRuns, assert_same_adapter, metrics, run, summary, word_rows, write_rows
+
+import make_pairs
+from encoder import Contract, Encoder
+from files.console import InputError
+from pair_engines.teacher import look_at, side_by_side
+from training.gradients import chunked_backward
+from training.losses import LossSettings, batch_loss, distillation
+from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts
+from training.pair_data import Pair, PairDataset, tokenize_pairs
+from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT
+
+TOPICS = ("saffron risotto", "brass trumpet", "knitted sweater", "mountain bicycle", "walnut table", "ceramic teapot")
+
+
+def topic_texts(n: int = 8) -> list[str]:
+    """n texts of each topic, which they name in other words of a sentence."""
+    chance, verbs = random.Random(0), ("buy", "clean", "lend", "photograph", "describe", "wrap", "sell")
+    return [f"Please {chance.choice(verbs)} the {topic}, it is for {chance.choice(verbs)}ing {i}" for topic in TOPICS for i in range(n)]
+
+
+def auto(*flags) -> None:
+    make_pairs.main(make_pairs.build_parser().parse_args(["auto", *map(str, flags)]))
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(topic_texts()))
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path, texts) -> Path:
+    """Made from words alone, with 24 general pairs."""
+    auto("--input", texts, "--model", "none", "--general", write_rows(tmp_path / "general.jsonl", word_rows()), "--out", tmp_path / "mine")
+    return tmp_path / "mine"
+
+
+@pytest.fixture
+def small(llama, tmp_path) -> ShortRuns:
+    """Short runs on the folder instead of a file of pairs."""
+    runs = ShortRuns(llama, tmp_path)
+    runs.pairs = tmp_path / "mine"
+    return runs
+
+
+# ----------------------------------------------------------------------------------------------------------- the teacher
+
+
+def test_neighbours_share_their_topic(folder):
+    tensors, lines = load_file(folder / TEACHER_FILE), (folder / TEXTS_FILE).read_text().splitlines()
+    topic = [next(t for t in TOPICS if t in json.loads(line)["text"]) for line in lines]
+    assert tensors["neighbours"].shape == (48, 8) and tensors["vectors"].dtype == np.float16
+    assert np.mean([[topic[j] == topic[i] for j in row[:6]] for i, row in enumerate(tensors["neighbours"])]) > 0.9
+    assert not any(i in row for i, row in enumerate(tensors["neighbours"]))
+    assert json.loads(lines[0]) == {"text": topic_texts()[0], "source": "texts.txt:1"}
+
+
+def test_parts_have_an_equal_say_and_move_towards_their_neighbours():
+    rng = np.random.default_rng(0)
+    parts = [100 * rng.normal(size=(20, 3)) + 7, rng.normal(size=(20, 5))]
+    teacher, neighbours = side_by_side(parts)
+    unit = np.hstack([(part - part.mean(0)) / np.linalg.norm(part - part.mean(0), axis=1, keepdims=True) for part in parts]) / math.sqrt(2)
+    cosines = unit @ unit.T - 3 * np.eye(20)
+    assert (np.sort(neighbours) == np.sort(np.argsort(-cosines)[:, :8])).all()
+    weights = np.clip(np.take_along_axis(cosines, neighbours.astype(int), 1), 0, None)
+    moved = unit + (weights[:, :, None] * unit[neighbours]).sum(1) / weights.sum(1, keepdims=True)
+    np.testing.assert_allclose(teacher, moved / np.linalg.norm(moved, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_the_same_texts_give_the_same_folder_and_a_model_is_part_of_the_teacher(tmp_path, texts, folder, llama, capsys):
+    general = tmp_path / "general.jsonl"
+    auto("--input", texts, "--model", "none", "--general", general, "--out", tmp_path / "again")
+    for path in folder.iterdir():
+        assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
+    auto("--input", texts, "--model", llama, "--general", "none", "--out", tmp_path / "with model")
+    recipe = json.loads((tmp_path / "with model" / RECIPE_FILE).read_text())
+    assert len(recipe["teacher"]) == 3 and recipe["fingerprint"] and not (tmp_path / "with model" / "general.jsonl").exists()
+    assert "words, sequences of 3 to 5 letters, vectors of" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "language"),
+    [
+        ("please turn the lights of the kitchen off", "English"),
+        ("bitte schalte das Licht in der Küche aus", "other"),
+        ("请把厨房的灯关掉", "unspaced"),
+    ],
+)
+def test_the_language_is_looked_at(text, language):
+    assert look_at([text] * 40) == (language, 8)
+
+
+def test_texts_without_spaces_are_taught_by_their_characters(tmp_path, capsys):
+    dishes, verbs = ("番茄炒蛋", "红烧牛肉", "糖醋排骨", "麻婆豆腐", "宫保鸡丁", "小笼汤包"), "买卖做吃看洗切煮"
+    (tmp_path / "zh.txt").write_text("\n".join(f"我想{verb}一份{dish}" for dish in dishes for verb in verbs))
+    auto("--input", tmp_path / "zh.txt", "--model", "none", "--general", "none", "--out", tmp_path / "zh")
+    neighbours = load_file(tmp_path / "zh" / TEACHER_FILE)["neighbours"]
+    assert np.mean(neighbours // 8 == np.arange(48)[:, None] // 8) > 0.8
+    assert "written without spaces, of 9 characters" in capsys.readouterr().out
+
+
+def test_copies_are_counted_and_more_texts_than_wanted_are_drawn(tmp_path, texts, capsys):
+    texts.write_text("\n".join([*topic_texts(), *map(str.upper, topic_texts()[:9])]))
+    auto("--input", texts, "--model", "none", "--general", "none", "--limit", 40, "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "9 texts left out: 9 that are copies of others" in out and "40 of 48 texts are drawn at random" in out
+
+
+@pytest.mark.parametrize(
+    ("rows", "flags", "message"),
+    [
+        (["one text"] * 50, (), r"holds 1 different texts: a teacher needs at least 32"),
+        ([chr(0x1D00 + i) * 9 for i in range(40)], (), "no two texts share a word"),
+        (topic_texts(), ("--general", "nowhere.jsonl"), "nowhere.jsonl"),
+        (topic_texts(), ("--model", "nowhere"), "no model 'nowhere'"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused_and_leaves_nothing(tmp_path, texts, rows, flags, message):
+    texts.write_text("\n".join(rows))
+    defaults = {"--model": "none", "--general": "none"} | dict(zip(flags[::2], flags[1::2], strict=True))
+    with pytest.raises((InputError, FileNotFoundError), match=message):
+        auto("--input", texts, "--out", tmp_path / "out", *(x for item in defaults.items() for x in item))
+    assert {path.name for path in tmp_path.iterdir()} <= {"texts.txt"}
+
+
+# ------------------------------------------------------------------------------------------------------------ distillation
+
+
+def test_distillation_by_hand():
+    """The teacher sees texts 0 and 1 alike, the student all at right angles: at temperature 0.1."""
+    student, teacher = torch.eye(3), torch.tensor([[1.0, 0, 0], [1, 0, 0], [0, 1, 0]])
+    high = math.exp(10) / (math.exp(10) + 1)
+    divergence = high * math.log(high / 0.5) + (1 - high) * math.log((1 - high) / 0.5)
+    result = distillation(student, teacher, torch.arange(3))
+    assert result.loss.item() == pytest.approx(2 * divergence / 3, abs=1e-5) and result.n_negatives == 2
+    same = distillation(teacher, teacher, torch.arange(3))
+    assert same.loss.item() == pytest.approx(0, abs=1e-6) and same.accuracy == 1
+    copies = distillation(student, teacher, torch.tensor([5, 5, 6]))  # texts 0 and 1 are the same text: nothing to learn of them
+    assert copies.loss.item() == pytest.approx(0, abs=1e-5) and copies.n_negatives == pytest.approx(4 / 3)
+
+
+def taught_pairs(n: int) -> list[Pair]:
+    teacher = F.normalize(torch.randn(n, 3, 5, generator=torch.Generator().manual_seed(0)), dim=-1).half().numpy()
+    return [Pair(f"text {i}", f"neighbour {i}", (f"other {i}",), teacher[i]) for i in range(n)]
+
+
+@pytest.mark.parametrize("chunk", [2, 3])
+def test_chunks_of_taught_and_other_pairs_give_the_gradients_of_the_whole(llama, chunk):
+    """And the loss is the sum of both losses."""
+    pairs = [
+        pair
+        for both in zip(taught_pairs(3), [Pair(f"anchor {i}", f"positive {i}", ("no",) * i) for i in range(3)], strict=True)
+        for pair in both
+    ]
+    encoder = Encoder.load(llama, prompt="cluster", pooling="mean", dtype="float32")
+    torch.manual_seed(0)
+    encoder.add_adapter(2, 2)
+    for name, parameter in encoder.trainable().items():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    batch = tokenize_pairs(encoder, pairs)
+    gradients, losses = [], []
+    for size in (len(pairs), chunk):
+        chunks = []
+        for start in range(0, len(pairs), size):
+            rows = list(range(start, min(start + size, len(pairs))))
+            chunks.append(
+                [(batch.anchors, rows), (batch.positives, rows), (batch.negatives, [j for i in rows for j in batch.negative_rows[i]])]
+            )
+        encoder.decoder.zero_grad()
+        n_hard = sum(map(len, batch.negative_rows))
+        losses.append(chunked_backward(encoder, chunks, [[6], [6], [n_hard]], batch_loss(batch, encoder.device, LossSettings())))
+        gradients.append({name: p.grad.clone() for name, p in encoder.trainable().items()})
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-7)
+    apart = []
+    for some in (pairs[::2], pairs[1::2]):
+        one = tokenize_pairs(encoder, some)
+        rows, hard = list(range(3)), list(range(sum(map(len, one.negative_rows))))
+        chunks = [[(one.anchors, rows), (one.positives, rows), (one.negatives, hard)]]
+        apart.append(chunked_backward(encoder, chunks, [[3], [3], [len(hard)]], batch_loss(one, encoder.device, LossSettings())))
+    assert losses[0].loss.item() == pytest.approx(sum(result.loss.item() for result in apart), rel=1e-5)
+    assert losses[0].divergence == pytest.approx(apart[0].loss.item(), rel=1e-5) and apart[1].divergence is None
+
+
+# --------------------------------------------------------------------------------------------------------------- training
+
+
+def test_training_on_the_folder_comes_nearer_to_the_teacher(small, folder, tmp_path, capsys):
+    run(*small("run", "--steps", 60, "--batch-size", 32, "--lr", 0.005, "--lora-rank", 8))
+    rows = metrics(tmp_path / "run")
+    assert np.mean([row["divergence"] for row in rows[-5:]]) < 0.8 * np.mean([row["divergence"] for row in rows[:3]])
+    out = capsys.readouterr().out
+    assert "48 texts with a teacher and 24 pairs from" in out and "the last step's adapter is kept" in out
+    contract = Contract.read(tmp_path / "run")
+    assert (contract.pooling, contract.scope) == ("position-mean", "all")
+
+
+def test_the_recipe_decides_what_the_command_line_leaves_open(small, folder, tmp_path):
+    recipe = json.loads((folder / RECIPE_FILE).read_text())
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe | {"train": {"steps": 2, "pooling": "mean", "scope": "all"}}))
+    flags = [flag for flag in small("run", "--pooling", "last") if flag != "--steps"]
+    flags.remove("3")
+    run(*flags)
+    assert summary(tmp_path / "run")["steps"] == 2 and Contract.read(tmp_path / "run").pooling == "last"
+
+
+def test_a_resumed_run_is_the_whole_run_to_the_bit(small, folder, tmp_path):
+    run(*small("whole", "--steps", 5, "--lora-dropout", 0.1))
+    run(*small("run", "--steps", 5, "--lora-dropout", 0.1, "--checkpoint-every", 2))
+    out = tmp_path / "run"
+    (out / CHECKPOINT).unlink()
+    (out / PREVIOUS_CHECKPOINT).rename(out / CHECKPOINT)
+    (out / "summary.json").unlink()
+    run("--out", out, "--resume")
+    assert_same_adapter(tmp_path / "whole", out)
+
+
+def test_folders_and_files_are_mixed_by_weight(folder, tmp_path):
+    more = write_rows(tmp_path / "more.jsonl", [{"anchor": f"a {i}", "positive": f"p {i}"} for i in range(10)])
+    pairs = PairDataset([folder, more])
+    assert pairs.sizes == [4 * 48, 24, 10] and pairs.taught
+    assert pairs.weights(None) == [0.5, 0.5, 1] and pairs.weights([2, 1]) == [1, 1, 1]
+    own, general, other = pairs[[5, 192, 216]]
+    texts = topic_texts()
+    neighbours = load_file(folder / TEACHER_FILE)["neighbours"]
+    assert own.anchor == texts[1] and [own.positive, *own.negatives] == [texts[j] for j in neighbours[1, 2:4]]
+    assert own.teacher.shape[0] == 3 and general.teacher is None and (other.anchor, other.positive) == ("a 0", "p 0")
+    assert pairs.copies(np.array([192, 217])).tolist() == [192, 217]
+
+
+@pytest.mark.parametrize("what", ["recipe", "missing", "teacher", "texts", "line"])
+def test_a_damaged_folder_is_one_clear_line(small, folder, what):
+    if what == "recipe":
+        (folder / RECIPE_FILE).write_text("{")
+    elif what == "missing":
+        (folder / TEXTS_FILE).unlink()
+    elif what == "teacher":
+        (folder / TEACHER_FILE).write_bytes((folder / TEACHER_FILE).read_bytes()[:-9])
+    elif what == "texts":
+        (folder / TEXTS_FILE).write_text((folder / TEXTS_FILE).read_text().partition("\n")[2])
+    else:
+        (folder / TEXTS_FILE).write_text("{}\n" + (folder / TEXTS_FILE).read_text().partition("\n")[2])
+    message = r"texts\.jsonl, line 1: needs" if what == "line" else "make (it|the folder) again with make_pairs.py auto"
+    with pytest.raises(InputError, match=message):
+        run(*small("run"))
+
+
+def test_neighbours_beyond_the_texts_are_noticed(folder):
+    tensors = load_file(folder / TEACHER_FILE)
+    save_file(tensors | {"neighbours": tensors["neighbours"] + 10}, folder / TEACHER_FILE)
+    with pytest.raises(InputError, match="damaged or of other texts"):
+        OwnTexts(folder)
