@@ -37,7 +37,7 @@ MODEL_DIMS = 256  # of the model's vectors in the teacher, so that it stays smal
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 COSINES_AT_ONCE = 2**25  # 128 MiB
-MIN_STEPS, MAX_STEPS = 160, 2000
+MIN_STEPS, MAX_STEPS = 80, 2000  # two passes over the texts lie between them
 
 
 class Corpus(NamedTuple):

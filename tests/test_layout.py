@@ -28,7 +28,7 @@ LAYERS = [
     {"pair_engines", "pair_engines.inputs"},
     {"pair_engines.docstring_pairs", "pair_engines.spans", "pair_engines.chat", "pair_engines.mining", "pair_engines.teacher"},
     {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
-    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},
+    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.bench_own_texts", "bench.gpu"},
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
