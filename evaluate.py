@@ -4,6 +4,7 @@
     python evaluate.py --model tiny runs/tiny --baselines tfidf        # side by side
     python evaluate.py --model tiny --prompt none cluster --pooling mean last --scope all text    # a grid for a base
     python evaluate.py --data mine.csv                         # columns text,label (or text1,text2,score; or a folder)
+    python evaluate.py --model runs/mine --texts mine.txt      # without labels: is the run better than its base, or worse?
     python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
     torchrun --nproc-per-node 8 evaluate.py --model mistral-7b         # every process encodes its share
 
@@ -44,8 +45,10 @@ import numpy as np
 from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, Contract, default_scope, trained_dims
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run, newest_run
 from files.console import InputError, process_rank, run_script, say, warn
+from files.reading import read_texts
 from files.writing import check_absent, write_json
 from prompts import PROMPTS, TASK_PROMPTS, get_prompt, prompt_label
+from tasks import unlabelled
 from tasks.mteb_tasks import bundled_tasks, local_task, local_tasks
 
 if TYPE_CHECKING:  # torch, transformers and mteb are imported where they are used: what is wrong with the flags is said at once
@@ -275,11 +278,12 @@ def table_rows(args: argparse.Namespace, task_type: str, failures: list[str]) ->
             raise InputError(f"--baselines tfidf is fitted on the texts that it embeds: it can score clustering, not {task_type}")
         yield from ([baseline(name)] for name in args.baselines)
     newest = None if args.model else newest_run(RUNS)
+    beside_its_base = newest is not None or args.texts is not None
     for spec in args.model or [str(newest or "tiny")]:
         for prompt in [None] if is_run(spec) else args.prompt or [TASK_PROMPTS.get(task_type, "none")]:
             with other_rows_go_on(args, failures):
                 if prompt is None:
-                    yield from run_rows(spec, args, beside_its_base=newest is not None)
+                    yield from run_rows(spec, args, beside_its_base=beside_its_base)
                 else:
                     yield base_rows(spec, prompt, args)
 
@@ -345,6 +349,10 @@ def changes_to_run(spec: str, args: argparse.Namespace) -> dict:
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for what the flags alone, the names of the models and the contracts of runs show. It costs no slow import."""
+    if args.texts and (args.task or args.data or args.bundled or args.benchmark):
+        raise InputError("--texts compares models without labels: leave --task, --data, --bundled and --benchmark out")
+    if args.column and not args.texts:
+        raise InputError("--column names the column of --texts: of --data the columns are text and label")
     check_dtype(args.dtype)
     if args.query_prompt and not args.prompt:
         raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
@@ -478,6 +486,47 @@ def table(cells: list[dict]) -> str:
     return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:], *notes])
 
 
+# ---------------------------------------------------------------------------------------------- texts without labels
+
+
+def compare_on_texts(args: argparse.Namespace, failures: list[str]) -> list[dict]:
+    """Print a table of the rows' scores on --texts and what each is against the first, and return it. Raises InputError.
+
+    A run stands below its untuned base under the same contract; a row that is there already is not repeated.
+    """
+    texts, summary = read_texts(args.texts, args.column)
+    say(summary)
+    different = list(dict.fromkeys(text for _, text in texts))
+    chosen = np.random.default_rng(0).permutation(len(different))[: unlabelled.MAX_TEXTS]
+    splits = unlabelled.hide_words([different[i] for i in np.sort(chosen)])
+    if not splits:
+        raise InputError(f"{args.texts}: fewer than {unlabelled.MIN_TEXTS} of {len(different)} texts share words with others: too few")
+    rows, scores = [], {}
+    for models in table_rows(args, "Clustering", failures):
+        for model in models:
+            if model.fingerprint in scores:
+                continue
+            scores[model.fingerprint] = [unlabelled.scores(model.encode_texts(split.texts, "document"), split) for split in splits]
+            row = {"model": model.label, "fingerprint": model.fingerprint, "contract": model.contract, "computed": model.computed}
+            rows.append(row | {"score": float(np.mean(np.concatenate(scores[model.fingerprint])))})
+    if not rows:
+        raise InputError("; ".join(failures))
+    rows.sort(key=lambda row: row["contract"] is None)  # baselines last: the first row is what the others are compared with
+    for row in rows[1:]:
+        result = unlabelled.compare(*(scores[r["fingerprint"]] for r in (rows[0], row)), splits)
+        row |= {"ratio": result.ratio, "interval": [result.low, result.high], "verdict": result.verdict}
+    width = max(len(row["model"]) for row in rows)
+    say(f"{'model'.ljust(width)}   score   against the first (95 % interval)")
+    for row in rows:
+        against = ""
+        if "ratio" in row:
+            low, high = row["interval"]
+            against = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f}): {row['verdict']}"
+        say(f"{row['model'].ljust(width)}  {row['score']:6.2f}   {against}".rstrip())
+    say(f"score: likeness of hidden words in a cluster, 1 is chance; {unlabelled.ADVICE}")
+    return rows
+
+
 def write_results(cells: list[dict], path: Path) -> None:
     """Write every cell and the versions of what computed it, in the format described at the top."""
     packages = ("mteb", "torch", "transformers", "peft", "scikit-learn", "numpy")
@@ -505,6 +554,8 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="PATH",
         help="your own labelled files or folders, see evaluate.py's first lines (default: off)",
     )
+    add("--texts", type=Path, metavar="FILE", help="compare the models on texts without labels, see tasks/unlabelled.py (default: off)")
+    add("--column", help="column of --texts that holds the text (default: guessed, and printed)")
     # how texts become vectors: for untuned bases; a run has its contract
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them (default: by type of task)")
     poolings = [p for p in POOLINGS if p != "query"]  # which is learned: an untuned base has none
@@ -538,11 +589,17 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
-    tasks = choose_tasks(args)
+    tasks = [] if args.texts else choose_tasks(args)
     check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
     cells, failures = [], []
+    if args.texts:
+        rows = compare_on_texts(args, failures)
+        if out:
+            write_json(out, rows)
+        end_with(failures)
+        return
     try:
         for cell in score_all(args, tasks, failures):
             cells.append(cell)
@@ -557,10 +614,15 @@ def main(args: argparse.Namespace) -> None:
     say(table(cells))
     if out:
         write_results(cells, out)
-    if failures:
-        raise InputError(f"the table lacks what could not be computed: {'; '.join(failures)}")
+    end_with(failures)
+
+
+def end_with(failures: list[str]) -> None:
+    """End the script: raise InputError where rows are missing."""
     from encoder.processes import end_distributed
 
+    if failures:
+        raise InputError(f"the table lacks what could not be computed: {'; '.join(failures)}")
     end_distributed()
 
 

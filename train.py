@@ -78,6 +78,7 @@ if TYPE_CHECKING:  # slow to import, so that errors of the flags come first
 ROOT = Path(__file__).resolve().parent
 DEFAULT_PAIRS = ROOT / "pairs" / "docstrings.jsonl"
 OTHER_MODELS = Preset("", batch_size=120, lr=1e-4)  # the training defaults of models that are no preset
+MAX_UNLABELLED = 1000  # texts that a finished run is compared with its base on: seconds
 MAX_SKIPPED_IN_A_ROW = 2  # steps that were not finite; one more ends the run
 
 
@@ -469,6 +470,8 @@ def save(run: "Run") -> None:
 def finish(run: "Run", interrupted_by: int | None) -> None:
     """Draw the curve; of a complete run leave the best weights and the summary. An interrupted one exits as after its signal."""
     from encoder import EncodingReport
+    from tasks.unlabelled import ADVICE
+    from training.validation import compare_with_base
 
     out, state, encoder = run.args.out, run.state, run.encoder
     joules = all_reduce_number(math.nan if state.joules is None else state.joules, "sum")  # NaN if one process does not know
@@ -485,13 +488,19 @@ def finish(run: "Run", interrupted_by: int | None) -> None:
     for line in EncodingReport(state.n_empty, state.n_truncated, encoder.contract.max_tokens).warnings():
         warn(line)
     problem = collapse(run.rows, n_warmup_steps(run.data.steps, run.args.warmup_ratio), least=1)
-    write_json(out / SUMMARY_FILE, summarize(run, joules) | {"collapse": problem})
+    comparison = None  # under torchrun the other processes, which would have to encode as well, have ended their work
+    if distributed().world_size == 1:
+        comparison = compare_with_base(encoder, run.data.pairs.some_texts(MAX_UNLABELLED))
+    unlabelled = comparison and comparison._asdict() | {"verdict": comparison.verdict}
+    write_json(out / SUMMARY_FILE, summarize(run, joules) | {"collapse": problem, "against_base_without_labels": unlabelled})
     kept = ""
     if validation := run.data.validation:
         kept = f", kept step {state.kept_step} ({validation.name} {state.kept_score:.3f}, the best was {state.best_score:.3f})"
     say(f"{out}: {state.step} steps{kept}, in {state.seconds:.0f} s, fingerprint {encoder.fingerprint}")
     if problem:
         warn(f"this run has learned little or nothing. At its end {problem}")
+    if comparison and comparison.verdict == "worse":
+        warn(f"without labels this run looks worse than its base, see evaluate.py --texts (ratio {comparison.ratio:.2f}; {ADVICE})")
     evaluate = f"python evaluate.py --model {shlex.quote(os.path.relpath(out))} {shlex.quote(run.args.model)}"
     say(f"next: {evaluate} --data labelled.csv     # columns text,label")
     say(f"  or: {evaluate} --bundled               # without labels: the bundled tasks")

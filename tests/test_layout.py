@@ -19,7 +19,7 @@ LAYERS = [
     {"encoder.packing", "encoder.lora", "encoder.loading", "encoder.nearest"},
     {"encoder.states", "encoder.streaming"},
     {"encoder.encoder", "encoder"},
-    {"tasks", "tasks.mteb_tasks", "tasks.draw"},
+    {"tasks", "tasks.mteb_tasks", "tasks.draw", "tasks.unlabelled"},
     {"training", "training.own_texts", "training.pair_data", "training.optimization"},
     {"training.losses"},
     {"training.gradients"},

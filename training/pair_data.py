@@ -188,6 +188,13 @@ class PairDataset:
         given = given or [1.0] * len(self._sources_of)
         return [weight / n for weight, n in zip(given, self._sources_of, strict=True) for _ in range(n)]
 
+    def some_texts(self, n: int) -> list[str]:
+        """About n of the texts with a teacher; where there are none, of the anchors of all pairs."""
+        for source in self._sources:
+            if isinstance(source, OwnTexts):
+                return source.texts[:: max(1, len(source.texts) // n)]["text"]
+        return [pair.anchor for pair in self[list(range(0, len(self), max(1, len(self) // n)))]]
+
     def copies(self, rows: np.ndarray) -> np.ndarray:
         """All rows whose pair is equal to the pair of one of `rows`, those included, sorted."""
         pairs = self[rows.tolist()]

@@ -11,6 +11,7 @@ from encoder.encoder import NonFiniteError
 from encoder.processes import all_reduce_number, distributed
 from files.console import InputError
 from files.reading import as_label, as_text, column_names, excerpt, read_column, read_rows
+from tasks import unlabelled
 from training.gradients import autocast
 from training.pair_data import Pair
 
@@ -63,6 +64,18 @@ class Validation:
 
         k_means = MiniBatchKMeans(len(set(self.labels)), batch_size=500, n_init="auto", random_state=0)
         return v_measure_score(self.labels, k_means.fit_predict(_encode(encoder, self.texts)))
+
+
+def compare_with_base(encoder: Encoder, texts: list[str]) -> unlabelled.Comparison | None:
+    """What training did to these texts, without labels (tasks/unlabelled.py): the run against its untuned base.
+
+    None where too few texts share words. Leaves the decoder in evaluation mode.
+    """
+    splits = unlabelled.hide_words(list(dict.fromkeys(texts)), n_splits=2)
+    if not splits:
+        return None
+    models = encoder.untuned(), encoder
+    return unlabelled.compare(*([unlabelled.scores(model.encode(s.texts), s) for s in splits] for model in models), splits)
 
 
 def _encode(encoder: Encoder, texts: list[str], role: str = "document") -> np.ndarray:
