@@ -22,19 +22,37 @@ Docstrings are read from the source files; no code is imported or run. The modul
 """
 
 import argparse
-import json
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-from files.console import InputError, run_script, say
-from files.writing import check_absent, write_new
-from pair_engines.chat import TEMPLATES, llm_pairs, partial_file
+from files.console import InputError, run_script, say, warn
+from files.writing import write_json
+from pair_engines.chat import TEMPLATES, llm_pairs
 from pair_engines.docstring_pairs import docstring_pairs
+from pair_engines.gate import ALL_CHECKS, Gate
 from pair_engines.mining import mined_pairs
+from pair_engines.outputs import RowFiles, check_out, companion, partial_file
+from pair_engines.report import PICTURE_FROM, Tally
 from pair_engines.spans import crop_pairs, noise_pairs
 
 HERE = Path(__file__).resolve().parent
-# adding an engine: a function from the arguments to the pairs, a line here, and its flags below
-ENGINES = {"docstrings": docstring_pairs, "crop": crop_pairs, "noise": noise_pairs, "llm": llm_pairs, "mine": mined_pairs}
+
+
+class Engine(NamedTuple):
+    make: Callable[[argparse.Namespace], Iterable[dict]]  # the arguments -> the pairs
+    checks: tuple[str, ...] | None  # of the gate, see `pair_engines/gate.py`; None: no gate, and no report
+
+
+# adding an engine: a function, a line here, and its flags below
+ENGINES = {
+    "docstrings": Engine(docstring_pairs, None),  # it has rules of its own
+    "crop": Engine(crop_pairs, ("copy", "duplicate")),
+    "noise": Engine(noise_pairs, ("duplicate",)),  # a damaged copy is nearly a copy
+    "llm": Engine(llm_pairs, ALL_CHECKS),
+    "mine": Engine(mined_pairs, None),
+}
 
 
 def probability(text: str) -> float:
@@ -50,6 +68,19 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def count(text: str) -> int:
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return int(text)
+
+
+def shard(text: str) -> tuple[int, int]:
+    i, _, n = text.partition("/")
+    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N, such as 1/4 for the first of four")
+    return int(i), int(n)
+
+
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     engines = parser.add_subparsers(dest="engine", required=True, metavar="ENGINE", help="how the pairs are made:")
@@ -62,21 +93,34 @@ def build_parser() -> argparse.ArgumentParser:
     )
     table.add_argument("--column", help="column that holds the text (default: guessed, and printed)")
     table.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    table.add_argument(
+        "--shard",
+        type=shard,
+        metavar="I/N",
+        help="of the texts only every N-th, from the I-th on; join the files with merge (default: all)",
+    )
+    gated = argparse.ArgumentParser(add_help=False)
+    gated.add_argument("--no-gate", action="store_true", help="keep every pair that is not empty (default: the engine's checks)")
+    gated.add_argument("--judge", metavar="MODEL", help="keep pairs whose cosine under this model is in the window (default: no judge)")
+    gated.add_argument(
+        "--judge-window", type=float, nargs=2, default=[0.4, 0.98], metavar=("LOW", "HIGH"), help="of cosines (default 0.4 0.98)"
+    )
+    gated.add_argument("--review", type=count, default=0, metavar="N", help="print N accepted and N rejected pairs (default 0)")
 
     docs = engines.add_parser("docstrings", parents=[common], help="a docstring's first sentence and the prose after it")
     docs.add_argument(
         "--out", type=Path, default=HERE / "pairs" / "docstrings.jsonl", help="JSONL file to write (default pairs/docstrings.jsonl)"
     )
-    crop = engines.add_parser("crop", parents=[common, table], help="two spans of one document")
+    crop = engines.add_parser("crop", parents=[common, table, gated], help="two spans of one document")
     crop.add_argument("--min-words", type=positive_int, default=8, help="leave documents of fewer words out (default 8)")
-    noise = engines.add_parser("noise", parents=[common, table], help="a text and its damaged copy")
+    noise = engines.add_parser("noise", parents=[common, table, gated], help="a text and its damaged copy")
     for name, what in (
         ("delete", "deleting a word"),
         ("swap", "swapping a word with the next"),
         ("chars", "swapping two letters of a word"),
     ):
         noise.add_argument(f"--{name}", type=probability, default=0.1, help=f"probability of {what} (default 0.1)")
-    llm = engines.add_parser("llm", parents=[common, table], help="a local chat model rewrites each text")
+    llm = engines.add_parser("llm", parents=[common, table, gated], help="a local chat model rewrites each text")
     llm.add_argument("--chat-model", required=True, help="hub id or folder of the chat model")
     llm.add_argument(
         "--templates", nargs="+", choices=TEMPLATES, default=list(TEMPLATES), help="instructions to draw from (default: all five)"
@@ -106,19 +150,72 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    check_absent(args.out)
-    if not args.out.name.endswith((".jsonl", ".jsonl.gz")):
-        raise InputError(f"--out {args.out}: pairs are written as JSONL, take a name that ends in .jsonl or .jsonl.gz")
-    pairs = ENGINES[args.engine](args)[: args.limit]
-    if not pairs:
-        why = "every answer was empty or repeated its text" if args.engine == "llm" else "no docstring has two sentences that fit"
+def load_gate(args: argparse.Namespace, checks: tuple[str, ...]) -> Gate:
+    """The gate of an engine with these checks, with the judge where one is asked for."""
+    low, high = args.judge_window
+    if not -1 <= low < high <= 1:
+        raise InputError(f"--judge-window {low:g} {high:g}: needs the lowest and then the highest cosine, both between -1 and 1")
+    judge = None
+    if args.judge:
+        from encoder import Encoder
+
+        judge = Encoder.load(args.judge)
+        judge.merge()
+        say(f"judge: {args.judge}, fingerprint {judge.fingerprint}, window {low:g} to {high:g}")
+    return Gate(() if args.no_gate else checks, judge, (low, high))
+
+
+def write_gated(args: argparse.Namespace, engine: Engine, files: RowFiles) -> Tally:
+    """Write the pairs that pass the gate to OUT, what failed beside it, and a report. Raises InputError where no pair is left."""
+    gate, tally, last_error = load_gate(args, engine.checks), Tally(args.seed, args.review), ""
+
+    def pairs() -> Iterator[dict]:
+        nonlocal last_error
+        for row in engine.make(args):
+            if "error" in row:
+                tally.failed, last_error = tally.failed + 1, row["error"]
+                files.write(companion(args.out, "failed.jsonl"), row)
+            else:
+                yield row
+
+    for verdict in gate.sort(pairs()):
+        tally.add(verdict)
+        if not verdict.reason:
+            files.write(args.out, verdict.pair)
+    if tally.failed:
+        warn(f"{tally.failed} texts failed, the last with {last_error}: they stand in {companion(args.out, 'failed.jsonl')}")
+    if tally.made:
+        say(tally.reason_line())
+    if args.review:
+        tally.show(args.review)
+    if not tally.kept:
+        why = "read some with --review 5, or keep them with --no-gate" if tally.made else "no text was left to make one of"
         raise InputError(f"no pairs were made: {why}")
-    lines = (json.dumps(pair, ensure_ascii=False, default=str) + "\n" for pair in pairs)
-    write_new(args.out, "".join(lines).encode(errors="backslashreplace"))  # half a surrogate pair is written as JSON's escape
+    return tally
+
+
+def write_report(args: argparse.Namespace, tally: Tally) -> None:
+    """OUT.report.json, and from PICTURE_FROM pairs on its histograms as OUT.report.png."""
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    write_json(companion(args.out, "report.json"), tally.as_json(arguments))
+    if tally.made >= PICTURE_FROM:
+        tally.draw(companion(args.out, "report.png"))
+
+
+def main(args: argparse.Namespace) -> None:
+    check_out(args.out)
+    engine = ENGINES[args.engine]
+    with RowFiles(args.out) as files:
+        if engine.checks is None:
+            for pair in itertools.islice(engine.make(args), args.limit):
+                files.write(args.out, pair)
+            if not files.counts[args.out]:
+                raise InputError("no pairs were made: no docstring has two sentences that fit")
+        else:
+            write_report(args, write_gated(args, engine, files))
     partial_file(args.out).unlink(missing_ok=True)
-    say(f"{args.out}: {len(pairs)} pairs, for example")
-    for pair in pairs[:2]:
+    say(f"{args.out}: {files.counts[args.out]} pairs, for example")
+    for pair in files.first:
         say(f"  {pair['anchor'][:90]!r}\n  {pair['positive'][:90]!r}")
 
 

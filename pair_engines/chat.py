@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from files.console import InputError, Progress, say, warn
-from files.docstrings import normalized_key
 from files.writing import write_text
 from pair_engines.inputs import read_input
+from pair_engines.outputs import partial_file
 
 # The five ways to rewrite of Roth et al. 2025 (arXiv 2507.22729, section on synthetic positives); the wording is ours.
 TEMPLATES = {
@@ -42,9 +42,7 @@ def llm_pairs(args: argparse.Namespace) -> list[dict]:
         say(f"{partial}: continuing, {len(rows)} of {len(jobs)} texts are already rewritten")
     if len(rows) < len(jobs):
         rows += rewrite_rest(jobs, len(rows), partial, header, args)
-    pairs = [row for row in rows if row["positive"] and normalized_key(row["positive"]) != normalized_key(row["anchor"])]
-    say(f"{len(rows) - len(pairs)} answers were empty or repeated the text: left out")
-    return pairs
+    return rows
 
 
 def rewrite_rest(jobs: list[tuple[str, str, str]], n_done: int, partial: Path, header: dict, args: argparse.Namespace) -> list[dict]:
@@ -63,11 +61,6 @@ def rewrite_rest(jobs: list[tuple[str, str, str]], n_done: int, partial: Path, h
             f.flush()
             progress.update(len(batch))
     return rows
-
-
-def partial_file(out: Path) -> Path:
-    """Where the rows of an unfinished rewriting job are kept."""
-    return out.with_name(out.name + ".partial")
 
 
 def read_partial(partial: Path, header: dict) -> list[dict]:

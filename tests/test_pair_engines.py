@@ -1,0 +1,213 @@
+"""The quality gate, the report beside a file of pairs, and the files that are written together."""
+
+import functools
+import gzip
+import json
+import math
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import make_pairs
+from files.console import InputError
+from pair_engines import gate
+from pair_engines.gate import ALL_CHECKS, Gate
+from pair_engines.report import Sample
+
+PROSE = "The bank raised its interest rates again this month, and every account that is overdrawn now costs more than before."
+
+
+def run(*flags) -> None:
+    make_pairs.main(make_pairs.build_parser().parse_args([str(f) for f in flags]))
+
+
+def read_rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def reasons(*pairs: tuple[str, str], checks=ALL_CHECKS, **options) -> list[str | None]:
+    rows = [{"anchor": anchor, "positive": positive} for anchor, positive in pairs]
+    return [verdict.reason for verdict in Gate(checks, **options).sort(rows)]
+
+
+@pytest.mark.parametrize(
+    ("anchor", "positive", "reason"),
+    [
+        (PROSE, "Because rates went up, it is now dearer to be in debt with the bank.", None),
+        (PROSE, "", "empty"),
+        (PROSE, " .\u200b — ", "empty"),
+        ("...", PROSE, "empty"),
+        ("I love it!", "👍👍👍", None),
+        (PROSE, PROSE.upper() + "\n", "copy"),
+        (PROSE, PROSE.replace("raised", "raisde"), "copy"),
+        (PROSE, PROSE.replace("raised its interest rates", "put its rates of interest up"), None),
+        (PROSE, "Dearer.", None),  # a third of the anchor, as a text below 40 characters counts as 40
+        (PROSE * 3, "Dearer.", "length"),
+        ("What is my balance?", "Tell me how much money there is in my account, please, as of today.", None),
+        (PROSE, " ".join(f"word{i} of another text" for i in range(60)), "length"),
+        (PROSE, "银行本月再次提高了利率，每个透支的账户现在都比以前更贵。", "script"),
+        (PROSE, "Банк снова поднял процентные ставки, и долги стали дороже.", "script"),
+        ("東京の銀行は金利を上げました。", "とうきょうのぎんこうはきんりをあげました", None),
+        ("Банк поднял ставку ЕЦБ", "Ставка снова выросла, сообщает ECB", None),
+        ("2 + 2 = 4", "Two and two make four", None),
+        (PROSE, "Here is the rewritten text: rates went up and debts are dearer.", "leak"),
+        (PROSE, "Sure! Here's a simpler version. Rates went up.", "leak"),
+        (PROSE, "**Rewritten text:** Rates went up and debts are dearer.", "leak"),
+        (PROSE, "Rates went up. <|im_end|>", "leak"),
+        ("Here is the new version of the driver.", "Here is the version of the driver that came out today", None),
+        ("Sure, I will come.", "Of course I shall be there with you tonight", None),
+        (PROSE, "I'm sorry, but I can't help with that request.", "refusal"),
+        (PROSE, "As an AI language model, I have no bank account.", "refusal"),
+        (PROSE, "I am unable to assist with this text about banks.", "refusal"),
+        ("I'm sorry, I cannot come to the party.", "Sorry, I am unable to be at the party tonight.", None),
+        (PROSE, "rates went up " * 12, "loop"),
+        ("na na na " * 12, "rates went up " * 9, None),
+        (PROSE, "利率上涨" * 10, "script"),
+        ("银行本月再次提高了利率，透支的账户更贵。", "利率上涨" * 10, "loop"),
+    ],
+)
+def test_a_pair_is_left_out_for_the_first_check_that_it_fails(anchor, positive, reason):
+    assert reasons((anchor, positive)) == [reason]
+    if reason and reason != "empty":  # only the engines that ask for a check run it; the empty are always left out
+        assert reasons((anchor, positive), checks=[name for name in ALL_CHECKS if name != reason]) != [reason]
+        assert reasons((anchor, positive), checks=()) == [None]
+    elif reason:
+        assert reasons((anchor, positive), checks=()) == ["empty"]
+
+
+def test_a_near_duplicate_of_one_of_the_latest_pairs_is_left_out(monkeypatch):
+    duplicates = functools.partial(reasons, checks=("duplicate",))
+    words = [f"w{i}" for i in range(60)]
+    near, far = words.copy(), random.Random(0).sample(words, 60)
+    near[7] = "other"
+    texts = [" ".join(w) for w in (words, near, far)]
+    pairs = [(text, f"About {text}") for text in texts]
+    assert duplicates(*pairs) == [None, "duplicate", None]
+    assert duplicates((texts[0], texts[2]), (texts[2], texts[0])) == [None, None]  # the sides are not the same
+    short = [(f"The number {i} has a text, quite long, with commas.", f"A long text of number {i} and its commas.") for i in range(20)]
+    assert duplicates(*short) == [None] * 20  # texts of ten words that differ in one
+    monkeypatch.setattr(gate, "WINDOW", 2)
+    assert duplicates(*pairs[::2], *short[:1], pairs[0]) == [None, None, None, None]  # forgotten
+    assert duplicates(*pairs[::2], pairs[0]) == [None, None, "duplicate"]
+
+
+def test_the_verdicts_do_not_depend_on_the_batches(monkeypatch):
+    pairs = [(f"{PROSE} {i // 2} {i // 3}", PROSE if i % 5 else f"Number {i // 20}, rates") for i in range(40)]
+    whole = reasons(*pairs)
+    assert len(set(whole)) > 2
+    monkeypatch.setattr(gate, "AT_ONCE", 7)
+    assert reasons(*pairs) == whole
+
+
+def test_the_judge_keeps_pairs_whose_cosine_is_in_the_window():
+    class Judge:
+        """Encodes "a0.6" so that its cosine to the query is 0.6."""
+
+        def encode(self, texts, role):
+            if role == "query":
+                return np.array([[2.0, 0.0]] * len(texts))
+            return np.array([[float(text), math.sqrt(1 - float(text) ** 2)] for text in texts])
+
+    pairs = [(PROSE, cosine) for cosine in ("0.2", "0.5", "0.7", "0.99", "")]
+    assert reasons(*pairs, checks=(), judge=Judge(), window=(0.4, 0.98)) == ["far", None, None, "close", "empty"]
+    rows = [{"anchor": PROSE, "positive": "0.5"}]
+    (verdict,) = Gate((), Judge(), (0.4, 0.98)).sort(rows)
+    assert verdict.measures["cosine"] == pytest.approx(0.5)
+
+
+# ------------------------------------------------------------------------------------------------------- through the script
+
+
+def test_every_drop_is_counted_printed_and_reported(tmp_path, capsys):
+    long = " ".join(f"w{i}" for i in range(40))
+    (tmp_path / "t.txt").write_text("".join(f"{PROSE} Text {i}, {i * i}.\n" for i in range(30)) + f"{long}\n{long}\n{long}\n")
+    flags = ("noise", "--input", tmp_path / "t.txt", "--chars", 0, "--swap", 0, "--delete", 0.02, "--seed", 2)
+    run(*flags, "--out", tmp_path / "all.jsonl", "--no-gate")
+    run(*flags, "--out", tmp_path / "out.jsonl", "--review", 3)
+    kept, pairs = read_rows(tmp_path / "out.jsonl"), read_rows(tmp_path / "all.jsonl")
+    n_out = len(pairs) - len(kept)
+    assert n_out > 0 and all(pair in pairs for pair in kept)
+    out = capsys.readouterr().out
+    assert f"gate: {n_out} of {len(pairs)} pairs left out: {n_out} near-duplicate of an earlier pair" in out
+    assert f"gate: all {len(pairs)} pairs kept" in out
+    assert f"accepted: 3 of {len(kept)}" in out and f"rejected: {min(3, n_out)} of {n_out}" in out and "[near-duplicate" in out
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert (report["made"], report["kept"]) == (len(pairs), len(kept)) and report["left_out"] == {
+        "near-duplicate of an earlier pair": n_out
+    }
+    assert len(report["pairs"]) == min(20, len(kept)) and all(p["positive"] in {pair["positive"] for pair in kept} for p in report["pairs"])
+    for counts in report["histograms"].values():
+        assert (sum(counts["kept"]), sum(counts["left out"])) == (len(kept), n_out) and len(counts["edges"]) == len(counts["kept"]) + 1
+    assert report["engine"] == "noise" and report["delete"] == 0.02
+    assert not (tmp_path / "out.jsonl.report.png").exists()  # too few to wait for matplotlib
+
+
+def test_histograms_are_drawn_of_many_pairs(tmp_path, monkeypatch):
+    monkeypatch.setattr(make_pairs, "PICTURE_FROM", 5)
+    (tmp_path / "t.txt").write_text("".join(f"{PROSE} Text {i}.\n" for i in range(5)))
+    run("crop", "--input", tmp_path / "t.txt", "--out", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl.report.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_judge_is_loaded_and_its_window_checked(tmp_path, llama, capsys):
+    (tmp_path / "t.txt").write_text("".join(f"{PROSE} Text {i}.\n" for i in range(9)))
+    flags = ("crop", "--input", tmp_path / "t.txt", "--no-gate", "--judge", llama)
+    run(*flags, "--out", tmp_path / "out.jsonl", "--judge-window", -1, 1)
+    assert "judge: " in capsys.readouterr().out and len(read_rows(tmp_path / "out.jsonl")) == 9
+    counts = json.loads((tmp_path / "out.jsonl.report.json").read_text())["histograms"]["cosine"]
+    assert sum(counts["kept"]) == 9
+    with pytest.raises(InputError, match="no pairs were made: read some with --review"):
+        run(*flags, "--out", tmp_path / "none.jsonl", "--judge-window", -1, -0.999)
+    with pytest.raises(InputError, match=r"--judge-window 0\.9 0\.1: needs the lowest and then the highest cosine"):
+        run(*flags, "--out", tmp_path / "none.jsonl", "--judge-window", 0.9, 0.1)
+    assert not list(tmp_path.glob("*none*"))
+
+
+def test_a_report_of_other_pairs_is_not_overwritten(tmp_path):
+    (tmp_path / "t.txt").write_text(PROSE)
+    (tmp_path / "out.jsonl.report.json").write_text("mine")
+    with pytest.raises(InputError, match=r"out\.jsonl\.report\.json exists already"):
+        run("crop", "--input", tmp_path / "t.txt", "--out", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl.report.json").read_text() == "mine"
+
+
+def test_the_docstrings_engine_keeps_its_own_rules():
+    assert make_pairs.ENGINES["docstrings"].checks is None  # the README's figures were measured on its pairs
+
+
+def test_what_a_killed_job_has_left_is_written_over_and_a_running_one_is_left_alone(tmp_path):
+    from pair_engines.outputs import RowFiles
+
+    (tmp_path / "t.txt").write_text(PROSE)
+    (tmp_path / ".out.jsonl.gz.tmp").write_bytes(b"half a line")
+    with RowFiles(tmp_path / "out.jsonl.gz") as files:
+        files.write(files.out, {"anchor": "a"})
+        with pytest.raises(InputError, match="another job writes"):
+            run("crop", "--input", tmp_path / "t.txt", "--out", tmp_path / "out.jsonl.gz")
+    assert gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes()) == b'{"anchor": "a"}\n'
+    assert {path.name for path in tmp_path.iterdir()} == {"t.txt", "out.jsonl.gz"}
+
+
+def test_a_sample_is_drawn_evenly():
+    counts = np.zeros(10)
+    for seed in range(2000):
+        sample = Sample(seed, 3)
+        for i in range(10):
+            sample.add(i)
+        counts[sample.verdicts()] += 1
+    assert np.allclose(counts / 2000, 0.3, atol=0.05)
+
+
+def test_shards_together_are_the_whole(tmp_path):
+    (tmp_path / "t.txt").write_text("".join(f"{PROSE} Text {i}, {i * i}.\n" for i in range(11)))
+    for engine in ("crop", "noise"):
+        flags = (engine, "--input", tmp_path / "t.txt", "--limit", 10, "--no-gate", "--out")
+        run(*flags, tmp_path / f"{engine}.jsonl")
+        for i in (1, 2, 3):
+            run(*flags, tmp_path / f"{engine}-{i}.jsonl", "--shard", f"{i}/3")
+        shards = [read_rows(tmp_path / f"{engine}-{i}.jsonl") for i in (1, 2, 3)]
+        whole = read_rows(tmp_path / f"{engine}.jsonl")
+        assert [len(rows) for rows in shards] == [4, 3, 3]
+        assert sorted(map(str, whole)) == sorted(str(row) for rows in shards for row in rows)
