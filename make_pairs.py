@@ -4,18 +4,25 @@
     python make_pairs.py crop --input texts.csv --out pairs/mine.jsonl       # two spans of each document
     python make_pairs.py noise --input texts.txt --out pairs/mine.jsonl      # a text and its damaged copy
     python make_pairs.py llm --input texts.csv --chat-model Qwen/Qwen3-4B --out pairs/mine.jsonl    # a chat model rewrites
+    python make_pairs.py server --input texts.csv --url http://localhost:8000/v1 --chat-model NAME --out pairs/mine.jsonl
     python make_pairs.py mine --pairs pairs/mine.jsonl --model runs/mine --out pairs/hard.jsonl # hard negatives for pairs
 
 Leaves behind one JSONL file with a pair a line:
 
-    {"anchor": str, "positive": str, "engine": "docstrings" | "crop" | "noise" | "llm",
-     "source": module or FILE:ROW that the anchor comes from, "template": name of the instruction ("llm" only)}
+    {"anchor": str, "positive": str, "engine": "docstrings" | "crop" | "noise" | "llm" | "server",
+     "source": module or FILE:ROW that the text comes from, "template": name of the instruction ("llm" and "server" only)}
 
 `mine` adds {"negatives": [str], "scores": cosines of the anchor to the positive and to each of the negatives}.
 
+Beside the pairs of a user's texts stand OUT.report.json (what the quality gate left out and why, histograms, samples), from 1,000 pairs
+on OUT.report.png, and where there are any OUT.questions.jsonl (follow-up questions, which are no paraphrases: the question is the
+anchor) and OUT.failed.jsonl (texts on which the chat model failed, with the error). OUT.partial is what an unfinished job of `llm` and
+`server` has done: the same command goes on with it.
+
 --input and --corpus take txt (a text a line), csv, tsv, jsonl or json, each also gzipped, parquet, or `-` for standard input: JSONL
-where it begins with {, csv where its first line names a known column, else a text a line. --pairs takes the same, with columns
-anchor,positive and perhaps negative. Of a text, crop and noise take the first 2,048 words; in scripts without spaces a character is a word.
+where it begins with {, csv where its first line names a known column, else a text a line; texts of --input are read one at a time.
+--pairs takes the same, with columns anchor,positive and perhaps negative. Of a text, crop and noise take the first 2,048 words; in
+scripts without spaces a character is a word.
 
 Docstrings are read from the source files; no code is imported or run. The modules behind the bundled evaluation tasks
 (`tasks/*.jsonl.gz`) are left out, and so is any docstring that shares a sentence with them.
@@ -23,19 +30,22 @@ Docstrings are read from the source files; no code is imported or run. The modul
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from files.console import InputError, run_script, say, warn
 from files.writing import write_json
-from pair_engines.chat import TEMPLATES, llm_pairs
+from pair_engines.chat_model import llm_pairs
+from pair_engines.chat_server import server_pairs
 from pair_engines.docstring_pairs import docstring_pairs
 from pair_engines.gate import ALL_CHECKS, Gate
 from pair_engines.mining import mined_pairs
 from pair_engines.outputs import RowFiles, check_out, companion, partial_file
 from pair_engines.report import PICTURE_FROM, Tally
 from pair_engines.spans import crop_pairs, noise_pairs
+from pair_engines.templates import TEMPLATES, chosen_templates, is_question
 
 HERE = Path(__file__).resolve().parent
 
@@ -51,6 +61,7 @@ ENGINES = {
     "crop": Engine(crop_pairs, ("copy", "duplicate")),
     "noise": Engine(noise_pairs, ("duplicate",)),  # a damaged copy is nearly a copy
     "llm": Engine(llm_pairs, ALL_CHECKS),
+    "server": Engine(server_pairs, ALL_CHECKS),
     "mine": Engine(mined_pairs, None),
 }
 
@@ -72,6 +83,13 @@ def count(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is less than 0")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -120,16 +138,24 @@ def build_parser() -> argparse.ArgumentParser:
         ("chars", "swapping two letters of a word"),
     ):
         noise.add_argument(f"--{name}", type=probability, default=0.1, help=f"probability of {what} (default 0.1)")
-    llm = engines.add_parser("llm", parents=[common, table, gated], help="a local chat model rewrites each text")
-    llm.add_argument("--chat-model", required=True, help="hub id or folder of the chat model")
-    llm.add_argument(
-        "--templates", nargs="+", choices=TEMPLATES, default=list(TEMPLATES), help="instructions to draw from (default: all five)"
+    chat = argparse.ArgumentParser(add_help=False)
+    chat.add_argument("--templates", nargs="+", choices=TEMPLATES, help="instructions to draw from (default: all five)")
+    chat.add_argument(
+        "--template-file", type=Path, metavar="FILE", help="your own: an instruction with {text} in it, or JSON of names and instructions"
     )
+    chat.add_argument("--max-new-tokens", type=positive_int, default=100, help="longest answer, in tokens (default 100)")
+    chat.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0 takes the likeliest token (default 0.6)")
+    chat.add_argument("--top-p", type=float, default=0.9, help="share of the probability mass to sample from (default 0.9)")
+    llm = engines.add_parser("llm", parents=[common, table, gated, chat], help="a chat model on this machine rewrites each text")
+    llm.add_argument("--chat-model", required=True, help="hub id or folder of the chat model")
     llm.add_argument("--batch-size", type=positive_int, default=8, help="texts in a batch (default 8)")
-    llm.add_argument("--max-new-tokens", type=positive_int, default=100, help="longest answer, in tokens (default 100)")
-    llm.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0 takes the likeliest token (default 0.6)")
-    llm.add_argument("--top-p", type=float, default=0.9, help="share of the probability mass to sample from (default 0.9)")
     llm.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty on repeated tokens; 1 is none (default 1.0)")
+    server = engines.add_parser("server", parents=[common, table, gated, chat], help="a chat model behind a server does so")
+    server.add_argument("--url", required=True, help="address of an OpenAI-compatible server, such as http://localhost:8000/v1")
+    server.add_argument("--chat-model", required=True, help="the model's name on the server; the key is taken from OPENAI_API_KEY")
+    server.add_argument("--concurrency", type=positive_int, default=8, help="requests at once (default 8)")
+    server.add_argument("--retries", type=count, default=5, help="how often a request that failed is tried again (default 5)")
+    server.add_argument("--timeout", type=seconds, default=120.0, help="seconds to wait for an answer (default 120)")
     mine = engines.add_parser("mine", help="hard negatives for pairs, chosen by a model's own mistakes")
     mine.add_argument("--pairs", type=Path, required=True, help="file of pairs, such as another engine's")
     mine.add_argument(
@@ -178,9 +204,16 @@ def write_gated(args: argparse.Namespace, engine: Engine, files: RowFiles) -> Ta
             else:
                 yield row
 
+    templates = chosen_templates(args) if hasattr(args, "templates") else {}
+    apart = not all(is_question(name) for name in templates)
     for verdict in gate.sort(pairs()):
         tally.add(verdict)
-        if not verdict.reason:
+        if verdict.reason:
+            continue
+        if is_question(verdict.pair.get("template", "")):
+            question = verdict.pair | {"anchor": verdict.pair["positive"], "positive": verdict.pair["anchor"]}
+            files.write(companion(args.out, "questions.jsonl") if apart else args.out, question)
+        else:
             files.write(args.out, verdict.pair)
     if tally.failed:
         warn(f"{tally.failed} texts failed, the last with {last_error}: they stand in {companion(args.out, 'failed.jsonl')}")
@@ -214,6 +247,8 @@ def main(args: argparse.Namespace) -> None:
         else:
             write_report(args, write_gated(args, engine, files))
     partial_file(args.out).unlink(missing_ok=True)
+    if n_questions := files.counts[companion(args.out, "questions.jsonl")]:
+        say(f"{companion(args.out, 'questions.jsonl')}: {n_questions} questions, each with its text: no paraphrase, and so kept apart")
     say(f"{args.out}: {files.counts[args.out]} pairs, for example")
     for pair in files.first:
         say(f"  {pair['anchor'][:90]!r}\n  {pair['positive'][:90]!r}")

@@ -33,9 +33,9 @@ REASONS = {
 }
 ALL_CHECKS = ("empty", "copy", "length", "script", "leak", "refusal", "loop", "duplicate")
 COPY = 0.95  # edit similarity from which a positive is a copy: one letter in twenty is a typo, one word in ten is not
-# A positive may be this many times as long as its anchor or as short: "with more detail" doubles or triples a text, a crop of 30 %
-# beside one of 70 % is 2.3 times as short; beyond six it is another text. Below SHORT characters a ratio says nothing.
-LENGTH_RATIO, SHORT = 6.0, 40
+# A positive may be this many times as long as its anchor or as short: "with more detail" doubles or triples a text. An anchor counts as
+# SHORT characters at least, and a positive of ENOUGH may stand for a text of any length, as a metaphor or a question does.
+LENGTH_RATIO, SHORT, ENOUGH = 6.0, 40, 25
 OWN_SCRIPT = 0.5  # of a positive's letters that must be of its anchor's main script: names and terms may be of another
 # A text of LOOP_WORDS words or more loops where fewer of its runs of three words are different: in prose 0.9 or more are
 LOOP_WORDS, LOOP = 20, 0.5
@@ -101,7 +101,7 @@ class Gate:
         failed = {
             "empty": lambda: not (has_content(anchor) and has_content(positive)),
             "copy": lambda: measures["edit similarity"] >= COPY,
-            "length": lambda: not 1 / LENGTH_RATIO <= measures["length ratio"] <= LENGTH_RATIO,
+            "length": lambda: measures["length ratio"] > LENGTH_RATIO or len(positive) < min(ENOUGH, len(anchor) / LENGTH_RATIO),
             "script": lambda: in_other_script(anchor, positive),
             "leak": lambda: bool(LEAKS.search(positive) and not LEAKS.search(anchor)),
             "refusal": lambda: bool(REFUSALS.search(positive) and not REFUSALS.search(anchor)),
@@ -171,8 +171,8 @@ def edit_similarity(anchor: str, positive: str) -> float:
 
 
 def length_ratio(anchor: str, positive: str) -> float:
-    """Characters of the positive for each of the anchor, texts below SHORT counted as of that length."""
-    return max(len(positive), SHORT) / max(len(anchor), SHORT)
+    """Characters of the positive for each of the anchor, which counts as SHORT at least."""
+    return len(positive) / max(len(anchor), SHORT)
 
 
 def script(c: str) -> str:

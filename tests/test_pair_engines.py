@@ -43,8 +43,9 @@ def reasons(*pairs: tuple[str, str], checks=ALL_CHECKS, **options) -> list[str |
         (PROSE, PROSE.upper() + "\n", "copy"),
         (PROSE, PROSE.replace("raised", "raisde"), "copy"),
         (PROSE, PROSE.replace("raised its interest rates", "put its rates of interest up"), None),
-        (PROSE, "Dearer.", None),  # a third of the anchor, as a text below 40 characters counts as 40
-        (PROSE * 3, "Dearer.", "length"),
+        (PROSE, "Dearer.", "length"),
+        (PROSE * 9, "A debt is a hungry guest.", None),
+        ("rate", "A word for the price of money, in a year.", None),  # ten times as long, but an anchor counts as 40 characters
         ("What is my balance?", "Tell me how much money there is in my account, please, as of today.", None),
         (PROSE, " ".join(f"word{i} of another text" for i in range(60)), "length"),
         (PROSE, "银行本月再次提高了利率，每个透支的账户现在都比以前更贵。", "script"),
@@ -94,7 +95,7 @@ def test_a_near_duplicate_of_one_of_the_latest_pairs_is_left_out(monkeypatch):
 
 
 def test_the_verdicts_do_not_depend_on_the_batches(monkeypatch):
-    pairs = [(f"{PROSE} {i // 2} {i // 3}", PROSE if i % 5 else f"Number {i // 20}, rates") for i in range(40)]
+    pairs = [(f"{PROSE} {i // 2} {i // 3}", PROSE if i % 5 else f"Number {i // 20}, rates went up again.") for i in range(40)]
     whole = reasons(*pairs)
     assert len(set(whole)) > 2
     monkeypatch.setattr(gate, "AT_ONCE", 7)
