@@ -6,6 +6,7 @@
     python make_pairs.py llm --input texts.csv --chat-model Qwen/Qwen3-4B --out pairs/mine.jsonl    # a chat model rewrites
     python make_pairs.py server --input texts.csv --url http://localhost:8000/v1 --chat-model NAME --out pairs/mine.jsonl
     python make_pairs.py mine --pairs pairs/mine.jsonl --model runs/mine --out pairs/hard.jsonl # hard negatives for pairs
+    python make_pairs.py merge pairs/1.jsonl pairs/2.jsonl --out pairs/mine.jsonl   # the files of --shard 1/2 and --shard 2/2
 
 Leaves behind one JSONL file with a pair a line:
 
@@ -41,6 +42,7 @@ from pair_engines.chat_model import llm_pairs
 from pair_engines.chat_server import server_pairs
 from pair_engines.docstring_pairs import docstring_pairs
 from pair_engines.gate import ALL_CHECKS, Gate
+from pair_engines.merging import has_questions_apart, merged_rows
 from pair_engines.mining import mined_pairs
 from pair_engines.outputs import RowFiles, check_out, companion, partial_file
 from pair_engines.report import PICTURE_FROM, Tally
@@ -63,6 +65,7 @@ ENGINES = {
     "llm": Engine(llm_pairs, ALL_CHECKS),
     "server": Engine(server_pairs, ALL_CHECKS),
     "mine": Engine(mined_pairs, None),
+    "merge": Engine(merged_rows, ("duplicate",)),  # the shards have passed the others
 }
 
 
@@ -79,9 +82,16 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
+def not_negative(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
+    return value
+
+
 def count(text: str) -> int:
     if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
     return int(text)
 
 
@@ -144,8 +154,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--template-file", type=Path, metavar="FILE", help="your own: an instruction with {text} in it, or JSON of names and instructions"
     )
     chat.add_argument("--max-new-tokens", type=positive_int, default=100, help="longest answer, in tokens (default 100)")
-    chat.add_argument("--temperature", type=float, default=0.6, help="sampling temperature; 0 takes the likeliest token (default 0.6)")
-    chat.add_argument("--top-p", type=float, default=0.9, help="share of the probability mass to sample from (default 0.9)")
+    chat.add_argument("--temperature", type=not_negative, default=0.6, help="of sampling; 0 takes the likeliest token (default 0.6)")
+    chat.add_argument("--top-p", type=probability, default=0.9, help="share of the probability mass to sample from (default 0.9)")
     llm = engines.add_parser("llm", parents=[common, table, gated, chat], help="a chat model on this machine rewrites each text")
     llm.add_argument("--chat-model", required=True, help="hub id or folder of the chat model")
     llm.add_argument("--batch-size", type=positive_int, default=8, help="texts in a batch (default 8)")
@@ -156,6 +166,10 @@ def build_parser() -> argparse.ArgumentParser:
     server.add_argument("--concurrency", type=positive_int, default=8, help="requests at once (default 8)")
     server.add_argument("--retries", type=count, default=5, help="how often a request that failed is tried again (default 5)")
     server.add_argument("--timeout", type=seconds, default=120.0, help="seconds to wait for an answer (default 120)")
+    merge = engines.add_parser("merge", parents=[gated], help="join the files of shards, or of several inputs")
+    merge.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files of pairs, each with what stands beside it")
+    merge.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    merge.set_defaults(seed=0)
     mine = engines.add_parser("mine", help="hard negatives for pairs, chosen by a model's own mistakes")
     mine.add_argument("--pairs", type=Path, required=True, help="file of pairs, such as another engine's")
     mine.add_argument(
@@ -204,8 +218,7 @@ def write_gated(args: argparse.Namespace, engine: Engine, files: RowFiles) -> Ta
             else:
                 yield row
 
-    templates = chosen_templates(args) if hasattr(args, "templates") else {}
-    apart = not all(is_question(name) for name in templates)
+    apart = keeps_questions_apart(args)
     for verdict in gate.sort(pairs()):
         tally.add(verdict)
         if verdict.reason:
@@ -221,15 +234,23 @@ def write_gated(args: argparse.Namespace, engine: Engine, files: RowFiles) -> Ta
         say(tally.reason_line())
     if args.review:
         tally.show(args.review)
+    files.open(args.out)  # also where it stays empty, as all pairs are questions
     if not tally.kept:
         why = "read some with --review 5, or keep them with --no-gate" if tally.made else "no text was left to make one of"
         raise InputError(f"no pairs were made: {why}")
     return tally
 
 
+def keeps_questions_apart(args: argparse.Namespace) -> bool:
+    """Whether questions go to a file of their own: where they are asked for among other things, or lie apart already."""
+    if args.engine == "merge":
+        return has_questions_apart(args.files)
+    return hasattr(args, "templates") and not all(map(is_question, chosen_templates(args)))
+
+
 def write_report(args: argparse.Namespace, tally: Tally) -> None:
     """OUT.report.json, and from PICTURE_FROM pairs on its histograms as OUT.report.png."""
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "files"}
     write_json(companion(args.out, "report.json"), tally.as_json(arguments))
     if tally.made >= PICTURE_FROM:
         tally.draw(companion(args.out, "report.png"))

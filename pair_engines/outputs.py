@@ -50,16 +50,22 @@ class RowFiles:
     def __enter__(self) -> "RowFiles":
         return self
 
-    def write(self, path: Path, row: dict) -> None:
-        """Add a row to OUT or to a file beside it. Half a surrogate pair is written as JSON's escape."""
+    def open(self, path: Path) -> IO[bytes]:
+        """The file that will be OUT, or one beside it; empty so far, or what was written before."""
         with errors_of_writing(path):
             if path not in self._files:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 self._files[path] = open_new(self._temporary(path), path.suffix == ".gz")
-            self.counts[path] += 1
-            if path == self.out and len(self.first) < 2:
-                self.first.append(row)
-            self._files[path].write((json.dumps(row, ensure_ascii=False, default=str) + "\n").encode(errors="backslashreplace"))
+            return self._files[path]
+
+    def write(self, path: Path, row: dict) -> None:
+        """Add a row to OUT or to a file beside it. Half a surrogate pair is written as JSON's escape."""
+        self.counts[path] += 1
+        if path == self.out and len(self.first) < 2:
+            self.first.append(row)
+        line = json.dumps(row, ensure_ascii=False, default=str) + "\n"
+        with errors_of_writing(path):
+            self.open(path).write(line.encode(errors="backslashreplace"))
 
     @staticmethod
     def _temporary(path: Path) -> Path:

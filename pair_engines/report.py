@@ -72,7 +72,7 @@ class Tally:
         taken = [name for name, counts in self.histograms.items() if any(map(sum, counts.values()))]
         pairs = [verdict.pair for verdict in self.accepted.verdicts()[:SAMPLES]]
         return {
-            **settings,
+            "arguments": settings,
             "made": self.made,
             "kept": self.kept,
             "failed": self.failed,

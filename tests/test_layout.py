@@ -27,7 +27,7 @@ LAYERS = [
     {"pair_engines", "pair_engines.inputs", "pair_engines.outputs"},
     {"pair_engines.durable"},
     {"pair_engines.templates"},
-    {"pair_engines.docstring_pairs", "pair_engines.spans", "pair_engines.mining"},
+    {"pair_engines.docstring_pairs", "pair_engines.spans", "pair_engines.mining", "pair_engines.merging"},
     {"pair_engines.chat_model", "pair_engines.chat_server"},
     {"pair_engines.gate"},
     {"pair_engines.report"},

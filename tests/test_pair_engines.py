@@ -5,6 +5,9 @@ import gzip
 import json
 import math
 import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +19,7 @@ from pair_engines import gate
 from pair_engines.gate import ALL_CHECKS, Gate
 from pair_engines.report import Sample
 
+ROOT = Path(__file__).resolve().parent.parent
 PROSE = "The bank raised its interest rates again this month, and every account that is overdrawn now costs more than before."
 
 
@@ -141,7 +145,7 @@ def test_every_drop_is_counted_printed_and_reported(tmp_path, capsys):
     assert len(report["pairs"]) == min(20, len(kept)) and all(p["positive"] in {pair["positive"] for pair in kept} for p in report["pairs"])
     for counts in report["histograms"].values():
         assert (sum(counts["kept"]), sum(counts["left out"])) == (len(kept), n_out) and len(counts["edges"]) == len(counts["kept"]) + 1
-    assert report["engine"] == "noise" and report["delete"] == 0.02
+    assert report["arguments"]["engine"] == "noise" and report["arguments"]["delete"] == 0.02
     assert not (tmp_path / "out.jsonl.report.png").exists()  # too few to wait for matplotlib
 
 
@@ -201,14 +205,99 @@ def test_a_sample_is_drawn_evenly():
     assert np.allclose(counts / 2000, 0.3, atol=0.05)
 
 
-def test_shards_together_are_the_whole(tmp_path):
-    (tmp_path / "t.txt").write_text("".join(f"{PROSE} Text {i}, {i * i}.\n" for i in range(11)))
-    for engine in ("crop", "noise"):
-        flags = (engine, "--input", tmp_path / "t.txt", "--limit", 10, "--no-gate", "--out")
-        run(*flags, tmp_path / f"{engine}.jsonl")
-        for i in (1, 2, 3):
-            run(*flags, tmp_path / f"{engine}-{i}.jsonl", "--shard", f"{i}/3")
-        shards = [read_rows(tmp_path / f"{engine}-{i}.jsonl") for i in (1, 2, 3)]
-        whole = read_rows(tmp_path / f"{engine}.jsonl")
-        assert [len(rows) for rows in shards] == [4, 3, 3]
-        assert sorted(map(str, whole)) == sorted(str(row) for rows in shards for row in rows)
+# ------------------------------------------------------------------------------------------------------- shards, any size
+
+
+def make_shards(folder: Path, n: int, engine: str = "crop", *flags) -> list[Path]:
+    """The files of n shards of a job on the 11 texts of t.txt, and that of the whole job."""
+    (folder / "t.txt").write_text("".join(f"{PROSE} Text {i}, {i * i}.\n" for i in range(11)))
+    flags = (engine, "--input", folder / "t.txt", "--limit", 10, *flags, "--out")
+    for i in range(1, n + 1):
+        run(*flags, folder / f"{i}.jsonl", "--shard", f"{i}/{n}")
+    run(*flags, folder / "whole.jsonl")
+    return [folder / f"{i}.jsonl" for i in range(1, n + 1)]
+
+
+@pytest.mark.parametrize(("engine", "flags"), [("crop", ("--no-gate",)), ("noise", ("--no-gate",)), ("noise", ())])
+def test_shards_together_are_the_whole(tmp_path, engine, flags):
+    shards = make_shards(tmp_path, 3, engine, *flags)
+    run("merge", *reversed(shards), "--out", tmp_path / "all.jsonl", *flags)
+    assert (tmp_path / "all.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    if flags:
+        assert [len(read_rows(path)) for path in shards] == [4, 3, 3]
+
+
+def test_shards_that_are_missing_doubled_or_of_another_job_are_not_merged(tmp_path, capsys):
+    one, two, three = make_shards(tmp_path, 3)
+    whole = tmp_path / "whole.jsonl"
+    run("crop", "--input", tmp_path / "t.txt", "--shard", "3/3", "--seed", 1, "--limit", 10, "--out", tmp_path / "seed.jsonl")
+    run("crop", "--input", tmp_path / "t.txt", "--shard", "3/3", "--limit", 10, "--out", tmp_path / "again.jsonl")
+    (tmp_path / "docs.jsonl").write_text('{"anchor": "a", "positive": "b", "source": "pkg.module"}\n')
+    (tmp_path / "mixed.jsonl").write_text("".join(whole.read_text().splitlines(keepends=True)[::-1]))
+    (tmp_path / "bad.jsonl").write_text(whole.read_text())
+    (tmp_path / "bad.jsonl.report.json").write_text("[]")
+    for files, message in (
+        ((one, two), "shard 3/3 is missing"),
+        ((one, two, three, tmp_path / "again.jsonl"), "shard 3/3 is given twice"),
+        ((one, two, tmp_path / "seed.jsonl"), r"seed\.jsonl is no shard of the job that made .*1\.jsonl: --seed is another"),
+        ((one, whole), r"whole\.jsonl is no shard of the job"),
+        ((one, one), "a file is given twice"),
+        ((one, tmp_path / "none.jsonl"), r"no file .*none\.jsonl"),
+        ((one, tmp_path / "docs.jsonl"), r"docs\.jsonl, line 1: needs a 'source' such as texts\.csv:7, has 'pkg\.module'"),
+        ((tmp_path / "mixed.jsonl",), r"mixed\.jsonl, line 2: comes after a later text"),
+        ((one, tmp_path / "bad.jsonl"), r"bad\.jsonl\.report\.json is no report"),
+    ):
+        before = sorted(tmp_path.iterdir())
+        with pytest.raises(InputError, match=message):
+            run("merge", *files, "--out", tmp_path / "all.jsonl")
+        assert sorted(tmp_path.iterdir()) == before
+    for path in (one, three):
+        (path.parent / f"{path.name}.report.json").unlink()
+    shutil.copy(one, tmp_path / "copy.jsonl")
+    with pytest.raises(InputError, match=r"t\.txt:1 is in .*(1|copy)\.jsonl and in .*(1|copy)\.jsonl"):
+        run("merge", one, tmp_path / "copy.jsonl", "--out", tmp_path / "all.jsonl")
+    run("merge", one, three, "--out", tmp_path / "all.jsonl")
+    assert "no report beside" in capsys.readouterr().out
+
+
+# the size of a process before it became this program counts for ru_maxrss, not for VmHWM
+PEAK = """
+import re, runpy, sys
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+print(int(re.search(r"VmHWM:\\s*(\\d+)", open("/proc/self/status").read())[1]) // 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["crop", "noise"])
+def test_memory_does_not_grow_with_the_texts(tmp_path, engine):
+    peaks = []
+    for n in (5_000, 100_000):
+        (tmp_path / f"{n}.txt").write_text("".join(f"{PROSE} Text {i}, {i * i}.\n" for i in range(n)))
+        flags = ("--input", str(tmp_path / f"{n}.txt"), "--no-gate", "--out", str(tmp_path / f"{n}.jsonl"))
+        command = [sys.executable, "-c", PEAK, str(ROOT / "make_pairs.py"), engine, *flags]
+        peaks.append(int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1]))
+    size = (tmp_path / "100000.txt").stat().st_size / 2**20
+    assert size > 13 and peaks[1] - peaks[0] < 5, peaks  # MiB
+
+
+@pytest.mark.slow
+def test_a_deterministic_job_that_was_killed_begins_again_and_ends_the_same(tmp_path):
+    (tmp_path / "t.txt").write_text("".join(f"{PROSE} Text {i}, {i * i}.\n" for i in range(20_000)))
+    command = [sys.executable, str(ROOT / "make_pairs.py"), "noise", "--input", str(tmp_path / "t.txt"), "--out"]
+    subprocess.run([*command, str(tmp_path / "whole.jsonl")], check=True, capture_output=True)
+    kills = 0
+    for delay in (0.5, 1, 1.5, 2, 2.5):
+        process = subprocess.Popen([*command, str(tmp_path / "out.jsonl")], stdout=subprocess.DEVNULL)
+        try:
+            process.wait(delay)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            kills += 1
+            process.wait()
+        assert (tmp_path / "out.jsonl").exists() <= (process.returncode == 0)
+    if not (tmp_path / "out.jsonl").exists():
+        subprocess.run([*command, str(tmp_path / "out.jsonl")], check=True, capture_output=True)
+    assert kills and (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob(".*"))
