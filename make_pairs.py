@@ -5,20 +5,21 @@
     python make_pairs.py noise --input texts.txt --out pairs/mine.jsonl      # a text and its damaged copy
     python make_pairs.py llm --input texts.csv --chat-model Qwen/Qwen3-4B --out pairs/mine.jsonl    # a chat model rewrites
     python make_pairs.py server --input texts.csv --url http://localhost:8000/v1 --chat-model NAME --out pairs/mine.jsonl
+    python make_pairs.py backtranslate --input texts.csv --pivot fr --out pairs/mine.jsonl     # into French and back
     python make_pairs.py mine --pairs pairs/mine.jsonl --model runs/mine --out pairs/hard.jsonl # hard negatives for pairs
     python make_pairs.py merge pairs/1.jsonl pairs/2.jsonl --out pairs/mine.jsonl   # the files of --shard 1/2 and --shard 2/2
 
 Leaves behind one JSONL file with a pair a line:
 
-    {"anchor": str, "positive": str, "engine": "docstrings" | "crop" | "noise" | "llm" | "server",
+    {"anchor": str, "positive": str, "engine": "docstrings" | "crop" | "noise" | "llm" | "server" | "backtranslate",
      "source": module or FILE:ROW that the text comes from, "template": name of the instruction ("llm" and "server" only)}
 
 `mine` adds {"negatives": [str], "scores": cosines of the anchor to the positive and to each of the negatives}.
 
 Beside the pairs of a user's texts stand OUT.report.json (what the quality gate left out and why, histograms, samples), from 1,000 pairs
 on OUT.report.png, and where there are any OUT.questions.jsonl (follow-up questions, which are no paraphrases: the question is the
-anchor) and OUT.failed.jsonl (texts on which the chat model failed, with the error). OUT.partial is what an unfinished job of `llm` and
-`server` has done: the same command goes on with it.
+anchor) and OUT.failed.jsonl (texts on which the model failed, with the error). OUT.partial is what an unfinished job of `llm`, `server` and
+`backtranslate` has done: the same command goes on with it.
 
 --input and --corpus take txt (a text a line), csv, tsv, jsonl or json, each also gzipped, parquet, or `-` for standard input: JSONL
 where it begins with {, csv where its first line names a known column, else a text a line; texts of --input are read one at a time.
@@ -48,6 +49,7 @@ from pair_engines.outputs import RowFiles, check_out, companion, partial_file
 from pair_engines.report import PICTURE_FROM, Tally
 from pair_engines.spans import crop_pairs, noise_pairs
 from pair_engines.templates import TEMPLATES, chosen_templates, is_question
+from pair_engines.translation import translated_pairs
 
 HERE = Path(__file__).resolve().parent
 
@@ -64,6 +66,7 @@ ENGINES = {
     "noise": Engine(noise_pairs, ("duplicate",)),  # a damaged copy is nearly a copy
     "llm": Engine(llm_pairs, ALL_CHECKS),
     "server": Engine(server_pairs, ALL_CHECKS),
+    "backtranslate": Engine(translated_pairs, ("copy", "length", "script", "loop", "duplicate")),  # these models do not chat
     "mine": Engine(mined_pairs, None),
     "merge": Engine(merged_rows, ("duplicate",)),  # the shards have passed the others
 }
@@ -158,14 +161,20 @@ def build_parser() -> argparse.ArgumentParser:
     chat.add_argument("--top-p", type=probability, default=0.9, help="share of the probability mass to sample from (default 0.9)")
     llm = engines.add_parser("llm", parents=[common, table, gated, chat], help="a chat model on this machine rewrites each text")
     llm.add_argument("--chat-model", required=True, help="hub id or folder of the chat model")
-    llm.add_argument("--batch-size", type=positive_int, default=8, help="texts in a batch (default 8)")
+    llm.add_argument("--batch-size", type=positive_int, default=64, help="texts in a batch, halved where memory runs out (default 64)")
     llm.add_argument("--repetition-penalty", type=float, default=1.0, help="penalty on repeated tokens; 1 is none (default 1.0)")
+    llm.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto: bfloat16 where it is fast)")
     server = engines.add_parser("server", parents=[common, table, gated, chat], help="a chat model behind a server does so")
     server.add_argument("--url", required=True, help="address of an OpenAI-compatible server, such as http://localhost:8000/v1")
     server.add_argument("--chat-model", required=True, help="the model's name on the server; the key is taken from OPENAI_API_KEY")
     server.add_argument("--concurrency", type=positive_int, default=8, help="requests at once (default 8)")
     server.add_argument("--retries", type=count, default=5, help="how often a request that failed is tried again (default 5)")
     server.add_argument("--timeout", type=seconds, default=120.0, help="seconds to wait for an answer (default 120)")
+    back = engines.add_parser("backtranslate", parents=[common, table, gated], help="a text and its translation there and back")
+    back.add_argument("--pivot", default="de", help="the other language, for texts in English (default de)")
+    back.add_argument("--to-pivot", metavar="MODEL", help="Marian model that translates there (default Helsinki-NLP/opus-mt-en-PIVOT)")
+    back.add_argument("--from-pivot", metavar="MODEL", help="Marian model that translates back (default Helsinki-NLP/opus-mt-PIVOT-en)")
+    back.add_argument("--batch-size", type=positive_int, default=32, help="texts in a batch, halved where memory runs out (default 32)")
     merge = engines.add_parser("merge", parents=[gated], help="join the files of shards, or of several inputs")
     merge.add_argument("files", type=Path, nargs="+", metavar="FILE", help="files of pairs, each with what stands beside it")
     merge.add_argument("--out", type=Path, required=True, help="JSONL file to write")

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files.console import InputError, Progress, say
+from files.reading import excerpt
 from files.writing import errors_of_writing
 from pair_engines.outputs import lock
 
@@ -71,6 +72,18 @@ def as_row(job: Job, found: str | Failure, engine: str) -> dict:
     texts = {"text": job.text} if isinstance(found, Failure) else {"anchor": job.text, "positive": found}
     row = texts | {"engine": engine, "source": job.source} | ({"template": job.template} if job.template else {})
     return row | ({"error": found.error} if isinstance(found, Failure) else {})
+
+
+def in_halves(prompts: list, generate: Callable[[list], list[str]]) -> list[str | Failure]:
+    """The answers to a batch. Where it fails, as when memory runs out, each half is tried, and so on down to a single prompt."""
+    try:
+        return generate(prompts)
+    except (RuntimeError, MemoryError) as error:  # torch's errors of memory among them
+        why = f"{type(error).__name__}: {excerpt(error)}"
+    if len(prompts) == 1:
+        return [Failure(why)]
+    half = len(prompts) // 2
+    return in_halves(prompts[:half], generate) + in_halves(prompts[half:], generate)
 
 
 def pools(journal: "Journal", head: Iterable[Job], jobs: Iterable[Job]) -> Iterator[list[Job]]:

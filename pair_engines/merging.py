@@ -22,10 +22,12 @@ def merged_rows(args: argparse.Namespace) -> Iterator[dict]:
     Raises InputError where a text is in two files, where a file is no file of pairs of texts, and where the reports beside the files
     show that a shard is missing, given twice, or of another job.
     """
-    check_shards(args.files)
+    besides = [companion(path, end) for path in args.files for end in ("questions.jsonl", "failed.jsonl")]
+    files = [path for path in args.files if path not in besides]  # `merge *.jsonl` names them, too
+    check_shards(files)
     # a file is empty where all that its shard made were questions
-    paths = [path for path in args.files if not (companion(path, "questions.jsonl").exists() and path.exists() and not path.stat().st_size)]
-    paths += [beside for path in args.files for end in ("questions.jsonl", "failed.jsonl") if (beside := companion(path, end)).exists()]
+    paths = [path for path in files if not (companion(path, "questions.jsonl").exists() and path.exists() and not path.stat().st_size)]
+    paths += [path for path in besides if path.exists()]
     previous = {}  # source -> file, of the rows that have the same number
     last = None
     for number, path, row in heapq.merge(*map(numbered_rows, paths), key=lambda numbered: numbered[0]):

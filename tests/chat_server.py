@@ -49,6 +49,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][0]["content"]
+        self.counted = True
         with LOCK:
             AT_ONCE[0] += 1
             LOG["requests"] += 1
@@ -67,8 +68,15 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(0.02)
                 self.send(200, self.completion(self.answer(prompt, body["max_tokens"])))
         finally:
-            with LOCK:
-                AT_ONCE[0] -= 1
+            self.count_out()
+
+    counted = False
+
+    def count_out(self) -> None:
+        """The request is no longer at work: before the client can read the answer, and ask for more."""
+        with LOCK:
+            AT_ONCE[0] -= self.counted
+            self.counted = False
 
     def fail(self, how: str) -> None:
         good = self.completion("good")
@@ -94,6 +102,7 @@ class Handler(BaseHTTPRequestHandler):
         return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
     def send(self, status: int, content: str, length: int | None = None, retry_after: str | None = None) -> None:
+        self.count_out()
         self.send_response(status)
         self.send_header("Content-Length", str(length or len(content.encode())))
         if retry_after:

@@ -28,11 +28,11 @@ LAYERS = [
     {"pair_engines.durable"},
     {"pair_engines.templates"},
     {"pair_engines.docstring_pairs", "pair_engines.spans", "pair_engines.mining", "pair_engines.merging"},
-    {"pair_engines.chat_model", "pair_engines.chat_server"},
+    {"pair_engines.chat_model", "pair_engines.chat_server", "pair_engines.translation"},
     {"pair_engines.gate"},
     {"pair_engines.report"},
     {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
-    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.gpu"},
+    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.bench_rewrite", "bench.gpu"},
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}

@@ -9,6 +9,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from conftest import make_tokenizer
 
 import make_pairs
 from files.console import InputError
@@ -29,6 +30,10 @@ def read_rows(path: Path) -> list[dict]:
 def write_texts(path: Path, n: int) -> Path:
     path.write_text("".join(f"The cat number {i} sat on the mat{' of the house' * (i % 4)}.\n" for i in range(n)))
     return path
+
+
+def llm(texts: Path, model: str) -> tuple:
+    return ("llm", "--input", texts, "--chat-model", model, "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +106,20 @@ def fail_at(monkeypatch, *batches: int) -> list[int]:
 def test_an_interrupted_rewriting_job_continues_where_it_stopped(tmp_path, tiny_chat_model, monkeypatch, capsys):
     texts = write_texts(tmp_path / "t.txt", 13)
     monkeypatch.setattr(durable, "POOL", 5)
-    flags = ("llm", "--input", texts, "--chat-model", tiny_chat_model, "--batch-size", 2, "--max-new-tokens", 4, "--no-gate")
+    flags = (
+        "llm",
+        "--input",
+        texts,
+        "--chat-model",
+        tiny_chat_model,
+        "--dtype",
+        "float32",
+        "--batch-size",
+        2,
+        "--max-new-tokens",
+        4,
+        "--no-gate",
+    )
     run(*flags, "--out", tmp_path / "whole.jsonl")
     whole = read_rows(tmp_path / "whole.jsonl")
     templates = {row["template"] for row in whole}
@@ -134,7 +152,17 @@ def test_an_interrupted_rewriting_job_continues_where_it_stopped(tmp_path, tiny_
 
 
 def test_a_gate_that_leaves_nothing_does_not_cost_the_answers(tmp_path, tiny_chat_model, monkeypatch):
-    flags = ("llm", "--input", write_texts(tmp_path / "t.txt", 3), "--chat-model", tiny_chat_model, "--max-new-tokens", 4)
+    flags = (
+        "llm",
+        "--input",
+        write_texts(tmp_path / "t.txt", 3),
+        "--chat-model",
+        tiny_chat_model,
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        4,
+    )
     monkeypatch.setattr(gate, "COPY", -1)
     with pytest.raises(InputError, match="no pairs were made: read some with --review"):
         run(*flags, "--out", tmp_path / "out.jsonl")
@@ -145,7 +173,7 @@ def test_a_gate_that_leaves_nothing_does_not_cost_the_answers(tmp_path, tiny_cha
 
 def test_questions_are_kept_apart(tmp_path, tiny_chat_model, capsys):
     texts = write_texts(tmp_path / "t.txt", 12)
-    flags = ("llm", "--input", texts, "--chat-model", tiny_chat_model, "--max-new-tokens", 4, "--no-gate")
+    flags = (*llm(texts, tiny_chat_model), "--max-new-tokens", 4, "--no-gate")
     run(*flags, "--templates", "simple", "question", "--out", tmp_path / "out.jsonl")
     pairs, questions = read_rows(tmp_path / "out.jsonl"), read_rows(tmp_path / "out.jsonl.questions.jsonl")
     assert {row["template"] for row in pairs} == {"simple"} and {row["template"] for row in questions} == {"question"}
@@ -160,13 +188,63 @@ def test_questions_are_kept_apart(tmp_path, tiny_chat_model, capsys):
 def test_prompts_are_sorted_by_length_and_answers_are_the_texts_own(tmp_path, tiny_chat_model, monkeypatch):
     texts = write_texts(tmp_path / "t.txt", 8)
     (tmp_path / "my.txt").write_text("Say it again: {text}")
-    flags = ("llm", "--input", texts, "--chat-model", tiny_chat_model, "--max-new-tokens", 6, "--temperature", 0, "--no-gate")
+    flags = (
+        "llm",
+        "--input",
+        texts,
+        "--chat-model",
+        tiny_chat_model,
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        6,
+        "--temperature",
+        0,
+        "--no-gate",
+    )
     flags = (*flags, "--template-file", tmp_path / "my.txt")
     run(*flags, "--batch-size", 1, "--out", tmp_path / "alone.jsonl")
     run(*flags, "--batch-size", 3, "--out", tmp_path / "batches.jsonl")
     alone = read_rows(tmp_path / "alone.jsonl")
     assert {row["template"] for row in alone} == {"my"} and len({row["positive"] for row in alone}) > 1
     assert read_rows(tmp_path / "batches.jsonl") == alone
+
+
+@pytest.fixture(scope="module")
+def ending_model(tiny_chat_model):
+    """A model that ends some of its answers early, and its tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_chat_model, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model, padding_side="left")
+    tokenizer.pad_token = tokenizer.eos_token
+    prompts = [tokenizer(f"The cat {i} sat{' on the mat' * (i % 4)}")["input_ids"] for i in range(12)]
+    with torch.no_grad():
+        tokens = torch.cat([model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :] for p in prompts])
+    frequent = tokens.bincount().topk(3).indices.tolist()
+    model.generation_config.eos_token_id = frequent  # what it says most often now ends an answer
+    return model, tokenizer, prompts
+
+
+@pytest.mark.parametrize("how", ["stages", "continuous"])
+def test_answers_are_those_of_generate_on_each_prompt_alone(ending_model, monkeypatch, how):
+    import torch
+
+    model, tokenizer, prompts = ending_model
+    greedy = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": tokenizer.pad_token_id}
+    with torch.no_grad():
+        alone = [model.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :] for prompt in prompts]
+    assert len({len(tokens) for tokens in alone}) > 2  # they end at different moments
+    expected = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in alone]
+    if how == "stages":
+        monkeypatch.setattr(chat_model, "STAGE", 5)
+        found = chat_model.generate(model, tokenizer, prompts, 0, greedy)
+    else:
+        limits = {"num_blocks": 64, "page_size": 32, "max_batch_tokens": 64, "max_requests_per_batch": 5}
+        found = chat_model.generate_continuously(model, tokenizer, prompts, 0, greedy, **limits)
+        assert chat_model.generate(model, tokenizer, prompts, 0, greedy) == expected  # the model is as it was
+    assert found == expected
 
 
 def test_a_batch_that_fails_is_halved_and_what_fails_alone_is_set_aside(tmp_path, tiny_chat_model, monkeypatch, capsys):
@@ -184,12 +262,25 @@ def test_a_batch_that_fails_is_halved_and_what_fails_alone_is_set_aside(tmp_path
     with open(texts, "a") as f:
         f.write(" ".join(f"word {i} of a very long text" for i in range(20)))
     monkeypatch.setattr(Qwen3ForCausalLM, "generate", failing)
-    flags = ("llm", "--input", texts, "--chat-model", tiny_chat_model, "--max-new-tokens", 3, "--no-gate", "--templates", "simple")
+    flags = (
+        "llm",
+        "--input",
+        texts,
+        "--chat-model",
+        tiny_chat_model,
+        "--dtype",
+        "float32",
+        "--max-new-tokens",
+        3,
+        "--no-gate",
+        "--templates",
+        "simple",
+    )
     run(*flags, "--out", tmp_path / "out.jsonl")
     failed = read_rows(tmp_path / "out.jsonl.failed.jsonl")
     assert [(row["source"], row["error"]) for row in failed] == [("t.txt:10", "RuntimeError: out of memory for a reason")]
     assert [row["source"] for row in read_rows(tmp_path / "out.jsonl")] == [f"t.txt:{i}" for i in range(1, 10)]
-    assert sizes[0] == 8 and 1 in sizes and "1 texts failed" in capsys.readouterr().err
+    assert sizes[0] == 10 and 1 in sizes and "1 texts failed" in capsys.readouterr().err
     run("crop", "--input", tmp_path / "out.jsonl.failed.jsonl", "--out", tmp_path / "again.jsonl")  # the file may be an input
 
 
@@ -198,6 +289,68 @@ def test_a_chat_model_that_is_missing_is_named_and_leaves_nothing(tmp_path):
     with pytest.raises(InputError, match="cannot load the chat model 'org/none'"):
         run("llm", "--input", tmp_path / "t.txt", "--chat-model", "org/none", "--out", tmp_path / "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
+
+
+# ------------------------------------------------------------------------------------------------------- translation
+
+
+@pytest.fixture(scope="module")
+def marian_models(tmp_path_factory) -> tuple[str, str]:
+    """Two random Marian models with the tests' tokenizer."""
+    import torch
+    from transformers import MarianConfig, MarianMTModel
+
+    folders = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        layers = {"encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+        sizes = {"vocab_size": 400, "d_model": 16, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 48}
+        special = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0, "forced_eos_token_id": 2}
+        model = MarianMTModel(MarianConfig(**sizes, **layers, **special))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(8)
+        folders.append(str(tmp_path_factory.mktemp("marian") / "model"))
+        model.save_pretrained(folders[-1])
+        tokenizer = make_tokenizer("bytes", bos=False, eos=True)
+        tokenizer.pad_token = "<unk>"
+        tokenizer.save_pretrained(folders[-1])
+    return tuple(folders)
+
+
+def test_a_back_translation_goes_there_and_back_sentence_by_sentence(tmp_path, marian_models, capsys):
+    import torch
+    from transformers import AutoTokenizer, MarianMTModel
+
+    def translate(sentence: str, folder: str) -> str:
+        tokenizer, model = AutoTokenizer.from_pretrained(folder), MarianMTModel.from_pretrained(folder).eval()
+        with torch.no_grad():
+            out = model.generate(torch.tensor([tokenizer(sentence)["input_ids"]]), num_beams=1, max_new_tokens=47)
+        return tokenizer.decode(out[0], skip_special_tokens=True).strip()
+
+    texts = ["The cat sat on the mat.", "A dog. It barks at the bank!", "Rates", "The cat number 7"]
+    (tmp_path / "t.txt").write_text("\n".join([*texts, "word " * 100]))
+    there, back = marian_models
+    flags = ("backtranslate", "--input", tmp_path / "t.txt", "--to-pivot", there, "--from-pivot", back, "--no-gate", "--batch-size", 2)
+    run(*flags, "--out", tmp_path / "out.jsonl")
+    failed = {row["source"]: row["error"] for row in read_rows(tmp_path / "out.jsonl.failed.jsonl")}
+    assert "tokens, the model takes 48" in failed["t.txt:5"]
+    rows = {row["source"]: row for row in read_rows(tmp_path / "out.jsonl")}
+    assert rows
+    for i, text in enumerate(texts, 1):
+        sentences = text.split(". ") if i != 2 else ["A dog.", "It barks at the bank!"]
+        pivots = [translate(sentence, there) for sentence in sentences]
+        if f"t.txt:{i}" in failed:  # what a random model says may be too long for the other
+            continue
+        assert rows[f"t.txt:{i}"]["anchor"] == text and rows[f"t.txt:{i}"]["engine"] == "backtranslate"
+        assert rows[f"t.txt:{i}"]["positive"] == " ".join(translate(pivot, back) for pivot in pivots)
+    for flags, message in (
+        (("--pivot", "xx"), "cannot load the translation model 'Helsinki-NLP/opus-mt-en-xx'"),
+        (("--to-pivot", there, "--from-pivot", "org/none"), "cannot load the translation model 'org/none'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("backtranslate", "--input", tmp_path / "t.txt", *flags, "--out", tmp_path / "none.jsonl")
+    assert not list(tmp_path.glob("none*"))
 
 
 # ----------------------------------------------------------------------------------------------------------- a server
@@ -242,7 +395,7 @@ def test_a_server_with_a_real_model_answers_as_the_model_does_here(tmp_path, tin
     server = serve(tiny_chat_model)
     common = ("--input", texts, "--temperature", 0, "--max-new-tokens", 6, "--no-gate")
     run("server", *common, "--url", server.url, "--chat-model", "tiny", "--out", tmp_path / "server.jsonl", "--concurrency", 3)
-    run("llm", *common, "--chat-model", tiny_chat_model, "--out", tmp_path / "llm.jsonl", "--batch-size", 1)
+    run("llm", *common, "--chat-model", tiny_chat_model, "--dtype", "float32", "--out", tmp_path / "llm.jsonl", "--batch-size", 1)
     for name in ("", ".questions.jsonl"):
         rows, here = read_rows(tmp_path / f"server.jsonl{name}"), read_rows(tmp_path / f"llm.jsonl{name}")
         assert rows and [row | {"engine": "llm"} for row in rows] == here
@@ -264,7 +417,7 @@ def test_a_server_that_misbehaves_is_asked_again_as_often_as_it_takes(tmp_path, 
     assert failed["POISON"] == "500 Internal Server Error: always (tried 13 times)"
     assert "400 Bad Request" in failed["A text that is TOO LONG"] and "context length" in failed["A text that is TOO LONG"]
     log = server.log()
-    assert log["most at once"] <= 4 + 3 and log["keys"] == ["Bearer secret-7"]  # requests that timed out still run on the server
+    assert log["most at once"] <= 4 + 4 and log["keys"] == ["Bearer secret-7"]  # requests that timed out still run on the server
     out = capsys.readouterr()
     assert "2 texts failed" in out.err and "secret-7" not in out.out + out.err
     assert "secret-7" not in "".join(path.read_text() for path in tmp_path.iterdir())
