@@ -237,16 +237,19 @@ def write_gated(args: argparse.Namespace, engine: Engine, files: RowFiles) -> Ta
             files.write(companion(args.out, "questions.jsonl") if apart else args.out, question)
         else:
             files.write(args.out, verdict.pair)
-    if tally.failed:
-        warn(f"{tally.failed} texts failed, the last with {last_error}: they stand in {companion(args.out, 'failed.jsonl')}")
     if tally.made:
         say(tally.reason_line())
     if args.review:
         tally.show(args.review)
-    files.open(args.out)  # also where it stays empty, as all pairs are questions
+    if tally.failed and not tally.made:
+        again = f"delete {partial_file(args.out)} to try again"
+        raise InputError(f"no pairs were made: every text failed, {tally.failed} in all, the last with {last_error}; {again}")
     if not tally.kept:
         why = "read some with --review 5, or keep them with --no-gate" if tally.made else "no text was left to make one of"
         raise InputError(f"no pairs were made: {why}")
+    if tally.failed:
+        warn(f"{tally.failed} failed, the last with {last_error}: see {companion(args.out, 'failed.jsonl')}")
+    files.open(args.out)  # also where it stays empty, as all pairs are questions
     return tally
 
 
@@ -268,6 +271,7 @@ def write_report(args: argparse.Namespace, tally: Tally) -> None:
 def main(args: argparse.Namespace) -> None:
     check_out(args.out)
     engine = ENGINES[args.engine]
+    tally = None
     with RowFiles(args.out) as files:
         if engine.checks is None:
             for pair in itertools.islice(engine.make(args), args.limit):
@@ -275,7 +279,9 @@ def main(args: argparse.Namespace) -> None:
             if not files.counts[args.out]:
                 raise InputError("no pairs were made: no docstring has two sentences that fit")
         else:
-            write_report(args, write_gated(args, engine, files))
+            tally = write_gated(args, engine, files)
+    if tally:
+        write_report(args, tally)
     partial_file(args.out).unlink(missing_ok=True)
     if n_questions := files.counts[companion(args.out, "questions.jsonl")]:
         say(f"{companion(args.out, 'questions.jsonl')}: {n_questions} questions, each with its text: no paraphrase, and so kept apart")

@@ -113,7 +113,8 @@ class Server:
     def ask(self, prompt: str) -> str | Failure:
         """The model's answer, after as many tries as it takes; a failure after `--retries` more than one."""
         for attempt in range(self.args.retries + 1):
-            self.wait_until(self.not_before)
+            while self.not_before > time.monotonic() and not self.stopped.is_set():  # another thread may move it on meanwhile
+                self.wait_until(self.not_before)
             if self.stopped.is_set():
                 return Failure("stopped")
             try:

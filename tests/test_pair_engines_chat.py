@@ -280,7 +280,12 @@ def test_a_batch_that_fails_is_halved_and_what_fails_alone_is_set_aside(tmp_path
     failed = read_rows(tmp_path / "out.jsonl.failed.jsonl")
     assert [(row["source"], row["error"]) for row in failed] == [("t.txt:10", "RuntimeError: out of memory for a reason")]
     assert [row["source"] for row in read_rows(tmp_path / "out.jsonl")] == [f"t.txt:{i}" for i in range(1, 10)]
-    assert sizes[0] == 10 and 1 in sizes and "1 texts failed" in capsys.readouterr().err
+    assert sizes[0] == 10 and 1 in sizes and "1 failed, the last with RuntimeError" in capsys.readouterr().err
+    with open(tmp_path / "long.txt", "w") as f:
+        f.write(texts.read_text().splitlines()[-1])
+    flags = (*llm(tmp_path / "long.txt", tiny_chat_model), "--max-new-tokens", 3, "--no-gate")
+    with pytest.raises(InputError, match=r"every text failed, 1 in all, the last with RuntimeError: .*; delete .*partial to try again"):
+        run(*flags, "--out", tmp_path / "none.jsonl")
     run("crop", "--input", tmp_path / "out.jsonl.failed.jsonl", "--out", tmp_path / "again.jsonl")  # the file may be an input
 
 
@@ -419,7 +424,7 @@ def test_a_server_that_misbehaves_is_asked_again_as_often_as_it_takes(tmp_path, 
     log = server.log()
     assert log["most at once"] <= 4 + 4 and log["keys"] == ["Bearer secret-7"]  # requests that timed out still run on the server
     out = capsys.readouterr()
-    assert "2 texts failed" in out.err and "secret-7" not in out.out + out.err
+    assert "2 failed, the last with" in out.err and "secret-7" not in out.out + out.err
     assert "secret-7" not in "".join(path.read_text() for path in tmp_path.iterdir())
 
 
