@@ -113,11 +113,9 @@ def generate_continuously(model, tokenizer, prompts: list[list[int]], seed: int,
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     generation = GenerationConfig(**sampling, eos_token_id=model.generation_config.eos_token_id)
-    attention = model.config._attn_implementation
     results = model.generate_batch(
         inputs=prompts, generation_config=generation, continuous_batching_config=ContinuousBatchingConfig(seed=seed, **limits)
     )
-    model.set_attn_implementation(attention)  # it leaves its own behind
     found = [results.get(f"req_{i}") for i in range(len(prompts))]
     good = [None if result is None or result.error else result.generated_tokens for result in found]
     if None in good:

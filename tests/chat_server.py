@@ -18,7 +18,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 FAULTS = ("slow", "500", "html", "half", "cut", "429", "hang up")
 LOCK = threading.Lock()
-LOG = {"requests": 0, "most at once": 0, "keys": [], "429": 0, "early": 0}
+LOG = {"requests": 0, "most at once": 0, "keys": [], "429": 0, "early": 0, "moved": 0}
 TRIES, AT_ONCE, ALLOWED_AT = Counter(), [0], [0.0]
 
 
@@ -44,9 +44,13 @@ class Handler(BaseHTTPRequestHandler):
     misbehaves = False
 
     def do_GET(self):
+        LOG["moved"] += self.path == "/new/v1/chat/completions"
         self.send(200, json.dumps(LOG))
 
     def do_POST(self):
+        if self.path.startswith("/moved"):
+            self.send(302, "", location="/new/v1/chat/completions")
+            return
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         prompt = body["messages"][0]["content"]
         self.counted = True
@@ -101,12 +105,13 @@ class Handler(BaseHTTPRequestHandler):
     def completion(text: str) -> str:
         return json.dumps({"choices": [{"message": {"role": "assistant", "content": text}}]})
 
-    def send(self, status: int, content: str, length: int | None = None, retry_after: str | None = None) -> None:
+    def send(self, status: int, content: str, length: int | None = None, retry_after: str = "", location: str = "") -> None:
         self.count_out()
         self.send_response(status)
         self.send_header("Content-Length", str(length or len(content.encode())))
-        if retry_after:
-            self.send_header("Retry-After", retry_after)
+        for name, value in (("Retry-After", retry_after), ("Location", location)):
+            if value:
+                self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content.encode())
 

@@ -59,6 +59,8 @@ def test_docstring_pairs_share_no_text_and_no_module_with_the_bundled_tasks(tmp_
         "pkg/good": "This one is free to be used. It has eight words or more in its second part.",
         "pkg/same_anchor": f"This ONE is free, to be used! {prose}",
         "pkg/same_positive": "This has another first sentence. It has eight words or more in its second part, 7.",
+        "datasketch/later": f"A package that was added when the figures stood. {prose} It is not read.",
+        "rapidfuzz/later": f"Another package that was added when the figures stood. {prose} Nor is this.",
         "pkg/other": "This one may be used, too. Its second part has nothing in common with others.",
     }
     for name, docstring in sources.items():

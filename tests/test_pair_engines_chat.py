@@ -5,6 +5,7 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 
@@ -221,9 +222,10 @@ def ending_model(tiny_chat_model):
     tokenizer.pad_token = tokenizer.eos_token
     prompts = [tokenizer(f"The cat {i} sat{' on the mat' * (i % 4)}")["input_ids"] for i in range(12)]
     with torch.no_grad():
-        tokens = torch.cat([model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :] for p in prompts])
-    frequent = tokens.bincount().topk(3).indices.tolist()
-    model.generation_config.eos_token_id = frequent  # what it says most often now ends an answer
+        answers = [model.generate(torch.tensor([p]), max_new_tokens=40, do_sample=False)[0, len(p) :].tolist() for p in prompts]
+    # the token that ends an answer shall be one that they come to at many moments
+    moments = {token: {tokens.index(token) for tokens in answers if token in tokens} for tokens in answers for token in tokens}
+    model.generation_config.eos_token_id = max(moments, key=lambda token: len(moments[token]))
     return model, tokenizer, prompts
 
 
@@ -235,7 +237,7 @@ def test_answers_are_those_of_generate_on_each_prompt_alone(ending_model, monkey
     greedy = {"do_sample": False, "max_new_tokens": 40, "pad_token_id": tokenizer.pad_token_id}
     with torch.no_grad():
         alone = [model.generate(torch.tensor([prompt]), **greedy)[0, len(prompt) :] for prompt in prompts]
-    assert len({len(tokens) for tokens in alone}) > 2  # they end at different moments
+    assert len({len(tokens) // 5 for tokens in alone}) > 3  # they end at different moments
     expected = [tokenizer.decode(tokens, skip_special_tokens=True).strip() for tokens in alone]
     if how == "stages":
         monkeypatch.setattr(chat_model, "STAGE", 5)
@@ -436,6 +438,46 @@ def test_after_a_429_nothing_is_asked_before_the_server_allows_it(tmp_path, serv
     assert (log["429"], log["early"], log["requests"]) == (2, 0, 16)
 
 
+def test_merged_shards_have_their_questions_and_failures(tmp_path, serve):
+    texts = write_texts(tmp_path / "t.txt", 33)
+    with open(texts, "a") as f:
+        f.write("POISON\nPOISON, too\n")
+    server = serve("--plain")
+    flags = ("server", "--input", texts, "--url", server.url, "--chat-model", "x", "--retries", 0, "--no-gate", "--out")
+    run(*flags, tmp_path / "whole.jsonl")
+    for i in (1, 2):
+        run(*flags, tmp_path / f"{i}.jsonl", "--shard", f"{i}/2")
+    shards = sorted(path for path in tmp_path.glob("[12].*") if path.name.endswith(".jsonl"))
+    assert len(shards) == 6  # as *.jsonl names them: pairs, questions and failures
+    run("merge", *shards, "--no-gate", "--out", tmp_path / "all.jsonl")
+    for end in ("", ".questions.jsonl", ".failed.jsonl"):
+        assert (tmp_path / f"all.jsonl{end}").read_bytes() == (tmp_path / f"whole.jsonl{end}").read_bytes()
+
+
+def test_one_request_that_is_told_to_wait_makes_all_wait(monkeypatch):
+    args = ["server", "--input", "t.txt", "--out", "o.jsonl", "--url", "http://host/v1", "--chat-model", "x", "--retries", "0"]
+    server, asked = chat_server.Server(make_pairs.build_parser().parse_args(args)), []
+
+    def request(prompt):
+        asked.append(time.monotonic())
+        if prompt == "first":
+            raise chat_server.RetryError("429", wait=0.3)
+        return "An answer."
+
+    server.request = request
+    assert server.ask("first").error.startswith("429")
+    assert server.ask("second") == "An answer." and asked[1] - asked[0] >= 0.29
+
+
+def test_the_key_does_not_follow_to_another_address(tmp_path, serve, monkeypatch):
+    server = serve("--plain")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-7")
+    flags = ("server", "--input", write_texts(tmp_path / "t.txt", 1), "--url", server.url.replace("/v1", "/moved/v1"), "--chat-model", "x")
+    with pytest.raises(InputError, match=r"302 Found.*check --url"):
+        run(*flags, "--out", tmp_path / "out.jsonl")
+    assert server.log()["moved"] == 0
+
+
 def test_so_many_requests_at_once_and_no_more(tmp_path, serve):
     server = serve("--plain")
     flags = ("server", "--input", write_texts(tmp_path / "t.txt", 30), "--url", server.url, "--chat-model", "x", "--concurrency", 3)
@@ -510,7 +552,6 @@ def test_an_address_that_is_none_is_refused(url):
 
 def test_a_header_retry_after_is_seconds_or_a_date():
     import email.utils
-    import time
 
     assert chat_server.seconds_to_wait("2.5") == 2.5
     assert chat_server.seconds_to_wait(email.utils.formatdate(time.time() + 100)) == pytest.approx(100, abs=5)
