@@ -1,7 +1,6 @@
 """Pairs that a chat model behind a server makes: any server that speaks the protocol of OpenAI's chat completions."""
 
 import argparse
-import concurrent.futures
 import email.utils
 import http.client
 import json
@@ -13,6 +12,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator
+from multiprocessing.pool import ThreadPool
 
 from files.console import InputError
 from files.reading import excerpt
@@ -86,27 +86,24 @@ class Server:
         def answer(jobs: list[Job]) -> Iterator[list[tuple[Job, str | Failure]]]:
             nonlocal succeeded
             held = []  # failures since the last success: where the server is gone they are forgotten, and tried again by the next run
-            threads = concurrent.futures.ThreadPoolExecutor(self.args.concurrency)
+            self.stopped.clear()
             try:
-                running = {threads.submit(self.ask, instruction(job, templates)): job for job in jobs}
-                for future in concurrent.futures.as_completed(running):
-                    job, found = running[future], future.result()
-                    if not isinstance(found, Failure):
-                        succeeded = True
-                        yield [*held, (job, found)]
-                        held = []
-                        continue
-                    held.append((job, found))
-                    if len(held) >= GIVE_UP:
-                        raise InputError(f"{self.url}: {GIVE_UP} texts in a row failed, the last with {found.error}; run again to go on")
-                if held and not succeeded:
-                    raise InputError(f"{self.url}: no text was answered; the last failed with {held[-1][1].error}")
-                if held:
-                    yield held
+                with ThreadPool(self.args.concurrency) as threads:  # daemons: Ctrl-C does not wait for the server
+                    for job, found in threads.imap_unordered(lambda job: (job, self.ask(instruction(job, templates))), jobs):
+                        held.append((job, found))
+                        if not isinstance(found, Failure):
+                            succeeded = True
+                            yield held
+                            held = []
+                        elif len(held) >= GIVE_UP:
+                            why = f"{GIVE_UP} texts in a row failed, the last with {found.error}"
+                            raise InputError(f"{self.url}: {why}; run again to go on")
             finally:
                 self.stopped.set()
-                threads.shutdown(cancel_futures=True)
-                self.stopped.clear()
+            if held and not succeeded:
+                raise InputError(f"{self.url}: no text was answered; the last failed with {held[-1][1].error}")
+            if held:
+                yield held
 
         return answer
 

@@ -62,7 +62,9 @@ class Handler(BaseHTTPRequestHandler):
             LOG["early"] += time.monotonic() < ALLOWED_AT[0]
             number, TRIES[prompt] = TRIES[prompt], TRIES[prompt] + 1
         try:
-            if "POISON" in prompt:
+            if "SLEEP" in prompt:
+                time.sleep(60)
+            elif "POISON" in prompt:
                 self.send(500, "always")
             elif "TOO LONG" in prompt:
                 self.send(400, json.dumps({"error": {"message": "context length exceeded"}}))

@@ -3,6 +3,7 @@
 import json
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -452,6 +453,17 @@ def test_merged_shards_have_their_questions_and_failures(tmp_path, serve):
     run("merge", *shards, "--no-gate", "--out", tmp_path / "all.jsonl")
     for end in ("", ".questions.jsonl", ".failed.jsonl"):
         assert (tmp_path / f"all.jsonl{end}").read_bytes() == (tmp_path / f"whole.jsonl{end}").read_bytes()
+
+
+def test_an_interrupt_does_not_wait_for_the_server(tmp_path, serve):
+    (tmp_path / "t.txt").write_text("A text.\nSLEEP\n")
+    server = serve("--plain")
+    flags = ("server", "--input", tmp_path / "t.txt", "--url", server.url, "--chat-model", "x", "--out", tmp_path / "out.jsonl")
+    process = subprocess.Popen([sys.executable, str(HERE.parent / "make_pairs.py"), *map(str, flags)], stderr=subprocess.PIPE)
+    while server.log()["requests"] < 2 or not (tmp_path / "out.jsonl.partial").stat().st_size:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=20)[1] == b"" and process.returncode == 130
 
 
 def test_one_request_that_is_told_to_wait_makes_all_wait(monkeypatch):
