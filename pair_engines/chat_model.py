@@ -86,11 +86,18 @@ def generate(model, tokenizer, prompts: list[list[int]], seed: int, sampling: di
     ends = torch.tensor([] if ends is None else ends, device=ids.device).reshape(-1)
     n_prompt, rows, answers = ids.shape[1], list(range(len(prompts))), [""] * len(prompts)
     longest = n_prompt + sampling["max_new_tokens"]
+    top_k, processors = model.generation_config.top_k, None
+    top_k = 50 if top_k is None else top_k  # as `generate` has it
+    if sampling["do_sample"] and top_k:
+        processors = [keep_likeliest(top_k, sampling["temperature"], sampling["top_p"])]
+        sampling = sampling | {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
     torch.manual_seed(seed)
     while rows:
         stage = sampling | {"max_new_tokens": min(STAGE, longest - ids.shape[1])}
         with torch.no_grad():
-            out = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **stage)
+            out = model.generate(
+                ids, attention_mask=mask, past_key_values=cache, logits_processor=processors, return_dict_in_generate=True, **stage
+            )
         mask = torch.cat([mask, mask.new_ones(len(rows), out.sequences.shape[1] - ids.shape[1])], 1)
         ids, cache = out.sequences, out.past_key_values
         ended = torch.isin(ids[:, n_prompt:], ends).any(1)  # (B,)
@@ -103,6 +110,23 @@ def generate(model, tokenizer, prompts: list[list[int]], seed: int, sampling: di
             ids, mask = ids[~ended], mask[~ended]
             cache.batch_select_indices((~ended).nonzero().flatten())
     return answers
+
+
+def keep_likeliest(top_k: int, temperature: float, top_p: float):
+    """What `generate` does for sampling with these, but for ties: it sorts the whole vocabulary for top_p, this only the top_k.
+
+    Returns a function from the ids so far and the logits (B, V) to the logits over the temperature, -inf for tokens not to be drawn.
+    """
+    import torch
+
+    def process(_, scores):
+        best, tokens = (scores / temperature).topk(min(top_k, scores.shape[1]))  # (B, K), descending
+        shares = best.softmax(-1)
+        best = best.masked_fill(shares.cumsum(-1) - shares >= top_p, -torch.inf)  # what comes before it is enough
+        best[:, 0] = best[:, 0].where(best[:, 0] > -torch.inf, 0)  # one is left also where top_p is 0
+        return torch.full_like(scores, -torch.inf).scatter(1, tokens, best)
+
+    return process
 
 
 def generate_continuously(model, tokenizer, prompts: list[list[int]], seed: int, sampling: dict, **limits) -> list[str | None]:

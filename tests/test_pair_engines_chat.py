@@ -250,6 +250,21 @@ def test_answers_are_those_of_generate_on_each_prompt_alone(ending_model, monkey
     assert found == expected
 
 
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.6, 0.9), (1.5, 0.3), (1.0, 1.0), (0.7, 0.0)])
+def test_answers_are_drawn_as_generate_draws_them(ending_model, monkeypatch, temperature, top_p):
+    import torch
+
+    model, tokenizer, prompts = ending_model
+    monkeypatch.setattr(chat_model, "STAGE", 100)
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "max_new_tokens": 12, "pad_token_id": tokenizer.pad_token_id}
+    inputs = tokenizer.pad({"input_ids": prompts}, return_tensors="pt")
+    torch.manual_seed(3)
+    with torch.no_grad():
+        out = model.generate(**{key: inputs[key] for key in ("input_ids", "attention_mask")}, **sampling)
+    answers = [text.strip() for text in tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)]
+    assert chat_model.generate(model, tokenizer, prompts, 3, sampling) == answers and len(set(answers)) > 2
+
+
 def test_a_batch_that_fails_is_halved_and_what_fails_alone_is_set_aside(tmp_path, tiny_chat_model, monkeypatch, capsys):
     from transformers import Qwen3ForCausalLM
 
