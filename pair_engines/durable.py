@@ -10,6 +10,7 @@ A line that a kill has cut short is removed. Texts are taken in pools of POOL, w
 """
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -56,7 +57,7 @@ def durable_rows(path: Path, jobs: Iterable[Job], settings: dict, engine: str, l
     with Journal(path, settings) as journal:
         answer = None
         with Progress(None, "answered", "text", initial=journal.n_done + len(journal.finished)) as progress:
-            for pool in pools(journal, [first] if first else [], jobs):
+            for pool in pools(journal, itertools.chain([first] if first else [], jobs)):
                 rest = [job for job in pool if not journal.has(job)]
                 if rest:
                     answer = answer or load(journal.n_done + len(journal.finished) > 0)
@@ -86,21 +87,20 @@ def in_halves(prompts: list, generate: Callable[[list], list[str]]) -> list[str 
     return in_halves(prompts[:half], generate) + in_halves(prompts[half:], generate)
 
 
-def pools(journal: "Journal", head: Iterable[Job], jobs: Iterable[Job]) -> Iterator[list[Job]]:
+def pools(journal: "Journal", jobs: Iterable[Job]) -> Iterator[list[Job]]:
     """The jobs that are not finished for certain, POOL at a time. Raises InputError where the finished ones had other texts."""
-    pool, n_before = [], journal.n_done
-    for part in (head, jobs):
-        for job in part:
-            if job.number >= n_before:
-                journal.check(n_before)
-            journal.digest.update(json.dumps([job.text, job.template]).encode())
-            if job.number < n_before:
-                continue
-            pool.append(job)
-            if len(pool) == POOL:
-                yield pool
-                pool = []
-    journal.check(n_before)
+    pool, n_done = [], journal.n_done
+    for job in jobs:
+        if job.number >= n_done:
+            journal.check()
+        journal.digest.update(json.dumps([job.text, job.template]).encode())
+        if job.number < n_done:
+            continue
+        pool.append(job)
+        if len(pool) == POOL:
+            yield pool
+            pool = []
+    journal.check()
     if pool:
         yield pool
 
@@ -182,8 +182,8 @@ class Journal:
             self._raise_other_texts()
         return row is not None
 
-    def check(self, n_before: int) -> None:
-        """Raise InputError where the texts before this number, all of which have come by, are not those of the job that began."""
+    def check(self) -> None:
+        """Called when the finished texts have come by: raises InputError where they are not those of the job that began."""
         if not self._checked and self.digest.hexdigest() != self._digest:
             self._raise_other_texts()
         self._checked = True

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from short_jobs import read_rows, run
 
 import make_pairs
 from files.console import InputError
@@ -21,14 +22,6 @@ from pair_engines.report import Sample
 
 ROOT = Path(__file__).resolve().parent.parent
 PROSE = "The bank raised its interest rates again this month, and every account that is overdrawn now costs more than before."
-
-
-def run(*flags) -> None:
-    make_pairs.main(make_pairs.build_parser().parse_args([str(f) for f in flags]))
-
-
-def read_rows(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def reasons(*pairs: tuple[str, str], checks=ALL_CHECKS, **options) -> list[str | None]:
