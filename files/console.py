@@ -67,12 +67,12 @@ def run_script(main: Callable[[], None]) -> None:
 class Progress:
     """Progress of a long job on standard error: a bar in a terminal, elsewhere a line every `PROGRESS_SECONDS`.
 
-    total      of the job, in `unit`s
+    total      of the job, in `unit`s; None where nobody knows
     initial    how much of it was done before
     disable    show nothing; also so in every process but the first
     """
 
-    def __init__(self, total: int, what: str, unit: str, *, initial: int = 0, disable: bool = False):
+    def __init__(self, total: int | None, what: str, unit: str, *, initial: int = 0, disable: bool = False):
         self.total, self.what, self.unit, self.done, self.bar = total, what, unit, initial, None
         self.disable = disable or process_rank() > 0
         self.spoke = time.monotonic()
@@ -96,4 +96,5 @@ class Progress:
             self.bar.update(n)
         elif not self.disable and time.monotonic() - self.spoke >= PROGRESS_SECONDS:
             self.spoke = time.monotonic()
-            say(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}s" + (f", {note}" if note else ""), error=True)
+            of_all = "" if self.total is None else f" of {self.total:,}"
+            say(f"{self.what}: {self.done:,}{of_all} {self.unit}s" + (f", {note}" if note else ""), error=True)

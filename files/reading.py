@@ -35,6 +35,7 @@ PARQUET_BATCH = 1024  # rows
 # a column of one of these names is taken for the text where no other is asked for
 TEXT_COLUMNS = ("text", "sentence", "sentences", "content", "document", "body", "abstract", "question", "title", "anchor")
 KNOWN_COLUMNS = {*TEXT_COLUMNS, "label", "text1", "positive"}
+GUESSED_FROM = 100  # rows that say which columns there are, and which of them is the text
 CSV_ERRORS = {
     "unexpected end of data": "a quote in this row is never closed",
     "expected after": "a quoted cell goes on after its closing quote: write quotes inside a cell twice",
@@ -316,33 +317,51 @@ def left_out(what: str, reasons: Counter[str]) -> str:
     return f"{n} {what}{'s' * (n != 1)} left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
 
 
-def read_texts(path: Path, column: str | None = None) -> tuple[list[tuple[str, str]], str]:
-    """(source, text) of every row with a text, source being FILE:ROW; and a line that says what was taken and left out.
+class TextStream:
+    """(source, text) of every row with a text, source being FILE:ROW, read a row at a time: iterate over it once.
 
-    column     None: the one that is plainly the text, see TEXT_COLUMNS
-    Raises InputError for what cannot be read and where no column is plainly the text.
+    column     None: the one that is plainly the text, see TEXT_COLUMNS, judged by the first GUESSED_FROM rows
+    Raises InputError for what cannot be read, where no column is plainly the text (both also while it is iterated over), and at the
+    end where the column holds no text.
     """
-    notes, texts, reasons = [], [], Counter()
-    rows, name = list(read_rows(path, notes)), display_name(path)
-    columns = column_names(rows)
-    strings = [c for c in columns if any(isinstance(cells.get(c), str) for _, cells in rows[:100])]
-    guess = next((c for c in TEXT_COLUMNS if c in strings), strings[0] if len(strings) == 1 else None)
-    chosen = column or guess
-    if chosen not in columns:
-        missing = f"no column {column or 'that is plainly the text'}; it has {excerpt(', '.join(columns), 200)}"
-        raise InputError(f"{name}: {missing}: name one with --column")
-    for i, (_, cells) in enumerate(rows, 1):
-        value = cells.get(chosen)
-        try:
-            text = "" if value is None else as_text(value).strip()
-        except ValueError as error:
-            reasons[f"whose text {str(error).partition(',')[0]}"] += 1
-            continue
-        if text:
-            texts.append((f"{'stdin' if path == STDIN else path.name}:{i}", text))
-        else:
-            reasons["without text"] += 1
-    if not texts:
-        raise InputError(f"{name}: column {excerpt(chosen)} holds no text; {left_out('row', reasons)}")
-    notes.insert(0, f"{name}: {len(texts)} texts in column {chosen!r} ({'as asked' if column else 'guessed'})")
-    return texts, ", ".join(notes) + (f"; {left_out('row', reasons)}" if reasons else "")
+
+    def __init__(self, path: Path, column: str | None = None):
+        self.name, self.n_texts, self.reasons, self.notes = display_name(path), 0, Counter(), []
+        self._file, rows = "stdin" if path == STDIN else path.name, read_rows(path, self.notes)
+        head = list(itertools.islice(rows, GUESSED_FROM))
+        columns = column_names(head)
+        strings = [c for c in columns if any(isinstance(cells.get(c), str) for _, cells in head)]
+        guess = next((c for c in TEXT_COLUMNS if c in strings), strings[0] if len(strings) == 1 else None)
+        self.column = column or guess
+        if self.column not in columns:
+            missing = f"no column {column or 'that is plainly the text'}; it has {excerpt(', '.join(columns), 200)}"
+            raise InputError(f"{self.name}: {missing}: name one with --column")
+        self.choice = f"column {self.column!r} ({'as asked' if column else 'guessed'})"
+        self._rows = itertools.chain(head, rows)
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        for i, (_, cells) in enumerate(self._rows, 1):
+            value = cells.get(self.column)
+            try:
+                text = "" if value is None else as_text(value).strip()
+            except ValueError as error:
+                self.reasons[f"whose text {str(error).partition(',')[0]}"] += 1
+                continue
+            if text:
+                self.n_texts += 1
+                yield f"{self._file}:{i}", text
+            else:
+                self.reasons["without text"] += 1
+        if not self.n_texts:
+            raise InputError(f"{self.name}: column {excerpt(self.column)} holds no text; {left_out('row', self.reasons)}")
+
+    def summary(self) -> str:
+        """A line that says what was taken and left out so far."""
+        line = ", ".join([f"{self.name}: {self.n_texts} texts in {self.choice}", *self.notes])
+        return line + (f"; {left_out('row', self.reasons)}" if self.reasons else "")
+
+
+def read_texts(path: Path, column: str | None = None) -> tuple[list[tuple[str, str]], str]:
+    """All texts of a `TextStream`, and its line that says what was taken and left out."""
+    stream = TextStream(path, column)
+    return list(stream), stream.summary()

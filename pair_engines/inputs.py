@@ -11,3 +11,8 @@ def read_input(path: Path, column: str | None) -> list[tuple[str, str]]:
     texts, summary = read_texts(path, column)
     say(summary)
     return texts
+
+
+def in_shard(shard: tuple[int, int] | None, number: int) -> bool:
+    """Whether the text of this number, counted from 0, belongs to shard i of n, given as (i, n) and counted from 1."""
+    return shard is None or number % shard[1] == shard[0] - 1

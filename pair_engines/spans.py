@@ -5,11 +5,11 @@ import random
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from files.console import InputError, say
-from files.reading import display_name, left_out
-from pair_engines.inputs import read_input
+from files.reading import TextStream, left_out
+from pair_engines.inputs import in_shard
 
 MAX_WORDS = 2048  # of a text that crop and noise take: models cut at 512 tokens by default, and a word is seldom less than one
 # Scripts written without spaces, and emoji: Thai to Myanmar, Khmer, symbols, CJK and kana, more Myanmar, fullwidth forms, pictographs
@@ -52,45 +52,61 @@ def is_joined(unit: str, c: str) -> bool:
     return not UNSPACED.search(unit[:2])  # it may begin with a space
 
 
-def read_words(args: argparse.Namespace, reasons: Counter[str]) -> Iterator[tuple[str, str, list[str], str]]:
-    """Source, text, and its words with what joins them, see `split_words`, of each row with a text; at most `MAX_WORDS` words.
+# what a way to make spans gets: text, its words, and what joins them, see `split_words`. It returns anchor and positive, or a reason
+# to leave the text out. It is called for every text, so that the random numbers of one do not depend on the shard.
+MakeSpans = Callable[[str, list[str], str], tuple[str, str] | str]
 
-    At the end prints how many texts were cut, and how many the caller has left out for the reasons that it counted.
+
+def span_pairs(args: argparse.Namespace, make: MakeSpans) -> Iterator[dict]:
+    """The pairs of the texts of --input, each cut to at most `MAX_WORDS` words; texts are read one at a time.
+
+    At the end prints how many texts there were, how many were cut, and how many were left out for which reason.
     Raises InputError where all were left out.
     """
-    texts, n_cut = read_input(args.input, args.column), 0
-    for source, text in texts:
+    texts, reasons = TextStream(args.input, args.column), Counter()
+    n_cut = n_pairs = n_texts = 0
+    for number, (source, text) in enumerate(texts):
         words, space = split_words(text)
-        if len(words) > MAX_WORDS:
-            words, n_cut = words[:MAX_WORDS], n_cut + 1
+        is_cut = len(words) > MAX_WORDS
+        if is_cut:
+            words = words[:MAX_WORDS]
             text = space.join(words)
-        yield source, text, words, space
+        made = make(text, words, space)
+        mine = in_shard(args.shard, number)
+        n_cut, n_texts = n_cut + (is_cut and mine), n_texts + mine
+        if isinstance(made, str):
+            reasons[made] += mine
+            continue
+        n_pairs += 1  # of all shards, as --limit counts them
+        if mine:
+            yield {"anchor": made[0], "positive": made[1], "engine": args.engine, "source": source}
+        if n_pairs == args.limit:
+            break
+    say(texts.summary())
     if n_cut:
-        say(f"{n_cut} of {len(texts)} texts cut to their first {MAX_WORDS:,} words")
-    if reasons.total() == len(texts):
-        raise InputError(f"{display_name(args.input)}: no pairs were made, {left_out('text', reasons)}")
+        say(f"{n_cut} of {n_texts} texts cut to their first {MAX_WORDS:,} words")
+    reasons = +reasons
+    if n_texts and reasons.total() == n_texts:
+        raise InputError(f"{texts.name}: no pairs were made, {left_out('text', reasons)}")
     if reasons:
         say(left_out("text", reasons))
 
 
-def crop_pairs(args: argparse.Namespace) -> list[dict]:
+def crop_pairs(args: argparse.Namespace) -> Iterator[dict]:
     """Two random spans of each document, each of 30 to 70 % of its words (Contriever, Izacard et al. 2022, arXiv 2112.09118)."""
-    rng, reasons = random.Random(args.seed), Counter()
-    pairs = []
-    for source, _, words, space in read_words(args, reasons):
+    rng = random.Random(args.seed)
+
+    def crop(text: str, words: list[str], space: str) -> tuple[str, str] | str:
         if len(words) < args.min_words:
-            reasons[f"of fewer than {args.min_words} words (--min-words)"] += 1
-            continue
+            return f"of fewer than {args.min_words} words (--min-words)"
         spans = []
         for _ in range(2):
             length = max(1, round(len(words) * rng.uniform(0.3, 0.7)))
             start = rng.randint(0, len(words) - length)
             spans.append(space.join(words[start : start + length]).strip())
-        if spans[0] != spans[1]:
-            pairs.append({"anchor": spans[0], "positive": spans[1], "engine": "crop", "source": source})
-        else:
-            reasons["whose two spans are equal"] += 1
-    return pairs
+        return (spans[0], spans[1]) if spans[0] != spans[1] else "whose two spans are equal"
+
+    return span_pairs(args, crop)
 
 
 def damage(text: str, rng: random.Random, delete: float, swap: float, chars: float) -> str:
@@ -114,14 +130,12 @@ def damage(text: str, rng: random.Random, delete: float, swap: float, chars: flo
     return space.join(kept).strip()
 
 
-def noise_pairs(args: argparse.Namespace) -> list[dict]:
+def noise_pairs(args: argparse.Namespace) -> Iterator[dict]:
     """Each text and its damaged copy; texts that no damage has changed are left out."""
-    rng, reasons = random.Random(args.seed), Counter()
-    pairs = []
-    for source, text, words, space in read_words(args, reasons):
+    rng = random.Random(args.seed)
+
+    def add_noise(text: str, words: list[str], space: str) -> tuple[str, str] | str:
         damaged = damage(text, rng, args.delete, args.swap, args.chars)
-        if damaged != space.join(words):
-            pairs.append({"anchor": text, "positive": damaged, "engine": "noise", "source": source})
-        else:
-            reasons["that the damage did not change"] += 1
-    return pairs
+        return (text, damaged) if damaged != space.join(words) else "that the damage did not change"
+
+    return span_pairs(args, add_noise)

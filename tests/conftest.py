@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import sys
 import tempfile
 
@@ -22,6 +23,7 @@ os.environ["HF_DATASETS_CACHE"] = (CACHE := tempfile.TemporaryDirectory()).name
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma3TextConfig,
     GPTNeoXConfig,
     LlamaConfig,
@@ -120,3 +122,14 @@ def model(request, models_dir) -> str:
 @pytest.fixture
 def llama(models_dir) -> str:
     return models_dir["llama"]
+
+
+@pytest.fixture(scope="session")
+def tiny_chat_model(tmp_path_factory, models_dir) -> str:
+    """A model whose tokenizer has a chat template."""
+    folder = tmp_path_factory.mktemp("chat") / "chat-model"
+    shutil.copytree(models_dir["qwen3"], folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
+    tokenizer.save_pretrained(folder)
+    return str(folder)

@@ -18,6 +18,7 @@ COMMANDS = {
         "make_pairs.py crop --input FILE --out OUT/pairs.jsonl",
         "make_pairs.py noise --input FILE --out OUT/pairs.jsonl",
         "make_pairs.py llm --input FILE --chat-model MODEL --out OUT/pairs.jsonl",
+        "make_pairs.py server --input FILE --url http://127.0.0.1:9/v1 --chat-model any --out OUT/pairs.jsonl",
         "make_pairs.py mine --pairs PAIRS --corpus FILE --model MODEL --out OUT/pairs.jsonl",
         "attention.py --model MODEL --input FILE --out OUT",
         "search.py --model MODEL --input FILE --query cat",
@@ -114,6 +115,8 @@ def run_command(llama, tmp_path, monkeypatch, capsys):
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(sys.argv[0], run_name="__main__")
         lines = capsys.readouterr().err.splitlines()
+        if ": error: argument" in lines[-1]:  # of argparse, which shows the usage before it
+            lines = [f"{argv[0]}: {lines[-1].partition(': error: ')[2]}"]
         assert ended.value.code == 2, lines
         assert sorted(tmp_path.rglob("*")) == before
         assert not [line for line in lines[:-1] if not line.startswith(("warning: ", "training: "))], lines
@@ -139,3 +142,36 @@ def test_a_value_of_the_wrong_type_is_one_line_that_names_its_place(run_command,
     for command in COMMANDS[kind]:
         line = run_command(command, path)
         assert f"{path}, line 9: " in line and HEADERS[kind][column] in line.replace("a text holds half", HEADERS[kind][column]), line
+
+
+CROP = "make_pairs.py crop --input FILE --out OUT/pairs.jsonl "
+SERVER = "make_pairs.py server --input FILE --chat-model any --out OUT/pairs.jsonl "
+# flags of make_pairs.py with a value that cannot be: the command, and what the line says
+BAD_FLAGS = [
+    (CROP + "--shard 0/2", "argument --shard: 0/2 is not I/N"),
+    (CROP + "--shard 3/2", "argument --shard: 3/2 is not I/N"),
+    (CROP + "--shard one", "argument --shard: one is not I/N"),
+    (CROP + "--review -1", "argument --review: -1 is not 0 or more"),
+    (CROP + "--judge-window 0.9 0.4", r"--judge-window 0\.9 0\.4: needs the lowest and then the highest"),
+    (CROP + "--judge-window -2 nan", "--judge-window -2 nan: needs the lowest"),
+    (CROP + "--judge no-such-model", "no-such-model"),
+    (SERVER + "--url localhost:8000", "--url localhost:8000: needs an address"),
+    (SERVER + "--url http://host/v1 --concurrency 0", "argument --concurrency: 0 is not 1 or more"),
+    (SERVER + "--url http://host/v1 --retries -1", "argument --retries: -1 is not 0 or more"),
+    (SERVER + "--url http://host/v1 --timeout 0", "argument --timeout: 0 is not above 0"),
+    (SERVER + "--url http://host/v1 --timeout nan", "argument --timeout: nan is not above 0"),
+    (SERVER + "--url http://host/v1 --templates haiku", "argument --templates: invalid choice: 'haiku'"),
+    (SERVER + "--url http://host/v1 --template-file FILE", r"template texts has no {text} where the text goes"),
+    (SERVER + "--url http://host/v1 --template-file OUT/none.txt", r"no file .*none\.txt"),
+    (SERVER + "--url http://host/v1 --temperature -1", "argument --temperature: -1 is not 0 or more"),
+    (SERVER + "--url http://host/v1 --top-p 2", "argument --top-p: 2 is not between 0 and 1"),
+    ("make_pairs.py merge OUT/none.jsonl PAIRS --out OUT/pairs.jsonl", r"no file .*none\.jsonl"),
+    ("make_pairs.py merge PAIRS --out OUT/pairs.jsonl", "line 1: needs a 'source' such as"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD_FLAGS)
+def test_a_flag_that_cannot_be_is_one_line(run_command, tmp_path, capsys, command, message):
+    path = make_bad_file(tmp_path, "texts.csv", table("texts"))
+    line = run_command(command, path)
+    assert re.search(message, line), line

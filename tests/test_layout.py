@@ -25,10 +25,16 @@ LAYERS = [
     {"training.gradients"},
     {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record", "training.plan"},
     {"models.packed_text"},
-    {"pair_engines", "pair_engines.inputs"},
-    {"pair_engines.docstring_pairs", "pair_engines.spans", "pair_engines.chat", "pair_engines.mining", "pair_engines.teacher"},
+    {"pair_engines", "pair_engines.inputs", "pair_engines.outputs"},
+    {"pair_engines.durable"},
+    {"pair_engines.templates"},
+    {"pair_engines.docstring_pairs", "pair_engines.spans", "pair_engines.mining", "pair_engines.merging", "pair_engines.teacher"},
+    {"pair_engines.chat_model", "pair_engines.chat_server", "pair_engines.translation"},
+    {"pair_engines.gate"},
+    {"pair_engines.report"},
     {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
-    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.bench_own_texts", "bench.gpu"},
+    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
+    {"bench.bench_own_texts", "bench.bench_rewrite", "bench.gpu"},
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
@@ -73,7 +79,7 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize("script", sorted(SCRIPTS & {path.stem for path in ROOT.glob("*.py")}))
 def test_a_script_starts_without_slow_imports(script):
     """Torch takes seconds: a wrong flag is answered before, and Ctrl-C is no traceback."""
-    slow = "{'torch', 'transformers', 'peft', 'datasets', 'mteb', 'sklearn', 'matplotlib'}"
+    slow = "{'torch', 'transformers', 'peft', 'datasets', 'mteb', 'sklearn', 'matplotlib', 'datasketch', 'rapidfuzz'}"
     program = f"import sys, {script}; assert not {slow} & set(sys.modules), {slow} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

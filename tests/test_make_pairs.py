@@ -17,7 +17,7 @@ from conftest import make_run
 import make_pairs
 from files.console import InputError
 from files.docstrings import DocstringText, bundled_task_files, normalized_key, read_excluded
-from pair_engines import chat, mining, spans
+from pair_engines import mining, spans
 from tasks.draw import BY_MODULE, BY_PACKAGE, draw_tasks
 
 HERE = Path(__file__).resolve().parent.parent
@@ -59,6 +59,8 @@ def test_docstring_pairs_share_no_text_and_no_module_with_the_bundled_tasks(tmp_
         "pkg/good": "This one is free to be used. It has eight words or more in its second part.",
         "pkg/same_anchor": f"This ONE is free, to be used! {prose}",
         "pkg/same_positive": "This has another first sentence. It has eight words or more in its second part, 7.",
+        "datasketch/later": f"A package that was added when the figures stood. {prose} It is not read.",
+        "rapidfuzz/later": f"Another package that was added when the figures stood. {prose} Nor is this.",
         "pkg/other": "This one may be used, too. Its second part has nothing in common with others.",
     }
     for name, docstring in sources.items():
@@ -285,68 +287,6 @@ def test_pairs_are_written_under_a_name_that_can_be_read_again(tmp_path):
     for name in ("pairs.parquet", "pairs.csv", "pairs"):
         with pytest.raises(InputError, match="are written as JSONL, take a name that ends in"):
             make_pairs.main(make_pairs.build_parser().parse_args(["crop", "--input", "no.txt", "--out", str(tmp_path / name)]))
-
-
-# --------------------------------------------------------------------------------------------- rewriting by a chat model
-
-
-@pytest.fixture
-def chat_model(tmp_path, models_dir) -> str:
-    from transformers import AutoTokenizer
-
-    folder = tmp_path / "chat-model"
-    shutil.copytree(models_dir["qwen3"], folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant:"
-    tokenizer.save_pretrained(folder)
-    return str(folder)
-
-
-def test_an_interrupted_rewriting_job_continues_where_it_stopped(tmp_path, chat_model, monkeypatch, capsys):
-    (tmp_path / "t.txt").write_text("".join(f"The cat number {i} sat on the mat.\n" for i in range(7)))
-    flags = ("llm", "--input", tmp_path / "t.txt", "--chat-model", chat_model, "--batch-size", 2, "--max-new-tokens", 4)
-    run(*flags, "--out", tmp_path / "whole.jsonl")
-    whole = read_rows(tmp_path / "whole.jsonl")
-    templates = {row["template"] for row in whole}
-    assert len(whole) >= 5 and templates <= set(chat.TEMPLATES) and len(templates) > 1
-
-    load, batches = chat.load_chat_model, []
-
-    def load_and_fail(args):
-        rewrite = load(args)
-
-        def failing(jobs, seed):
-            batches.append(len(jobs))
-            if len(batches) in (3, 5):
-                raise KeyboardInterrupt
-            return rewrite(jobs, seed)
-
-        return failing
-
-    monkeypatch.setattr(chat, "load_chat_model", load_and_fail)
-    with pytest.raises(KeyboardInterrupt):
-        run(*flags, "--out", tmp_path / "parts.jsonl")
-    partial = tmp_path / "parts.jsonl.partial"
-    with open(partial, "a") as f:
-        f.write('{"anchor": "cut sho')
-    assert not (tmp_path / "parts.jsonl").exists()
-    with pytest.raises(InputError, match="other texts or settings"):
-        run(*flags, "--seed", 3, "--out", tmp_path / "parts.jsonl")
-    with pytest.raises(KeyboardInterrupt):
-        run(*flags, "--out", tmp_path / "parts.jsonl")
-    run(*flags, "--out", tmp_path / "parts.jsonl")
-    out = capsys.readouterr().out
-    assert "4 of 7 texts are already rewritten" in out and "6 of 7 texts are already rewritten" in out
-    assert batches == [2, 2, 2, 2, 1, 1]
-    assert read_rows(tmp_path / "parts.jsonl") == whole
-    assert not partial.exists()
-
-
-def test_a_chat_model_that_is_missing_is_named_and_leaves_nothing(tmp_path):
-    (tmp_path / "t.txt").write_text("A text.\n")
-    with pytest.raises(InputError, match="cannot load the chat model 'org/none'"):
-        run("llm", "--input", tmp_path / "t.txt", "--chat-model", "org/none", "--out", tmp_path / "out.jsonl")
-    assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
 
 
 # --------------------------------------------------------------------------------------------------------- hard negatives
