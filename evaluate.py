@@ -489,11 +489,8 @@ def table(cells: list[dict]) -> str:
 # ---------------------------------------------------------------------------------------------- texts without labels
 
 
-def compare_on_texts(args: argparse.Namespace, failures: list[str]) -> list[dict]:
-    """Print a table of the rows' scores on --texts and what each is against the first, and return it. Raises InputError.
-
-    A run stands below its untuned base under the same contract; a row that is there already is not repeated.
-    """
+def split_words(args: argparse.Namespace) -> list[unlabelled.HiddenWords]:
+    """The texts of --texts, copies left out, with words hidden. Raises InputError where they are too few."""
     texts, summary = read_texts(args.texts, args.column)
     say(summary)
     different = list(dict.fromkeys(text for _, text in texts))
@@ -501,6 +498,14 @@ def compare_on_texts(args: argparse.Namespace, failures: list[str]) -> list[dict
     splits = unlabelled.hide_words([different[i] for i in np.sort(chosen)])
     if not splits:
         raise InputError(f"{args.texts}: fewer than {unlabelled.MIN_TEXTS} of {len(different)} texts share words with others: too few")
+    return splits
+
+
+def compare_on_texts(args: argparse.Namespace, splits: list[unlabelled.HiddenWords], failures: list[str]) -> list[dict]:
+    """Print a table of the rows' scores and what each is against the first, and return it. Raises InputError.
+
+    A run stands below its untuned base under the same contract; a row that is there already is not repeated.
+    """
     rows, scores = [], {}
     for models in table_rows(args, "Clustering", failures):
         for model in models:
@@ -590,12 +595,13 @@ def main(args: argparse.Namespace) -> None:
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
     tasks = [] if args.texts else choose_tasks(args)
+    splits = split_words(args) if args.texts else []
     check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
     cells, failures = [], []
     if args.texts:
-        rows = compare_on_texts(args, failures)
+        rows = compare_on_texts(args, splits, failures)
         if out:
             write_json(out, rows)
         end_with(failures)

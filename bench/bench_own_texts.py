@@ -1,7 +1,7 @@
 """What training on one's own texts brings: labelled sets as unlabelled corpora, their labels only to score.
 
     python bench/bench_own_texts.py --data labelled/*.jsonl.gz --out results/own
-    python bench/bench_own_texts.py --data labelled/*.jsonl.gz --out results/own --table
+    python bench/bench_own_texts.py --data labelled/*.jsonl.gz --out results/own --table --agreement   # evaluate.py --texts, against labels
 
 --data   JSONL files with the fields text and label; each is a corpus of its first 3,000 rows of a fixed shuffle
 
@@ -21,6 +21,7 @@ Rows are appended to OUT/rows.jsonl, and what is there is not made again: an int
 """
 
 import argparse
+import itertools
 import json
 import os
 import random
@@ -37,8 +38,10 @@ from encoder import Encoder
 from encoder.nearest import unit
 from files.reading import read_rows
 from files.writing import append_line, write_text
+from tasks import unlabelled
 
 ROOT, N_TEXTS = Path(__file__).resolve().parent.parent, 3000
+ENCODERS = ("untuned", "general", "auto", "own only", "half")  # of the following, those that encode any text
 RECIPES = ("untuned", "LSA", "general", "side by side", "auto", "own only", "half", "MiniLM")
 POOLING = {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
 
@@ -88,6 +91,13 @@ class Corpus:
         encoder.merge()
         return encoder.encode(self.texts)
 
+    def encoder(self, recipe: str):
+        """A function from texts to vectors, of a recipe that has been trained."""
+        run = self.general_run() if recipe == "general" else self.folder / f"{recipe.replace(' ', '-')}-{self.args.seed}"
+        encoder = Encoder.load("tiny", **POOLING) if recipe == "untuned" else Encoder.load(str(run))
+        encoder.merge()
+        return encoder.encode
+
     def train(self, name: str, texts: list[str], *flags) -> Path:
         """A run on these texts, by the two commands that a user types."""
         source, pairs, out = (self.folder / f"{name}{end}" for end in (".jsonl", "-pairs", f"-{self.args.seed}"))
@@ -125,6 +135,32 @@ class Corpus:
         return self.encode(str(self.train(recipe.replace(" ", "-"), texts, *flags)))
 
 
+def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
+    """How often evaluate.py --texts says of two sets of vectors what labels say, where these differ by more than a point.
+
+    Comparisons are among untuned, general, auto and what else has been trained, on each corpus; LSA cannot encode a text alone.
+    """
+    results = out / "agreement.jsonl"
+    known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    for corpus in corpora:
+        of = {row["recipe"]: row["score"] for row in rows if row["set"] == corpus.name and row["recipe"] in ENCODERS}
+        if corpus.name in {row["set"] for row in known}:
+            continue
+        splits, scores = unlabelled.hide_words(list(dict.fromkeys(corpus.texts))), {}
+        for recipe in of:
+            encode = corpus.encoder(recipe)
+            scores[recipe] = [unlabelled.scores(encode(split.texts), split) for split in splits]
+        for one, other in itertools.combinations(of, 2):
+            result = unlabelled.compare(scores[one], scores[other], splits)
+            row = {"set": corpus.name, "recipes": [one, other], "labels": round(of[other] - of[one], 1), "ratio": round(result.ratio, 3)}
+            known.append(row | {"verdict": result.verdict})
+            append_line(results, json.dumps(known[-1]))
+    decided = [row for row in known if abs(row["labels"]) > 1 and row["verdict"] != "cannot tell"]
+    right = sum((row["verdict"] == "better") == (row["labels"] > 0) for row in decided)
+    n_clear = sum(abs(row["labels"]) > 1 for row in known)
+    return f"{right} right of {len(decided)} decided, of {n_clear} comparisons in which V-measure differs by more than a point"
+
+
 def table(rows: list[dict]) -> str:
     sets = list(dict.fromkeys(row["set"] for row in rows))
     lines = [f"| set | {' | '.join(RECIPES)} |", "|---" * (1 + len(RECIPES)) + "|"]
@@ -156,6 +192,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=125, help="of the run on general pairs (default 125, as auto takes for 3,000 texts)")
     parser.add_argument("--sentence-transformer", help="folder of the encoder for the recipe MiniLM")
+    parser.add_argument("--agreement", action="store_true", help="compare what is there without labels as well, and with them")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -176,6 +213,8 @@ def main() -> None:
             append_line(results, json.dumps(rows[-1]))
             print(json.dumps(rows[-1]), flush=True)
     print(table(rows))
+    if args.agreement:
+        print(agreement([Corpus(path, args) for path in args.data], rows, args.out))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,8 @@ COMMANDS = {
         "make_pairs.py llm --input FILE --chat-model MODEL --out OUT/pairs.jsonl",
         "make_pairs.py server --input FILE --url http://127.0.0.1:9/v1 --chat-model any --out OUT/pairs.jsonl",
         "make_pairs.py mine --pairs PAIRS --corpus FILE --model MODEL --out OUT/pairs.jsonl",
+        "make_pairs.py auto --input FILE --model none --general none --out OUT",
+        "evaluate.py --model MODEL --texts FILE --out OUT/scores.json",
         "attention.py --model MODEL --input FILE --out OUT",
         "search.py --model MODEL --input FILE --query cat",
     ],
@@ -27,6 +29,7 @@ COMMANDS = {
         "train.py --model MODEL --pairs FILE --batch-size 2 --out OUT",
         "train.py --model MODEL --pairs PAIRS FILE --batch-size 2 --out OUT",
         "make_pairs.py mine --pairs FILE --model MODEL --out OUT/pairs.jsonl",
+        "make_pairs.py auto --input PAIRS --column anchor --model none --general FILE --out OUT",
     ],
     "labelled": [
         "evaluate.py --model MODEL --data FILE --out OUT/scores.json",
