@@ -34,13 +34,13 @@ Docstrings are read from the source files; no code is imported or run. The modul
 
 import argparse
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from files.console import InputError, run_script, say, warn
-from files.writing import write_json
 from pair_engines.chat_model import llm_pairs
 from pair_engines.chat_server import server_pairs
 from pair_engines.docstring_pairs import docstring_pairs
@@ -277,12 +277,13 @@ def keeps_questions_apart(args: argparse.Namespace) -> bool:
     return hasattr(args, "templates") and not all(map(is_question, chosen_templates(args)))
 
 
-def write_report(args: argparse.Namespace, tally: Tally) -> None:
+def write_report(args: argparse.Namespace, tally: Tally, files: RowFiles) -> None:
     """OUT.report.json, and from PICTURE_FROM pairs on its histograms as OUT.report.png."""
     arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "files"}
-    write_json(companion(args.out, "report.json"), tally.as_json(arguments))
+    report = json.dumps(tally.as_json(arguments), indent=2, ensure_ascii=False, default=str) + "\n"
+    files.open(companion(args.out, "report.json")).write(report.encode(errors="backslashreplace"))
     if tally.made >= PICTURE_FROM:
-        tally.draw(companion(args.out, "report.png"))
+        tally.draw(files.open(companion(args.out, "report.png")))
 
 
 def main(args: argparse.Namespace) -> None:
@@ -291,7 +292,6 @@ def main(args: argparse.Namespace) -> None:
         return
     check_out(args.out)
     engine = ENGINES[args.engine]
-    tally = None
     with RowFiles(args.out) as files:
         if engine.checks is None:
             for pair in itertools.islice(engine.make(args), args.limit):
@@ -299,9 +299,7 @@ def main(args: argparse.Namespace) -> None:
             if not files.counts[args.out]:
                 raise InputError("no pairs were made: no docstring has two sentences that fit")
         else:
-            tally = write_gated(args, engine, files)
-    if tally:
-        write_report(args, tally)
+            write_report(args, write_gated(args, engine, files), files)
     partial_file(args.out).unlink(missing_ok=True)
     if n_questions := files.counts[companion(args.out, "questions.jsonl")]:
         say(f"{companion(args.out, 'questions.jsonl')}: {n_questions} questions, each with its text: no paraphrase, and so kept apart")

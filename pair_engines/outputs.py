@@ -36,7 +36,7 @@ def check_out(out: Path) -> None:
 
 
 class RowFiles:
-    """JSONL files that are written together: under temporary names, and renamed at the end, OUT last.
+    """Files that are written together, most of them rows of JSON: under temporary names, and renamed at the end, OUT last.
 
     The names are always the same, so that what a killed job has left is written over by the next.
 

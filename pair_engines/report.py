@@ -2,11 +2,10 @@
 
 import random
 from collections import Counter
-from pathlib import Path
+from typing import IO
 
 from files.console import say
 from files.reading import excerpt
-from files.writing import write_atomic
 from pair_engines.gate import LENGTH_RATIO, REASONS, Verdict
 
 SAMPLES = 20  # accepted pairs in the report
@@ -82,8 +81,8 @@ class Tally:
             "pairs": [{name: pair[name] for name in ("anchor", "positive", "source", "template") if name in pair} for pair in pairs],
         }
 
-    def draw(self, path: Path) -> None:
-        """The histograms as a PNG file."""
+    def draw(self, file: IO[bytes]) -> None:
+        """Write the histograms as a PNG file."""
         import matplotlib
 
         matplotlib.use("Agg")
@@ -100,7 +99,7 @@ class Tally:
             ax.set_xticks(places[::step], [f"{EDGES[name][i]:.2g}" for i in places[::step]])
             ax.set(xlabel=f"{name} of a pair, from", ylabel="pairs")
         axes[0, 0].legend()
-        write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=120))
+        figure.savefig(file, format="png", dpi=120)
         plt.close(figure)
 
 

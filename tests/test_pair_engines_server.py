@@ -256,4 +256,6 @@ def test_a_job_killed_at_random_moments_loses_and_repeats_nothing(tmp_path, serv
     assert kills > 3
     for name in ("", ".questions.jsonl"):
         assert (tmp_path / f"out.jsonl{name}").read_bytes() == (tmp_path / f"whole.jsonl{name}").read_bytes()
-    assert not list(tmp_path.glob(".*")) and not partial.exists()
+    assert not list(tmp_path.glob(".*"))
+    report = json.loads((tmp_path / "out.jsonl.report.json").read_text())
+    assert report["made"] == 3000 and (tmp_path / "out.jsonl.report.png").exists()
