@@ -503,7 +503,7 @@ def finish(run: "Run", interrupted_by: int | None) -> None:
         warn(f"without labels this run looks worse than its base, see evaluate.py --texts (ratio {comparison.ratio:.2f}; {ADVICE})")
     evaluate = f"python evaluate.py --model {shlex.quote(os.path.relpath(out))} {shlex.quote(run.args.model)}"
     say(f"next: {evaluate} --data labelled.csv     # columns text,label")
-    say(f"  or: {evaluate} --bundled               # without labels: the bundled tasks")
+    say(f"  or: {evaluate} --texts texts.csv       # without labels")
 
 
 def make_run(args: argparse.Namespace) -> None:

@@ -261,7 +261,7 @@ def test_the_next_commands_are_the_users_own(small, llama, tmp_path, capsys):
     run(*small("run", "--steps", 1))
     *_, first, second = capsys.readouterr().out.splitlines()
     command = f"python evaluate.py --model {os.path.relpath(tmp_path / 'run')} {llama}"
-    assert f"{command} --data labelled.csv" in first and f"{command} --bundled" in second
+    assert f"{command} --data labelled.csv" in first and f"{command} --texts texts.csv" in second
 
 
 def test_a_collapse_is_said_once_and_again_at_the_end(small, tmp_path, capsys):
