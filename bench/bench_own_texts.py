@@ -10,7 +10,8 @@ five seeds of it):
 
     untuned        the bundled model, prompt cluster, position-mean over all tokens; so are all runs
     general        train.py on the docstring pairs alone, as many steps as `auto` takes
-    auto           make_pairs.py auto, then train.py
+    teacher        what make_pairs.py auto makes of the corpus, and cannot encode any other text
+    auto           make_pairs.py auto, then train.py: the model has learned from the teacher
     own only       the same without general pairs
     half           auto on the first half of the corpus; scored on both halves, the second of which it never saw
     LSA            TF-IDF and truncated SVD of 100, of words (--baselines tfidf of evaluate.py clusters the like)
@@ -42,7 +43,7 @@ from tasks import unlabelled
 
 ROOT, N_TEXTS = Path(__file__).resolve().parent.parent, 3000
 ENCODERS = ("untuned", "general", "auto", "own only", "half")  # of the following, those that encode any text
-RECIPES = ("untuned", "LSA", "general", "side by side", "auto", "own only", "half", "MiniLM")
+RECIPES = ("untuned", "LSA", "general", "side by side", "teacher", "auto", "own only", "half", "MiniLM")
 POOLING = {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
 
 
@@ -67,6 +68,11 @@ def read_set(path: Path) -> tuple[list[str], list[str]]:
     rows = [row for _, row in read_rows(path)]
     random.Random(0).shuffle(rows)
     return [row["text"] for row in rows[:N_TEXTS]], [str(row["label"]) for row in rows[:N_TEXTS]]
+
+
+def key(text: str) -> str:
+    """Equal for texts that make_pairs.py auto takes for copies."""
+    return " ".join(text.casefold().split())
 
 
 def lsa(texts: list[str]) -> np.ndarray:
@@ -117,6 +123,15 @@ class Corpus:
             call("train.py", *flags, "--pooling", "position-mean", "--scope", "all", "--out", out, log=self.args.out / "log.txt")
         return out
 
+    def teacher(self) -> np.ndarray:
+        """The teacher's vectors of the recipe `auto`, a copy of a text having that of the first."""
+        from safetensors.numpy import load_file
+
+        self.train("auto", self.texts, "--general", self.general)
+        folder = self.folder / "auto-pairs"
+        places = {key(row["text"]): i for i, (_, row) in enumerate(read_rows(folder / "texts.jsonl"))}
+        return load_file(folder / "teacher.safetensors")["vectors"].astype(np.float32)[[places[key(text)] for text in self.texts]]
+
     def vectors(self, recipe: str) -> np.ndarray:
         if recipe == "LSA":
             return lsa(self.texts)
@@ -126,6 +141,8 @@ class Corpus:
             from sentence_transformers import SentenceTransformer
 
             return SentenceTransformer(self.args.sentence_transformer).encode(self.texts)
+        if recipe == "teacher":
+            return self.teacher()
         if recipe == "untuned":
             return self.encode("tiny", **POOLING)
         if recipe == "general":
@@ -162,26 +179,25 @@ def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    sets = list(dict.fromkeys(row["set"] for row in rows))
-    lines = [f"| set | {' | '.join(RECIPES)} |", "|---" * (1 + len(RECIPES)) + "|"]
-    for name in (*sets, "mean"):
-        cells = []
-        for recipe in RECIPES:
-            of = [
-                [row["score"] for row in rows if row["recipe"] == recipe and row["set"] == s] for s in (sets if name == "mean" else [name])
-            ]
-            cells.append(f"{np.mean([np.mean(scores) for scores in of]):.1f}" if all(of) else "")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    halves = [row for row in rows if row["recipe"] in ("untuned", "general", "LSA", "half")]
-    lines += [
-        "",
-        "| set, first half / second half | " + " | ".join(r for r in RECIPES if r in ("untuned", "general", "LSA", "half")) + " |",
-        "|---|---|---|---|---|",
-    ]
-    for name in sets:
-        of = {row["recipe"]: f"{row['first']} / {row['second']}" for row in halves if row["set"] == name}
-        lines.append(f"| {name} | {' | '.join(of.get(r, '') for r in RECIPES if r in ('untuned', 'general', 'LSA', 'half'))} |")
-    return "\n".join(lines)
+    """Sets and recipes, means over seeds; below, the two halves of the sets of which `half` has seen the first."""
+    sets, recipes = list(dict.fromkeys(row["set"] for row in rows)), [r for r in RECIPES if r in {row["recipe"] for row in rows}]
+
+    def mean(name: str, recipe: str, field: str = "score") -> float | None:
+        values = [row[field] for row in rows if row["set"] == name and row["recipe"] == recipe]
+        return float(np.mean(values)) if values else None
+
+    def show(value: float | None) -> str:
+        return "" if value is None else f"{value:.1f}"
+
+    lines = [["set", *recipes], ["---"] * (1 + len(recipes)), *([name, *(show(mean(name, r)) for r in recipes)] for name in sets)]
+    columns = [[mean(name, recipe) for name in sets] for recipe in recipes]
+    lines.append(["mean", *(show(None if None in column else float(np.mean(column))) for column in columns)])
+    halved = [name for name in sets if mean(name, "half") is not None]
+    if halved:
+        recipes = [r for r in ("untuned", "LSA", "general", "auto", "half") if r in recipes]
+        lines += [[], ["first half / second half", *recipes], ["---"] * (1 + len(recipes))]
+        lines += [[name, *(f"{show(mean(name, r, 'first'))} / {show(mean(name, r, 'second'))}" for r in recipes)] for name in halved]
+    return "\n".join(f"| {' | '.join(line)} |" if line else "" for line in lines)
 
 
 def main() -> None:
