@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.numpy import load_file, save_file
-from short_runs import ShortRuns, assert_same_adapter, metrics, run, summary, word_rows, write_rows
+from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, summary, torchrun, word_rows, write_rows
 
 import make_pairs
 from encoder import Contract, Encoder
@@ -227,6 +227,19 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(small, folder, tmp_path):
     (out / "summary.json").unlink()
     run("--out", out, "--resume")
     assert_same_adapter(tmp_path / "whole", out)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(small, folder, tmp_path):
+    flags = ("--steps", 4, "--batch-size", 8, "--chunk-size", 2)
+    run(*small("one", *flags))
+    done = torchrun(*small("two", *flags))
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
+    for name, matrix in one.items():
+        np.testing.assert_allclose(two[name], matrix, rtol=1e-4, atol=1e-4)
+    losses = [[(row["loss"], row["divergence"]) for row in metrics(tmp_path / name)] for name in ("one", "two")]
+    np.testing.assert_allclose(losses[0], losses[1], rtol=1e-5)
 
 
 def test_folders_and_files_are_mixed_by_weight(folder, tmp_path):

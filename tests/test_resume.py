@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from short_runs import (
     numbered_rows,
     run,
     summary,
+    torchrun,
     word_rows,
     write_labelled,
     write_rows,
@@ -256,12 +256,6 @@ def test_every_step_is_tracked_also_when_resumed(small, tmp_path, monkeypatch):
 
 
 # -------------------------------------------------------------------------------------------------- processes of their own
-
-
-def torchrun(*flags, n: int = 2, script: Path = ROOT / "train.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *map(str, flags)], env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow
