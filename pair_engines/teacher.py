@@ -37,7 +37,8 @@ MODEL_DIMS = 256  # of the model's vectors in the teacher, so that it stays smal
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 COSINES_AT_ONCE = 2**25  # 128 MiB
-MIN_STEPS, MAX_STEPS = 80, 2000  # two passes over the texts lie between them
+MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 2  # of a run; passes over the texts
+TEXTS_PER_STEP = 48  # half of the batch of 96 that the bundled model takes; others take some more
 
 
 class Corpus(NamedTuple):
@@ -62,8 +63,7 @@ def auto(args: argparse.Namespace) -> None:
         names.append(f"vectors of {args.model}")
     say(f"teacher: {', '.join(names)}, side by side")
     teacher, neighbours = side_by_side(parts)
-    n_epoch = len(corpus.texts) / 48
-    steps = int(min(MAX_STEPS, max(MIN_STEPS, 2 * n_epoch)))
+    steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
     recipe = {
         "texts": len(corpus.texts),
         "language": corpus.language,
