@@ -17,7 +17,7 @@ import numpy as np
 MAX_TEXTS = 5000  # that are compared; more make the interval narrower and take longer
 MIN_TEXTS = 100  # fewer tell nothing
 MIN_TEXTS_OF_WORD, MAX_SHARE = 3, 0.1  # texts that a word which can be hidden stands in, and share of all texts
-ADVICE = "advice, not proof: it agreed with labels in 12 of 15 comparisons that it decided (bench/README.md)"
+ADVICE = "advice, not proof: bench/README.md says how often it agreed with labels"
 SPLITS, KMEANS_SEEDS, RESAMPLES = 3, 3, 2000
 
 
