@@ -30,7 +30,7 @@ demo: setup clean-demo ## pairs, training, the table before and after, a picture
 clean-demo:
 	rm -rf demo runs/demo
 
-test: setup ## the test suite, under 3 minutes, offline
+test: setup ## the test suite, offline
 	$(OFFLINE) $(PY) -m pytest -q
 
 test-slow: setup ## tests that kill processes or run several

@@ -232,7 +232,8 @@ def main(args: argparse.Namespace) -> None:
     for side in sides:
         means = (sum(item["shares"].get(part, {}).get(side, 0) for item in items) / len(items) for part in parts)
         say(f"{side:>8}: " + ", ".join(f"{part} {100 * mean:.1f} %" for part, mean in zip(parts, means, strict=True)))
-    say(f"{out}: attention.json and {min(len(items), args.pictures)} pictures")
+    n_pictures = min(len(items), args.pictures)
+    say(f"{out}: attention.json and {n_pictures} picture{'s' * (n_pictures != 1)}")
 
 
 def draw_all(items: list[dict], title: str, out: Path) -> None:
