@@ -489,7 +489,7 @@ def table(cells: list[dict]) -> str:
 # ---------------------------------------------------------------------------------------------- texts without labels
 
 
-def split_words(args: argparse.Namespace) -> list[unlabelled.HiddenWords]:
+def read_unlabelled(args: argparse.Namespace) -> list[unlabelled.HiddenWords]:
     """The texts of --texts, copies left out, with words hidden. Raises InputError where they are too few."""
     texts, summary = read_texts(args.texts, args.column)
     say(summary)
@@ -595,7 +595,7 @@ def main(args: argparse.Namespace) -> None:
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
     tasks = [] if args.texts else choose_tasks(args)
-    splits = split_words(args) if args.texts else []
+    splits = read_unlabelled(args) if args.texts else []
     check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,8 @@
 """Train a LoRA adapter that turns a language model into a text-embedding model, by contrastive learning on positive pairs.
 
     python train.py                                              # the bundled model on docstring pairs, minutes on a CPU
-    python train.py --pairs pairs/mine.jsonl --out runs/mine     # on your own pairs (see make_pairs.py)
+    python train.py --pairs pairs/mine --out runs/mine           # on your own texts (make_pairs.py auto)
+    python train.py --pairs pairs/mine.jsonl --out runs/mine     # on your own pairs (its other engines)
     python train.py --model mistral-7b --pairs pairs/mine.jsonl  # one 24 GB GPU
     python train.py --pairs a.jsonl b.jsonl --weights 2 1        # two sources, two thirds of each batch from the first
     python train.py --out runs/mine --resume                     # go on after an interruption
@@ -23,7 +24,8 @@ Leaves behind, in --out (default runs/MODEL):
     summary.json                                      steps, the best of them, pairs, tokens, cost; written at the very end
     .lock                                             while a run is at work in the folder; one that a kill left behind does no harm
 
-Some pairs are held out, unless there are fewer than 80. Every so often validation counts how many of their anchors find their
+Texts with a teacher (make_pairs.py auto) are learned by distillation beside InfoNCE, see training/losses.py, and the last step is kept.
+Of pairs alone some are held out, unless there are fewer than 80. Every so often validation counts how many of their anchors find their
 positives (or, with --validation, how well labelled texts cluster). The adapter that stays in --out is the best that validation has
 seen, or the latest of those within one standard error of it.
 """

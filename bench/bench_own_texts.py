@@ -39,6 +39,7 @@ from encoder import Encoder
 from encoder.nearest import unit
 from files.reading import read_rows
 from files.writing import append_line, write_text
+from pair_engines.teacher import copy_key
 from tasks import unlabelled
 
 ROOT, N_TEXTS = Path(__file__).resolve().parent.parent, 3000
@@ -68,11 +69,6 @@ def read_set(path: Path) -> tuple[list[str], list[str]]:
     rows = [row for _, row in read_rows(path)]
     random.Random(0).shuffle(rows)
     return [row["text"] for row in rows[:N_TEXTS]], [str(row["label"]) for row in rows[:N_TEXTS]]
-
-
-def key(text: str) -> str:
-    """Equal for texts that make_pairs.py auto takes for copies."""
-    return " ".join(text.casefold().split())
 
 
 def lsa(texts: list[str]) -> np.ndarray:
@@ -129,8 +125,8 @@ class Corpus:
 
         self.train("auto", self.texts, "--general", self.general)
         folder = self.folder / "auto-pairs"
-        places = {key(row["text"]): i for i, (_, row) in enumerate(read_rows(folder / "texts.jsonl"))}
-        return load_file(folder / "teacher.safetensors")["vectors"].astype(np.float32)[[places[key(text)] for text in self.texts]]
+        places = {copy_key(row["text"]): i for i, (_, row) in enumerate(read_rows(folder / "texts.jsonl"))}
+        return load_file(folder / "teacher.safetensors")["vectors"].astype(np.float32)[[places[copy_key(text)] for text in self.texts]]
 
     def vectors(self, recipe: str) -> np.ndarray:
         if recipe == "LSA":

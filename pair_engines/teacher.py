@@ -88,7 +88,7 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     """The texts without copies, at most MAX_TEXTS of them. Prints what was left out and what the corpus looks like."""
     rows, seen, reasons = [], set(), Counter()
     for source, text in read_input(args.input, args.column):
-        key = " ".join(text.casefold().split())
+        key = copy_key(text)
         if key in seen:
             reasons["that are copies of others"] += 1
         else:
@@ -109,6 +109,11 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     look = {"English": "English", "other": "not English", "unspaced": "written without spaces"}[language]
     say(f"{len(texts):,} texts, {look}, of {words} {unit} at the median")
     return Corpus(texts, [source for source, _ in rows], language, words)
+
+
+def copy_key(text: str) -> str:
+    """Equal for texts that differ in capitals and spaces alone."""
+    return " ".join(text.casefold().split())
 
 
 def look_at(texts: list[str]) -> tuple[str, int]:

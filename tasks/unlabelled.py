@@ -70,9 +70,10 @@ def scores(vectors: np.ndarray, split: HiddenWords) -> np.ndarray:
     for seed in range(KMEANS_SEEDS):
         k = max(2, round(n**0.5))
         clusters = MiniBatchKMeans(k, batch_size=500, n_init=3, random_state=seed).fit_predict(vectors)
-        sums = np.stack([np.asarray(hidden[clusters == c].sum(0)).ravel() for c in range(k)])  # (k, words)
-        sizes = np.bincount(clusters, minlength=k)[clusters]
-        to_others = np.asarray(hidden.multiply(sums[clusters]).sum(1)).ravel() - 1
+        sizes, to_others = np.bincount(clusters, minlength=k)[clusters], np.empty(n)
+        for members in (np.flatnonzero(clusters == c) for c in range(k)):
+            of_cluster = hidden[members]
+            to_others[members] = of_cluster @ np.asarray(of_cluster.sum(0)).ravel() - 1
         results.append(np.where(sizes > 1, to_others / np.maximum(sizes - 1, 1) / expected, 1))
     return np.mean(results, axis=0)
 
