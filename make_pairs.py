@@ -2,8 +2,10 @@
 
     python make_pairs.py auto --input texts.csv --out pairs/mine             # your own texts and a teacher for them: start here
     python make_pairs.py docstrings                                  # from the packages installed here, offline, a minute
+    python make_pairs.py columns --input faq.csv --columns question answer --out pairs/faq.jsonl    # what a table holds already
     python make_pairs.py crop --input texts.csv --out pairs/mine.jsonl       # two spans of each document
     python make_pairs.py noise --input texts.txt --out pairs/mine.jsonl      # a text and its damaged copy
+    python make_pairs.py same --input texts.txt --out pairs/mine.jsonl       # a text twice, for training with dropout
     python make_pairs.py llm --input texts.csv --chat-model Qwen/Qwen3-4B --out pairs/mine.jsonl    # a chat model rewrites
     python make_pairs.py server --input texts.csv --url http://localhost:8000/v1 --chat-model NAME --out pairs/mine.jsonl
     python make_pairs.py backtranslate --input texts.csv --pivot fr --out pairs/mine.jsonl     # into French and back
@@ -12,7 +14,7 @@
 
 Leaves behind one JSONL file with a pair a line:
 
-    {"anchor": str, "positive": str, "engine": "docstrings" | "crop" | "noise" | "llm" | "server" | "backtranslate",
+    {"anchor": str, "positive": str, "engine": "docstrings", "columns", "crop", …,
      "source": module or FILE:ROW that the text comes from, "template": name of the instruction ("llm" and "server" only)}
 
 `auto` writes a folder instead, which train.py --pairs takes (training/own_texts.py).
@@ -49,7 +51,7 @@ from pair_engines.merging import has_questions_apart, merged_rows
 from pair_engines.mining import mined_pairs
 from pair_engines.outputs import RowFiles, check_out, companion, partial_file
 from pair_engines.report import PICTURE_FROM, Tally
-from pair_engines.spans import crop_pairs, noise_pairs
+from pair_engines.spans import column_pairs, crop_pairs, noise_pairs, same_pairs
 from pair_engines.teacher import auto
 from pair_engines.templates import TEMPLATES, chosen_templates, is_question
 from pair_engines.translation import translated_pairs
@@ -65,8 +67,10 @@ class Engine(NamedTuple):
 # adding an engine: a function, a line here, and its flags below
 ENGINES = {
     "docstrings": Engine(docstring_pairs, None),  # it has rules of its own
+    "columns": Engine(column_pairs, ("copy", "duplicate")),  # a title may be much shorter than its text
     "crop": Engine(crop_pairs, ("copy", "duplicate")),
     "noise": Engine(noise_pairs, ("duplicate",)),  # a damaged copy is nearly a copy
+    "same": Engine(same_pairs, ("duplicate",)),
     "llm": Engine(llm_pairs, ALL_CHECKS),
     "server": Engine(server_pairs, ALL_CHECKS),
     "backtranslate": Engine(translated_pairs, ("copy", "length", "script", "loop", "duplicate")),  # these models do not chat
@@ -126,12 +130,13 @@ def build_parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
     common.add_argument("--limit", type=positive_int, help="make at most this many pairs (default: all)")
-    table = argparse.ArgumentParser(add_help=False)
-    table.add_argument(
+    rows = argparse.ArgumentParser(add_help=False)
+    rows.add_argument(
         "--input", type=Path, required=True, help="file of texts: txt, csv, tsv, jsonl (also .gz), parquet, or - for standard input"
     )
+    rows.add_argument("--out", type=Path, required=True, help="JSONL file to write")
+    table = argparse.ArgumentParser(add_help=False, parents=[rows])
     table.add_argument("--column", help="column that holds the text (default: guessed, and printed)")
-    table.add_argument("--out", type=Path, required=True, help="JSONL file to write")
     gated = argparse.ArgumentParser(add_help=False)
     gated.add_argument(
         "--shard",
@@ -160,6 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--general", type=Path, help="file of pairs that keep general knowledge, or none (default: docstrings of the installed packages)"
     )
     add_model_flags(auto)
+    columns = engines.add_parser("columns", parents=[common, rows, gated], help="two columns of a table: title and text, question and answer")
+    columns.add_argument("--columns", nargs=2, required=True, metavar=("ANCHOR", "POSITIVE"), help="columns that hold the two texts of a pair")
     crop = engines.add_parser("crop", parents=[common, table, gated], help="two spans of one document")
     crop.add_argument("--min-words", type=positive_int, default=8, help="leave documents of fewer words out (default 8)")
     noise = engines.add_parser("noise", parents=[common, table, gated], help="a text and its damaged copy")
@@ -169,6 +176,7 @@ def build_parser() -> argparse.ArgumentParser:
         ("chars", "swapping two letters of a word"),
     ):
         noise.add_argument(f"--{name}", type=probability, default=0.1, help=f"probability of {what} (default 0.1)")
+    engines.add_parser("same", parents=[common, table, gated], help="a text twice, for training with dropout")
     chat = argparse.ArgumentParser(add_help=False)
     chat.add_argument("--templates", nargs="+", choices=TEMPLATES, help="instructions to draw from (default: all five)")
     chat.add_argument(

@@ -317,48 +317,76 @@ def left_out(what: str, reasons: Counter[str]) -> str:
     return f"{n} {what}{'s' * (n != 1)} left out: " + ", ".join(f"{count} {reason}" for reason, count in reasons.items())
 
 
-class TextStream:
-    """(source, text) of every row with a text, source being FILE:ROW, read a row at a time: iterate over it once.
+class Table:
+    """The rows of a file, read one at a time: iterate once. Its columns are those of the first GUESSED_FROM rows.
 
-    column     None: the one that is plainly the text, see TEXT_COLUMNS, judged by the first GUESSED_FROM rows
-    Raises InputError for what cannot be read, where no column is plainly the text (both also while it is iterated over), and at the
-    end where the column holds no text.
+    notes      what was seen while reading, a line each
+    reasons    of rows that were left out
     """
 
-    def __init__(self, path: Path, column: str | None = None):
-        self.name, self.n_texts, self.reasons, self.notes = display_name(path), 0, Counter(), []
+    def __init__(self, path: Path):
+        self.name, self.reasons, self.notes, self.n_texts = display_name(path), Counter(), [], 0
         self._file, rows = "stdin" if path == STDIN else path.name, read_rows(path, self.notes)
-        head = list(itertools.islice(rows, GUESSED_FROM))
-        columns = column_names(head)
-        strings = [c for c in columns if any(isinstance(cells.get(c), str) for _, cells in head)]
-        guess = next((c for c in TEXT_COLUMNS if c in strings), strings[0] if len(strings) == 1 else None)
-        self.column = column or guess
-        if self.column not in columns:
-            missing = f"no column {column or 'that is plainly the text'}; it has {excerpt(', '.join(columns), 200)}"
-            raise InputError(f"{self.name}: {missing}: name one with --column")
-        self.choice = f"column {self.column!r} ({'as asked' if column else 'guessed'})"
-        self._rows = itertools.chain(head, rows)
+        self.head = list(itertools.islice(rows, GUESSED_FROM))
+        self.columns = column_names(self.head)
+        self._rows = itertools.chain(self.head, rows)
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
+    def check_column(self, column: str | None, flag: str) -> None:
+        """Raise InputError where the file has no such column."""
+        if column not in self.columns:
+            missing = f"no column {column or 'that is plainly the text'}; it has {excerpt(', '.join(self.columns), 200)}"
+            raise InputError(f"{self.name}: {missing}: name {flag}")
+
+    def texts(self, columns: list[str]) -> Iterator[tuple[str, list[str]]]:
+        """(source, the texts of these columns) of every row that has them all, source being FILE:ROW.
+
+        Raises InputError for what cannot be read, and at the end where no row has them all.
+        """
         for i, (_, cells) in enumerate(self._rows, 1):
-            value = cells.get(self.column)
+            values = [cells.get(column) for column in columns]
             try:
-                text = "" if value is None else as_text(value).strip()
+                texts = ["" if value is None else as_text(value).strip() for value in values]
             except ValueError as error:
                 self.reasons[f"whose text {str(error).partition(',')[0]}"] += 1
                 continue
-            if text:
+            if all(texts):
                 self.n_texts += 1
-                yield f"{self._file}:{i}", text
+                yield f"{self._file}:{i}", texts
             else:
                 self.reasons["without text"] += 1
         if not self.n_texts:
-            raise InputError(f"{self.name}: column {excerpt(self.column)} holds no text; {left_out('row', self.reasons)}")
+            no_text = f"column {excerpt(columns[0])} holds no text" if len(columns) == 1 else f"no row has a text in {' and '.join(columns)}"
+            raise InputError(f"{self.name}: {no_text}; {left_out('row', self.reasons)}")
+
+    def summary(self, what: str) -> str:
+        """A line that says what was taken and left out so far."""
+        line = ", ".join([f"{self.name}: {self.n_texts} {what}", *self.notes])
+        return line + (f"; {left_out('row', self.reasons)}" if self.reasons else "")
+
+
+class TextStream:
+    """(source, text) of every row with a text, as `Table.texts` has them: iterate over it once.
+
+    column     None: the one that is plainly the text, see TEXT_COLUMNS, judged by the first GUESSED_FROM rows
+    others     further columns of texts, where the column is guessed
+    Raises InputError where no column is plainly the text.
+    """
+
+    def __init__(self, path: Path, column: str | None = None):
+        self.table = Table(path)
+        strings = [c for c in self.table.columns if any(isinstance(cells.get(c), str) for _, cells in self.table.head)]
+        guess = next((c for c in TEXT_COLUMNS if c in strings), strings[0] if len(strings) == 1 else None)
+        self.column, self.name = column or guess, self.table.name
+        self.table.check_column(self.column, "one with --column")
+        self.others = [] if column else [c for c in TEXT_COLUMNS if c in strings and c != guess]
+        self.choice = f"column {self.column!r} ({'as asked' if column else 'guessed'})"
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        return ((source, text) for source, (text,) in self.table.texts([self.column]))
 
     def summary(self) -> str:
         """A line that says what was taken and left out so far."""
-        line = ", ".join([f"{self.name}: {self.n_texts} texts in {self.choice}", *self.notes])
-        return line + (f"; {left_out('row', self.reasons)}" if self.reasons else "")
+        return self.table.summary(f"texts in {self.choice}")
 
 
 def read_texts(path: Path, column: str | None = None) -> tuple[list[tuple[str, str]], str]:

@@ -3,13 +3,16 @@
 from pathlib import Path
 
 from files.console import say
-from files.reading import read_texts
+from files.reading import TextStream
 
 
 def read_input(path: Path, column: str | None) -> list[tuple[str, str]]:
-    """(source, text) of each row with a text; prints which column was taken."""
-    texts, summary = read_texts(path, column)
-    say(summary)
+    """(source, text) of each row with a text; prints which column was taken, and which others hold text."""
+    stream = TextStream(path, column)
+    texts = list(stream)
+    say(stream.summary())
+    if stream.others:
+        say(f"more columns of texts: {', '.join(stream.others)}; make_pairs.py columns makes pairs of two, --column takes another")
     return texts
 
 

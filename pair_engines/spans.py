@@ -1,4 +1,4 @@
-"""Pairs from a text alone: two of its spans, or the text and its damaged copy."""
+"""Pairs from a row alone: two spans of its text, the text and its damaged copy, the text twice, or two of its columns."""
 
 import argparse
 import random
@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 
 from files.console import InputError, say
-from files.reading import TextStream, left_out
+from files.reading import Table, TextStream, left_out
 from pair_engines.inputs import in_shard
 
 MAX_WORDS = 2048  # of a text that crop and noise take: models cut at 512 tokens by default, and a word is seldom less than one
@@ -139,3 +139,25 @@ def noise_pairs(args: argparse.Namespace) -> Iterator[dict]:
         return (text, damaged) if damaged != space.join(words) else "that the damage did not change"
 
     return span_pairs(args, add_noise)
+
+
+def same_pairs(args: argparse.Namespace) -> Iterator[dict]:
+    """Each text twice: dropout makes its two vectors differ (SimCSE, Gao et al. 2021, arXiv 2104.08821)."""
+    yield from span_pairs(args, lambda text, words, space: (text, text))
+    say("two copies of a text differ by dropout alone: train with --lora-dropout 0.1")
+
+
+def column_pairs(args: argparse.Namespace) -> Iterator[dict]:
+    """Two columns of each row, such as a title and its text, or a question and its answer; rows are read one at a time."""
+    table, n_pairs = Table(args.input), 0
+    for column in args.columns:
+        table.check_column(column, "two with --columns")
+    if args.columns[0] == args.columns[1]:
+        raise InputError(f"--columns names {args.columns[0]} twice: a pair needs two columns")
+    for number, (source, (anchor, positive)) in enumerate(table.texts(args.columns)):
+        if n_pairs == args.limit:
+            break
+        n_pairs += 1  # of all shards, as --limit counts them elsewhere
+        if in_shard(args.shard, number):
+            yield {"anchor": anchor, "positive": positive, "engine": args.engine, "source": source}
+    say(table.summary(f"rows with {' and '.join(args.columns)}"))

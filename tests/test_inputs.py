@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = {
     "texts": [
         "make_pairs.py crop --input FILE --out OUT/pairs.jsonl",
+        "make_pairs.py columns --input FILE --columns id text --out OUT/pairs.jsonl",
         "make_pairs.py noise --input FILE --out OUT/pairs.jsonl",
         "make_pairs.py llm --input FILE --chat-model MODEL --out OUT/pairs.jsonl",
         "make_pairs.py server --input FILE --url http://127.0.0.1:9/v1 --chat-model any --out OUT/pairs.jsonl",

@@ -131,7 +131,41 @@ def test_tasks_are_drawn_by_module_and_by_package_without_sharing_a_sentence():
         assert len(set(sentences)) == len(sentences) and "This sentence stands in every module." not in sentences
 
 
-# ------------------------------------------------------------------------------------------------------ crops and noise
+# ---------------------------------------------------------------------------------- columns, copies, crops and noise
+
+
+def test_columns_are_the_pairs_that_a_table_holds(tmp_path, capsys):
+    path = tmp_path / "faq.csv"
+    path.write_text("id,question,answer\n1,How?,So.\n2,Why?,\n3,When?,Now and then.\n4,How?,So.\n5,Copy,copy\n6,Who?,I.\n")
+    run("columns", "--input", path, "--columns", "question", "answer", "--out", tmp_path / "out.jsonl")
+    rows = [(pair["anchor"], pair["positive"], pair["source"]) for pair in read_rows(tmp_path / "out.jsonl")]
+    assert rows == [("How?", "So.", "faq.csv:1"), ("When?", "Now and then.", "faq.csv:3"), ("Who?", "I.", "faq.csv:6")]
+    said = capsys.readouterr().out
+    assert "5 rows with question and answer; 1 row left out: 1 without text" in said and "1 copy of its anchor" in said
+    for shard in (1, 2):
+        run("columns", "--input", path, "--columns", "question", "answer", "--shard", f"{shard}/2", "--out", tmp_path / f"{shard}.jsonl")
+    run("merge", tmp_path / "1.jsonl", tmp_path / "2.jsonl", "--out", tmp_path / "all.jsonl")
+    assert (tmp_path / "all.jsonl").read_bytes() == (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_columns_that_are_not_there_or_equal_are_named(tmp_path):
+    path = tmp_path / "faq.csv"
+    path.write_text("question,answer\nHow?,\n")
+    for columns, message in (
+        (("question", "reply"), r"no column reply; it has question, answer: name two with --columns"),
+        (("answer", "answer"), "--columns names answer twice"),
+        (("question", "answer"), r"faq\.csv: no row has a text in question and answer; 1 row left out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("columns", "--input", path, "--columns", *columns, "--out", tmp_path / "out.jsonl")
+    assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_same_gives_every_text_twice(tmp_path, capsys):
+    (tmp_path / "t.txt").write_text("One text.\nTwo texts.\nOne text.\n")
+    run("same", "--input", tmp_path / "t.txt", "--out", tmp_path / "out.jsonl")
+    assert [(pair["anchor"], pair["positive"]) for pair in read_rows(tmp_path / "out.jsonl")] == [("One text.",) * 2, ("Two texts.",) * 2]
+    assert "train with --lora-dropout" in capsys.readouterr().out
 
 
 def test_a_crop_is_two_different_spans_of_one_document(tmp_path, capsys):

@@ -145,6 +145,16 @@ def test_few_pairs_are_few_in_words_too(small, tmp_path, capsys):
     assert "is finished" in capsys.readouterr().out
 
 
+def test_a_text_twice_needs_dropout(small, tmp_path, capsys):
+    pairs = write_rows(tmp_path / "same.jsonl", [{"anchor": row["anchor"], "positive": row["anchor"]} for row in word_rows()])
+    run(*small("plain", "--pairs", pairs))
+    assert "without dropout they teach next to nothing" in capsys.readouterr().err
+    run(*small("dropout", "--pairs", pairs, "--lora-dropout", 0.1))
+    assert "without dropout" not in capsys.readouterr().err
+    loss = {name: metrics(tmp_path / name)[0]["loss"] for name in ("plain", "dropout")}
+    assert loss["dropout"] > loss["plain"]  # the two copies of a text have other masks
+
+
 def test_learning_rate_rises_then_falls():
     rates = [train.learning_rate(step, 100, 1.0, 0.1) for step in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[10] == 1.0

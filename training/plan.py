@@ -69,6 +69,9 @@ def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
     pairs = PairDataset(args.pairs)
     if not rank:
         wait_for_all()
+    some = pairs[list(range(0, len(pairs), max(1, len(pairs) // 256)))]
+    if 2 * sum(pair.anchor == pair.positive for pair in some) > len(some) and not args.lora_dropout and not args.query_prompt:
+        warn("most pairs are one text twice: without dropout they teach next to nothing, --lora-dropout 0.1 makes their vectors differ")
     held_out = hold_out(len(pairs), 0 if args.validation or pairs.taught else args.hold_out, args.batch_size or 2)
     validation = Validation(pairs[held_out.tolist()] if len(held_out) else [], args.validation)
     if not validation:
