@@ -73,7 +73,7 @@ ENGINES = {
     "same": Engine(same_pairs, ("duplicate",)),
     "llm": Engine(llm_pairs, ALL_CHECKS),
     "server": Engine(server_pairs, ALL_CHECKS),
-    "backtranslate": Engine(translated_pairs, ("copy", "length", "script", "loop", "duplicate")),  # these models do not chat
+    "backtranslate": Engine(translated_pairs, ("copy", "length", "script", "language", "loop", "duplicate")),  # these models do not chat
     "mine": Engine(mined_pairs, None),
     "merge": Engine(merged_rows, ("duplicate",)),  # the shards have passed the others
 }

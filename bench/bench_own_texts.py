@@ -10,10 +10,14 @@ five seeds of it):
 
     untuned        the bundled model, prompt cluster, position-mean over all tokens; so are all runs
     general        train.py on the docstring pairs alone, as many steps as `auto` takes
-    teacher        what make_pairs.py auto makes of the corpus, and cannot encode any other text
+    words          the teacher of make_pairs.py auto --model none: words and letter sequences, smoothed over neighbours
+    teacher        what make_pairs.py auto makes of the corpus, the untuned model beside the words; neither can encode any other text
     auto           make_pairs.py auto, then train.py: the model has learned from the teacher
     own only       the same without general pairs
     half           auto on the first half of the corpus; scored on both halves, the second of which it never saw
+    neighbours, same, crop, noise    train.py on pairs alone, one of each text and as many steps: the text and its nearest under the
+                   teacher, the text twice (with dropout), two of its spans, it and a damaged copy; "no gate": what the gate would drop too
+    columns        the same of title and abstract, for texts with a title before their first ". " (arXiv abstracts)
     LSA            TF-IDF and truncated SVD of 100, of words (--baselines tfidf of evaluate.py clusters the like)
     side by side   vectors of `general` and LSA, both centred and of norm 1, nothing trained on the corpus
     MiniLM         with --sentence-transformer: a folder of an encoder trained on a billion labelled pairs
@@ -42,9 +46,19 @@ from files.writing import append_line, write_text
 from pair_engines.teacher import copy_key
 from tasks import unlabelled
 
-ROOT, N_TEXTS = Path(__file__).resolve().parent.parent, 3000
-ENCODERS = ("untuned", "general", "auto", "own only", "half")  # of the following, those that encode any text
-RECIPES = ("untuned", "LSA", "general", "side by side", "teacher", "auto", "own only", "half", "MiniLM")
+ROOT, N_TEXTS, STEPS = Path(__file__).resolve().parent.parent, 3000, 83
+ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
+    "same": (["same"], ["--lora-dropout", 0.1]),
+    "crop": (["crop", "--min-words", 4], []),
+    "crop, no gate": (["crop", "--min-words", 4, "--no-gate"], []),
+    "noise": (["noise"], []),
+    "noise, no gate": (["noise", "--no-gate"], []),
+    "columns": (["columns", "--columns", "title", "abstract"], []),
+}
+# of all recipes, those that encode any text
+ENCODERS = ("untuned", "general", "auto", "own only", "half", "neighbours", *ENGINES)
+DEFAULT = ("untuned", "LSA", "words", "general", "side by side", "teacher", "auto")
+RECIPES = (*DEFAULT, *ENCODERS[3:], "MiniLM")
 POOLING = {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
 
 
@@ -88,43 +102,59 @@ class Corpus:
         self.folder, self.general = args.out / self.name, ROOT / "pairs" / "docstrings.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
 
-    def encode(self, model: str, **contract) -> np.ndarray:
-        encoder = Encoder.load(model, **contract)
-        encoder.merge()
-        return encoder.encode(self.texts)
-
     def encoder(self, recipe: str):
-        """A function from texts to vectors, of a recipe that has been trained."""
-        run = self.general_run() if recipe == "general" else self.folder / f"{recipe.replace(' ', '-')}-{self.args.seed}"
-        encoder = Encoder.load("tiny", **POOLING) if recipe == "untuned" else Encoder.load(str(run))
+        """A function from texts to vectors, of a recipe that encodes any text."""
+        encoder = Encoder.load("tiny", **POOLING) if recipe == "untuned" else Encoder.load(str(self.run(recipe)))
         encoder.merge()
         return encoder.encode
 
-    def train(self, name: str, texts: list[str], *flags) -> Path:
-        """A run on these texts, by the two commands that a user types."""
-        source, pairs, out = (self.folder / f"{name}{end}" for end in (".jsonl", "-pairs", f"-{self.args.seed}"))
+    def run(self, recipe: str) -> Path:
+        """The folder of a recipe's run, which is trained by the commands that a user types."""
+        if recipe == "general":  # one run serves all corpora
+            return self.train(self.args.out / "general", self.general)
+        if recipe == "neighbours":
+            return self.train(self.folder / "neighbours", self.neighbour_pairs())
+        flags = ENGINES[recipe][1] if recipe in ENGINES else []
+        return self.train(self.folder / recipe.replace(",", "").replace(" ", "-"), self.pairs(recipe), *flags)
+
+    def pairs(self, recipe: str) -> Path:
+        """What make_pairs.py makes for a recipe of the corpus: a file of pairs, or the folder of `auto`."""
+        name = recipe.replace(",", "").replace(" ", "-")
+        pairs, source = self.folder / (f"{name}.jsonl" if recipe in ENGINES else f"{name}-pairs"), self.folder / f"{name}.texts.jsonl"
+        if not pairs.exists():
+            texts = self.texts[: N_TEXTS // 2] if recipe == "half" else self.texts
+            rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
+            write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
+            general = ["--general", "none" if recipe in ("own only", "words") else self.general]
+            engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, *(["--model", "none"] if recipe == "words" else [])]
+            column = [] if recipe == "columns" else ["--column", "text"]
+            call("make_pairs.py", *engine, "--input", source, *column, "--out", pairs, log=self.folder / "log.txt")
+        return pairs
+
+    def train(self, out: Path, pairs: Path, *flags) -> Path:
+        """The run OUT-SEED on these pairs. Those that are no folder of `auto` take --steps and the contract that `auto` takes."""
+        out = out.with_name(f"{out.name}-{self.args.seed}")
         if not (out / "summary.json").is_file():
-            log = self.folder / "log.txt"
-            if not pairs.exists():
-                write_text(source, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-                call("make_pairs.py", "auto", "--input", source, "--out", pairs, *flags, log=log)
-            call("train.py", "--pairs", pairs, "--out", out, "--seed", self.args.seed, "--resume", log=log)
+            fixed = ["--hold-out", 0, "--steps", self.args.steps, "--pooling", "position-mean", "--scope", "all"]
+            flags = [*flags, *([] if pairs.is_dir() else fixed), "--seed", self.args.seed, "--resume"]
+            call("train.py", "--pairs", pairs, "--out", out, *flags, log=out.parent / "log.txt")
         return out
 
-    def general_run(self) -> Path:
-        """One run serves all corpora."""
-        out = self.args.out / f"general-{self.args.seed}"
-        if not (out / "summary.json").is_file():
-            flags = ["--pairs", self.general, "--hold-out", 0, "--steps", self.args.steps, "--seed", self.args.seed, "--resume"]
-            call("train.py", *flags, "--pooling", "position-mean", "--scope", "all", "--out", out, log=self.args.out / "log.txt")
-        return out
-
-    def teacher(self) -> np.ndarray:
-        """The teacher's vectors of the recipe `auto`, a copy of a text having that of the first."""
+    def neighbour_pairs(self) -> Path:
+        """The teacher's texts, each with its nearest."""
         from safetensors.numpy import load_file
 
-        self.train("auto", self.texts, "--general", self.general)
-        folder = self.folder / "auto-pairs"
+        folder, path = self.pairs("auto"), self.folder / "neighbours.jsonl"
+        texts = [row["text"] for _, row in read_rows(folder / "texts.jsonl")]
+        nearest = load_file(folder / "teacher.safetensors")["neighbours"][:, 0].tolist()
+        write_text(path, "".join(json.dumps({"anchor": a, "positive": texts[i]}) + "\n" for a, i in zip(texts, nearest, strict=True)))
+        return path
+
+    def teacher(self, recipe: str) -> np.ndarray:
+        """The teacher's vectors of a folder of `auto`, a copy of a text having that of the first."""
+        from safetensors.numpy import load_file
+
+        folder = self.pairs(recipe)
         places = {copy_key(row["text"]): i for i, (_, row) in enumerate(read_rows(folder / "texts.jsonl"))}
         return load_file(folder / "teacher.safetensors")["vectors"].astype(np.float32)[[places[copy_key(text)] for text in self.texts]]
 
@@ -132,20 +162,14 @@ class Corpus:
         if recipe == "LSA":
             return lsa(self.texts)
         if recipe == "side by side":
-            return np.hstack([unit(v - v.mean(0)) for v in (self.encode(str(self.general_run())), lsa(self.texts))])
+            return np.hstack([unit(v - v.mean(0)) for v in (self.encoder("general")(self.texts), lsa(self.texts))])
         if recipe == "MiniLM":
             from sentence_transformers import SentenceTransformer
 
             return SentenceTransformer(self.args.sentence_transformer).encode(self.texts)
-        if recipe == "teacher":
-            return self.teacher()
-        if recipe == "untuned":
-            return self.encode("tiny", **POOLING)
-        if recipe == "general":
-            return self.encode(str(self.general_run()))
-        texts = self.texts[: N_TEXTS // 2] if recipe == "half" else self.texts
-        flags = ["--general", "none" if recipe == "own only" else self.general]
-        return self.encode(str(self.train(recipe.replace(" ", "-"), texts, *flags)))
+        if recipe in ("teacher", "words"):
+            return self.teacher("auto" if recipe == "teacher" else recipe)
+        return self.encoder(recipe)(self.texts)
 
 
 def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
@@ -200,9 +224,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--recipes", nargs="+", default=[r for r in RECIPES if r != "MiniLM"], choices=RECIPES)
+    parser.add_argument("--recipes", nargs="+", default=DEFAULT, choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=125, help="of the run on general pairs (default 125, as auto takes for 3,000 texts)")
+    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the runs on pairs alone (default {STEPS}, as auto takes for 3,000 texts)")
     parser.add_argument("--sentence-transformer", help="folder of the encoder for the recipe MiniLM")
     parser.add_argument("--agreement", action="store_true", help="compare what is there without labels as well, and with them")
     parser.add_argument("--table", action="store_true", help="only print the table")

@@ -24,7 +24,7 @@ from files.writing import check_absent, errors_of_writing, write_atomic, write_j
 from pair_engines.docstring_pairs import docstring_pairs
 from pair_engines.inputs import read_input
 from pair_engines.spans import UNSPACED
-from training.own_texts import GENERAL_FILE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE
+from training.own_texts import GENERAL_FILE, OWN_SHARE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE
 from training.pair_data import read_pairs
 
 DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings.jsonl"  # where make_pairs.py docstrings puts them
@@ -38,7 +38,7 @@ MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 COSINES_AT_ONCE = 2**25  # 128 MiB
 MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 2  # of a run; passes over the texts
-TEXTS_PER_STEP = 48  # half of the batch of 96 that the bundled model takes; others take some more
+TEXTS_PER_STEP = OWN_SHARE * 96  # the batch that the bundled model takes; others take some more
 
 
 class Corpus(NamedTuple):

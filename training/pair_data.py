@@ -16,7 +16,7 @@ import numpy as np
 
 from files.console import InputError
 from files.reading import excerpt, file_kind, is_encodable, read_rows
-from training.own_texts import GENERAL_FILE, OwnTexts, is_own_texts, read_recipe
+from training.own_texts import GENERAL_FILE, OWN_SHARE, OwnTexts, is_own_texts, read_recipe
 
 if TYPE_CHECKING:
     from encoder import Encoder
@@ -181,12 +181,13 @@ class PairDataset:
     def weights(self, given: list[float] | None) -> list[float] | None:
         """Weights of the sources from those of the paths; None: in proportion to the pairs.
 
-        The two sources of a folder share its weight equally. With a folder and no weights given all paths weigh the same.
+        Of a folder's weight OWN_SHARE goes to its own texts, where it has general pairs as well. With a folder and no weights given all paths weigh the same.
         """
         if given is None and not self.taught:
             return None
         given = given or [1.0] * len(self._sources_of)
-        return [weight / n for weight, n in zip(given, self._sources_of, strict=True) for _ in range(n)]
+        shares = {1: [1.0], 2: [OWN_SHARE, 1 - OWN_SHARE]}
+        return [weight * share for weight, n in zip(given, self._sources_of, strict=True) for share in shares[n]]
 
     def some_texts(self, n: int) -> list[str]:
         """About n of the texts with a teacher; where there are none, of the anchors of all pairs."""
