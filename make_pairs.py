@@ -165,8 +165,8 @@ def build_parser() -> argparse.ArgumentParser:
         "--general", type=Path, help="file of pairs that keep general knowledge, or none (default: docstrings of the installed packages)"
     )
     add_model_flags(auto)
-    columns = engines.add_parser("columns", parents=[common, rows, gated], help="two columns of a table: title and text, question and answer")
-    columns.add_argument("--columns", nargs=2, required=True, metavar=("ANCHOR", "POSITIVE"), help="columns that hold the two texts of a pair")
+    columns = engines.add_parser("columns", parents=[common, rows, gated], help="two columns, such as title and text, question and answer")
+    columns.add_argument("--columns", nargs=2, required=True, metavar=("ANCHOR", "POSITIVE"), help="columns of the two texts of a pair")
     crop = engines.add_parser("crop", parents=[common, table, gated], help="two spans of one document")
     crop.add_argument("--min-words", type=positive_int, default=8, help="leave documents of fewer words out (default 8)")
     noise = engines.add_parser("noise", parents=[common, table, gated], help="a text and its damaged copy")

@@ -126,7 +126,8 @@ class Corpus:
             rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
             write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
             general = ["--general", "none" if recipe in ("own only", "words") else self.general]
-            engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, *(["--model", "none"] if recipe == "words" else [])]
+            model = ["--model", "none" if recipe == "words" else "tiny"]
+            engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, *model]
             column = [] if recipe == "columns" else ["--column", "text"]
             call("make_pairs.py", *engine, "--input", source, *column, "--out", pairs, log=self.folder / "log.txt")
         return pairs
@@ -226,7 +227,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=DEFAULT, choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"of the runs on pairs alone (default {STEPS}, as auto takes for 3,000 texts)")
+    steps = f"of the runs on pairs alone (default {STEPS}, as auto takes for 3,000 texts)"
+    parser.add_argument("--steps", type=int, default=STEPS, help=steps)
     parser.add_argument("--sentence-transformer", help="folder of the encoder for the recipe MiniLM")
     parser.add_argument("--agreement", action="store_true", help="compare what is there without labels as well, and with them")
     parser.add_argument("--table", action="store_true", help="only print the table")

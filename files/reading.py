@@ -355,8 +355,9 @@ class Table:
             else:
                 self.reasons["without text"] += 1
         if not self.n_texts:
-            no_text = f"column {excerpt(columns[0])} holds no text" if len(columns) == 1 else f"no row has a text in {' and '.join(columns)}"
-            raise InputError(f"{self.name}: {no_text}; {left_out('row', self.reasons)}")
+            one = len(columns) == 1
+            nothing = f"column {excerpt(columns[0])} holds no text" if one else f"no row has a text in {' and '.join(columns)}"
+            raise InputError(f"{self.name}: {nothing}; {left_out('row', self.reasons)}")
 
     def summary(self, what: str) -> str:
         """A line that says what was taken and left out so far."""

@@ -149,15 +149,14 @@ def same_pairs(args: argparse.Namespace) -> Iterator[dict]:
 
 def column_pairs(args: argparse.Namespace) -> Iterator[dict]:
     """Two columns of each row, such as a title and its text, or a question and its answer; rows are read one at a time."""
-    table, n_pairs = Table(args.input), 0
+    table = Table(args.input)
     for column in args.columns:
         table.check_column(column, "two with --columns")
     if args.columns[0] == args.columns[1]:
         raise InputError(f"--columns names {args.columns[0]} twice: a pair needs two columns")
     for number, (source, (anchor, positive)) in enumerate(table.texts(args.columns)):
-        if n_pairs == args.limit:
+        if number == args.limit:  # which counts the pairs of all shards
             break
-        n_pairs += 1  # of all shards, as --limit counts them elsewhere
         if in_shard(args.shard, number):
             yield {"anchor": anchor, "positive": positive, "engine": args.engine, "source": source}
     say(table.summary(f"rows with {' and '.join(args.columns)}"))

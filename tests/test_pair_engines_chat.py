@@ -66,20 +66,7 @@ def fail_at(monkeypatch, *batches: int) -> list[int]:
 def test_an_interrupted_rewriting_job_continues_where_it_stopped(tmp_path, tiny_chat_model, monkeypatch, capsys):
     texts = write_texts(tmp_path / "t.txt", 13)
     monkeypatch.setattr(durable, "POOL", 5)
-    flags = (
-        "llm",
-        "--input",
-        texts,
-        "--chat-model",
-        tiny_chat_model,
-        "--dtype",
-        "float32",
-        "--batch-size",
-        2,
-        "--max-new-tokens",
-        4,
-        "--no-gate",
-    )
+    flags = (*llm(texts, tiny_chat_model), "--batch-size", 2, "--max-new-tokens", 4, "--no-gate")
     run(*flags, "--out", tmp_path / "whole.jsonl")
     whole = read_rows(tmp_path / "whole.jsonl")
     templates = {row["template"] for row in whole}
@@ -238,20 +225,7 @@ def test_a_batch_that_fails_is_halved_and_what_fails_alone_is_set_aside(tmp_path
     with open(texts, "a") as f:
         f.write(" ".join(f"word {i} of a very long text" for i in range(20)))
     monkeypatch.setattr(Qwen3ForCausalLM, "generate", failing)
-    flags = (
-        "llm",
-        "--input",
-        texts,
-        "--chat-model",
-        tiny_chat_model,
-        "--dtype",
-        "float32",
-        "--max-new-tokens",
-        3,
-        "--no-gate",
-        "--templates",
-        "simple",
-    )
+    flags = (*llm(texts, tiny_chat_model), "--max-new-tokens", 3, "--no-gate", "--templates", "simple")
     run(*flags, "--out", tmp_path / "out.jsonl")
     failed = read_rows(tmp_path / "out.jsonl.failed.jsonl")
     assert [(row["source"], row["error"]) for row in failed] == [("t.txt:10", "RuntimeError: out of memory for a reason")]

@@ -181,7 +181,8 @@ class PairDataset:
     def weights(self, given: list[float] | None) -> list[float] | None:
         """Weights of the sources from those of the paths; None: in proportion to the pairs.
 
-        Of a folder's weight OWN_SHARE goes to its own texts, where it has general pairs as well. With a folder and no weights given all paths weigh the same.
+        Of a folder's weight OWN_SHARE goes to its own texts, where it has general pairs as well. With a folder and no weights given all
+        paths weigh the same.
         """
         if given is None and not self.taught:
             return None
