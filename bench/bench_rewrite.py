@@ -2,6 +2,7 @@
 
     python bench/bench_rewrite.py --input texts.jsonl.gz
     python bench/bench_rewrite.py --input texts.jsonl.gz --model Qwen/Qwen3-0.6B --texts 512
+    python bench/bench_rewrite.py --input texts.jsonl.gz --end-at .      # the bundled model, which seldom ends an answer by itself
 
 Both sides have the same model, prompts and sampling on the same machine. First the likeliest tokens of both in float32 are compared,
 then the sides are timed in turn, forwards and backwards; the answers' mean length shows that they do the same work.
@@ -13,6 +14,7 @@ import platform
 import random
 import statistics
 import sys
+import tempfile
 import time
 from datetime import date
 from importlib.metadata import version
@@ -57,6 +59,20 @@ class Loop:
         return [without_thinking(answer) for answer in answers]
 
 
+def ending_at(end: str, model: Path, folder: Path) -> str:
+    """The model in `folder`, with an answer ended by every token that holds `end`, as a chat model ends answers of any length."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    for path in model.iterdir():
+        (folder / path.name).symlink_to(path.resolve())
+    tokenizer, settings = AutoTokenizer.from_pretrained(model), GenerationConfig.from_pretrained(model)
+    ends = [number for number in range(len(tokenizer)) if end in tokenizer.decode(number)]
+    settings.eos_token_id = [tokenizer.eos_token_id, *ends]
+    (folder / "generation_config.json").unlink()
+    settings.save_pretrained(folder)
+    return str(folder)
+
+
 def ours(answer, jobs: list[Job]) -> list[str]:
     """The answers of `make_pairs.py llm`, in the order of the texts."""
     found = {job.number: text for answers in answer(jobs) for job, text in answers}
@@ -74,7 +90,11 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="of ours (default 64, as in make_pairs.py)")
     parser.add_argument("--loops", type=int, nargs="+", default=[8, 64], help="batch sizes of the loop (default 8 64)")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--end-at", metavar="TEXT", help="end an answer at a token that holds this, for a model in a folder")
     args = parser.parse_args()
+    folder = tempfile.TemporaryDirectory()
+    if args.end_at:
+        args.chat_model = ending_at(args.end_at, Path(args.chat_model), Path(folder.name))
     args.seed, args.top_p, args.repetition_penalty = 0, 0.9, 1.0
     rng, texts = random.Random(0), read_texts(args.input)[0][: args.texts]
     jobs = [Job(i, source, text, rng.choice(sorted(TEMPLATES))) for i, (source, text) in enumerate(texts)]
@@ -112,7 +132,7 @@ def main() -> None:
         )
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = {p: version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()}
-    about = {"date": str(date.today()), "device": where, "model": args.chat_model, "versions": versions, "equal": sum(equal)}
+    about = {"date": str(date.today()), "device": where, "model": args.chat_model, "end_at": args.end_at, "versions": versions, "equal": sum(equal)}
     print(json.dumps(about | {"rows": rows}))
 
 
