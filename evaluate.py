@@ -44,7 +44,7 @@ import numpy as np
 
 from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES, Contract, default_scope, trained_dims
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run, newest_run
-from files.console import InputError, process_rank, run_script, say, warn
+from files.console import InputError, process_rank, run_script, say, short_path, warn
 from files.reading import read_texts
 from files.writing import check_absent, write_json
 from prompts import PROMPTS, TASK_PROMPTS, get_prompt, prompt_label
@@ -248,7 +248,7 @@ def load_encoder(spec: str, args: argparse.Namespace, **contract_fields) -> "Enc
     machine = {"dtype": args.dtype, "device": args.device, "trust_remote_code": args.trust_remote_code}
     encoder = Encoder.load(spec, override_contract=args.override_contract, **machine, **contract_fields)
     for note in encoder.notes:
-        warn_once(f"{os.path.relpath(spec) if is_run(spec) else encoder.contract.base}: {note}")
+        warn_once(f"{short_path(spec) if is_run(spec) else encoder.contract.base}: {note}")
     return encoder
 
 
@@ -296,10 +296,10 @@ def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = Fal
         yield [EncodingCache(base).row(f"{base.contract.base}, untuned, same contract")]
     drift = encoder.merge()
     how = f"merged into the base, 1 - cosine {drift:.0e} at most" if encoder.merged else "not merged, because its base is quantized"
-    (warn if drift > 1e-2 else functools.partial(say, error=True))(f"{os.path.relpath(spec)}: adapter {how}")
+    (warn if drift > 1e-2 else functools.partial(say, error=True))(f"{short_path(spec)}: adapter {how}")
     if args.compile:
         encoder.compile()
-    yield [EncodingCache(encoder).row(os.path.relpath(spec))]
+    yield [EncodingCache(encoder).row(short_path(spec))]
 
 
 def base_rows(spec: str, prompt: str, args: argparse.Namespace) -> list[MtebModel]:

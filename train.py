@@ -36,7 +36,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import shlex
 import shutil
 import signal
@@ -49,7 +48,7 @@ from typing import TYPE_CHECKING
 from encoder.contract import ARGUMENTS_FILE, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract
 from encoder.names import PRESETS, Preset, base_of, find_base, is_run, read_lora_settings
 from encoder.processes import all_reduce_number, distributed, end_distributed, wait_for_all
-from files.console import InputError, Progress, run_script, say, warn
+from files.console import InputError, Progress, run_script, say, short_path, warn
 from files.reading import file_kind
 from files.writing import WriteError, append_line, write_json
 from prompts import PROMPTS, prompt_label
@@ -503,7 +502,7 @@ def finish(run: "Run", interrupted_by: int | None) -> None:
         warn(f"this run has learned little or nothing. At its end {problem}")
     if comparison and comparison.verdict == "worse":
         warn(f"without labels this run looks worse than its base, see evaluate.py --texts (ratio {comparison.ratio:.2f}; {ADVICE})")
-    evaluate = f"python evaluate.py --model {shlex.quote(os.path.relpath(out))} {shlex.quote(run.args.model)}"
+    evaluate = f"python evaluate.py --model {shlex.quote(short_path(out))} {shlex.quote(run.args.model)}"
     say(f"next: {evaluate} --data labelled.csv     # columns text,label")
     say(f"  or: {evaluate} --texts texts.csv       # without labels")
 

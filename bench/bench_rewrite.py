@@ -132,8 +132,8 @@ def main() -> None:
         )
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     versions = {p: version(p) for p in ("torch", "transformers")} | {"python": platform.python_version()}
-    about = {"date": str(date.today()), "device": where, "model": args.chat_model, "end_at": args.end_at, "versions": versions, "equal": sum(equal)}
-    print(json.dumps(about | {"rows": rows}))
+    about = {"date": str(date.today()), "device": where, "model": args.chat_model, "end_at": args.end_at, "versions": versions}
+    print(json.dumps(about | {"equal": sum(equal), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -38,6 +38,12 @@ def _print(text: str, stream: TextIO) -> None:
             os.dup2(nowhere.fileno(), stream.fileno())
 
 
+def short_path(path: str | Path) -> str:
+    """A path as one would type it: from the working folder, unless it lies outside."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
 def reason(error: OSError) -> str:
     """What went wrong, such as "No space left on device", without number and file."""
     return error.strerror or str(error) or type(error).__name__

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from files import console
-from files.console import InputError, Progress, run_script, say, warn
+from files.console import InputError, Progress, run_script, say, short_path, warn
 from files.docstrings import (
     Excluded,
     LibraryModule,
@@ -294,3 +294,9 @@ def test_docstrings_of_excluded_modules_and_with_excluded_sentences_are_left_out
         path = tmp_path / f"{name}.py"
         path.write_text(f'"""{docstring}"""\n')
         assert read_allowed_docstrings(LibraryModule(name, path), excluded) == expected, name
+
+
+def test_a_path_is_shown_as_one_would_type_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert short_path(tmp_path / "runs" / "mine") == "runs/mine" and short_path("runs/mine") == "runs/mine"
+    assert short_path(tmp_path.parent / "other") == str(tmp_path.parent / "other")
