@@ -40,6 +40,11 @@ class PromptTokenizer:
         # the Python wrapper around the backend takes as long again
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
+    def around(self, role: str) -> tuple[list[int], list[int]]:
+        """The ids before every text of a role (BOS and prefix) and after it (suffix and EOS)."""
+        prefix, suffix = self.prompt_ids[role]
+        return self.bos + prefix, suffix + self.eos
+
     def __call__(self, texts: list[str], role: str, first_number: int) -> TokenizedTexts:
         """Prefix, text and suffix are tokenized separately; the text is truncated to `max_tokens`, the prompt never is.
 
@@ -51,8 +56,7 @@ class PromptTokenizer:
         for i, text in enumerate(texts, first_number):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is {type(text).__name__} {text!r}, not a string")
-        prefix, suffix = self.prompt_ids[role]
-        before, after, max_tokens = self.bos + prefix, suffix + self.eos, self.contract.max_tokens
+        (before, after), max_tokens = self.around(role), self.contract.max_tokens
         ids, spans, n_empty, n_truncated = [], [], 0, 0
         for start in range(0, len(texts), CHUNK):
             for text_ids in self._chunk_ids(texts[start : start + CHUNK], first_number + start):
