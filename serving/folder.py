@@ -55,42 +55,40 @@ def built_in_pooling(contract: Contract, role: str = "document") -> str | None:
     return BUILT_IN[contract.pooling] if every_token else None
 
 
+def obstacle(contract: Contract, runtime: str) -> tuple[str, str] | None:
+    """What of a contract a runtime cannot express, and what it has instead; None where it can express all."""
+    if contract.pooling not in BUILT_IN:
+        return f"pooling {contract.pooling}", f"poolings {', '.join(BUILT_IN)}"
+    if contract.layers != (-1,):
+        return f"layers {', '.join(map(str, contract.layers))}", "the last layer (-1)"
+    if contract.attention != "causal":
+        return f"{contract.attention} attention", "causal attention"
+    if contract.quantize:
+        return f"a base in {contract.quantize}, to whose weights no adapter can be added", "runs on a base that is not quantized"
+    for role in contract.prompts:
+        pooling = built_in_pooling(contract, role)
+        if pooling not in RUNTIMES[runtime]:
+            known = [ours for ours, theirs in BUILT_IN.items() if theirs in RUNTIMES[runtime]]
+            left_out = "" if pooling else " over some of the tokens"
+            return f"pooling {contract.pooling}{left_out}", f"{' and '.join(sorted(known))} over all tokens"
+    return None
+
+
+def runtimes_for(contract: Contract) -> list[str]:
+    return [name for name in RUNTIMES if not obstacle(contract, name)]
+
+
 def check_expressible(contract: Contract, runtime: str) -> None:
     """Raise InputError for a contract that this runtime cannot express, with what it can."""
-    problems = []
-    if contract.pooling not in BUILT_IN:
-        problems.append((f"pooling {contract.pooling}", f"poolings {', '.join(BUILT_IN)}"))
-    if contract.layers != (-1,):
-        problems.append((f"layers {', '.join(map(str, contract.layers))}", "the last layer (-1)"))
-    if contract.attention != "causal":
-        problems.append((f"{contract.attention} attention", "causal attention"))
-    if contract.quantize:
-        problems.append((f"a base in {contract.quantize}, to whose weights no adapter can be added", "a run on a base that is not quantized"))
-    if not problems:
-        taken = {role: built_in_pooling(contract, role) for role in contract.prompts}
-        for pooling in dict.fromkeys(taken.values()):
-            if pooling not in RUNTIMES[runtime]:
-                tokens = "" if pooling else ", with the tokens that it leaves out"
-                known = {ours for ours, theirs in BUILT_IN.items() if theirs in RUNTIMES[runtime]}
-                problems.append((f"pooling {contract.pooling}{tokens}", f"{' and '.join(sorted(known))} over all tokens"))
-    if problems:
-        what, instead = problems[0]
-        others = [name for name in RUNTIMES if name != runtime and servable(contract, name)]
-        advice = f"; {', '.join(others)} can serve this run" if others else ""
-        raise InputError(f"{runtime} cannot serve {what}: it has {instead}{advice}")
-
-
-def servable(contract: Contract, runtime: str) -> bool:
-    try:
-        check_expressible(contract, runtime)
-    except InputError:
-        return False
-    return True
+    if found := obstacle(contract, runtime):
+        others = runtimes_for(contract)
+        advice = f"; {' and '.join(others)} can serve it" if others else ""
+        raise InputError(f"{runtime} cannot serve {found[0]}: it has {found[1]}{advice}")
 
 
 def serving_note(contract: Contract) -> str:
     """A line that says which runtimes can serve the contract."""
-    can = [name for name in RUNTIMES if servable(contract, name)]
+    can = runtimes_for(contract)
     cannot = [name for name in RUNTIMES if name not in can]
     if not can:
         return "no serving runtime has this contract's pooling: its vectors come from this tool alone"

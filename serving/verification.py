@@ -77,14 +77,15 @@ class Check(NamedTuple):
 
 
 def sample_texts(encoder: "Encoder") -> list[str]:
-    """32 texts of all lengths and scripts, some of them past the limit."""
+    """32 texts of all lengths and scripts, some of them past the limit; without a prompt or BOS, those that have a token."""
     words, limit = "the bank raised its rates and a cat slept on the mat while we were reading about it ".split(), encoder.contract.max_tokens
     texts = list(SAMPLES)
     for share in LENGTHS:
         count = max(1, int(share * limit))
         text = " ".join(words[(i * i + i) % len(words)] for i in range(count))  # about a token a word
         texts.append(text)
-    return texts
+    tokenized = encoder.tokenize(texts)
+    return [text for text, ids in zip(texts, tokenized.ids, strict=True) if ids]
 
 
 def cosines(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -183,22 +184,33 @@ def known_fault(
     base         vectors of the untuned base, where there is an adapter
     tolerance    1 - cosine that rounding may cost
     """
-    truth = encoder.encode(texts, role)
+    truth, lengths = encoder.encode(texts, role), text_lengths(encoder, texts)
+    short = lengths <= encoder.contract.max_tokens
 
-    def is_it(other: np.ndarray) -> bool:
-        differs = (1 - cosines(other, truth) > 2 * tolerance).any()
-        return differs and (1 - cosines(other, vectors) < tolerance).all()
+    def is_it(other: np.ndarray, rows: np.ndarray) -> bool:
+        differs = (1 - cosines(other, truth) > 2 * tolerance)[rows].any()
+        return differs and (1 - cosines(other, vectors) < tolerance)[rows].all()
 
-    if base is not None and is_it(base):
+    every = np.ones(len(texts), bool)
+    if base is not None and is_it(base, every):
         return "weights: they are those of the untuned base, the adapter is missing"
     for name, sequences in token_faults(encoder, role, texts):
-        if is_it(embed_sequences(encoder, sequences)):
+        if is_it(embed_sequences(encoder, sequences), compared_rows(name, short)):
             return name
     for name, pooling in pooling_faults(encoder.contract):
-        if is_it(embed_sequences(encoder, own_sequences(encoder, role, texts), pooling)):
+        if is_it(embed_sequences(encoder, own_sequences(encoder, role, texts), pooling), every):
             return name
-    wrong = 1 - cosines(vectors, truth) > tolerance
-    if wrong.any() and (wrong <= is_long(encoder, texts)).all():
+    return fault_of_length(1 - cosines(vectors, truth) > tolerance, lengths)
+
+
+def compared_rows(fault: str, short: np.ndarray) -> np.ndarray:
+    """The texts (N,) that tell a fault: where a part is missing, long texts may be cut at the old limit or at a new one."""
+    return short | fault.startswith("cut")
+
+
+def fault_of_length(wrong: np.ndarray, lengths: np.ndarray) -> str | None:
+    """The limit, where the texts that are wrong (N,) are those longer than all others."""
+    if wrong.any() and not wrong.all() and lengths[wrong].min() > lengths[~wrong].max():
         return "cut: long texts are cut at another limit"
     return None
 
@@ -208,13 +220,16 @@ def own_sequences(encoder: "Encoder", role: str, texts: list[str]) -> list[Seque
     return [Sequence(ids, span) for ids, span in zip(tokenized.ids, tokenized.spans, strict=True)]
 
 
-def is_long(encoder: "Encoder", texts: list[str]) -> np.ndarray:
-    """Which texts (N,) have more tokens than the contract takes."""
+def text_lengths(encoder: "Encoder", texts: list[str]) -> np.ndarray:
+    """Tokens of each text (N,), without a prompt and without a limit."""
     encodings = encoder.prompt_tokenizer.backend.encode_batch(texts, add_special_tokens=False)
-    return np.array([len(encoding.ids) > encoder.contract.max_tokens for encoding in encodings])
+    return np.array([len(encoding.ids) for encoding in encodings])
 
 
-def where_they_differ(truth: np.ndarray, vectors: np.ndarray, texts: list[str], tolerance: float) -> str:
+def where_they_differ(truth: np.ndarray, vectors: np.ndarray, texts: list[str], dtype: str, tolerance: float) -> str:
+    """What is known of vectors that no known fault explains."""
+    if dtype != "float32":
+        return f"weights: no known fault explains it, {dtype} may be too coarse for this adapter: take --merge-dtype float32"
     wrong = 1 - cosines(vectors, truth) > tolerance
     if wrong.all():
         return "weights: every text differs, and no known fault of tokens or pooling explains it"
@@ -246,12 +261,15 @@ class Truth:
         own = [s.ids for s in own_sequences(self.encoder, role, self.texts)]
         if ids == own:
             return
-        faults = (name for name, sequences in token_faults(self.encoder, role, self.texts) if [s.ids for s in sequences] == ids)
-        wrong = np.array([a != b for a, b in zip(ids, own, strict=True)])
-        if not (fault := next(faults, None)):
+        wrong, lengths = np.array([a != b for a, b in zip(ids, own, strict=True)]), text_lengths(self.encoder, self.texts)
+        short = lengths <= self.encoder.contract.max_tokens
+        for fault, sequences in token_faults(self.encoder, role, self.texts):
+            rows = np.flatnonzero(compared_rows(fault, short)).tolist()
+            if wrong[rows].any() and all(sequences[row].ids == ids[row] for row in rows):
+                break
+        else:
             text = self.texts[int(np.flatnonzero(wrong)[0])]
-            only_long = (wrong <= is_long(self.encoder, self.texts)).all()
-            fault = "cut: long texts are cut at another limit" if only_long else f"tokens: {wrong.sum()} texts differ, the first is {text[:60]!r}"
+            fault = fault_of_length(wrong, lengths) or f"tokens: {wrong.sum()} texts differ, the first is {text[:60]!r}"
         raise VerificationFailed(f"{role}, tokenizer: {fault}")
 
     def check(self, role: str, what: str, vectors: np.ndarray, dtype: str) -> Check:
@@ -274,7 +292,7 @@ class Truth:
             base = self.base[role][~refused] if self.base else None
             fault = known_fault(self.encoder, role, texts, kept, base, tolerance)
             if fault or cosine < MIN_COSINE[dtype]:
-                fault = fault or where_they_differ(truth, kept, texts, tolerance)
+                fault = fault or where_they_differ(truth, kept, texts, dtype, tolerance)
                 raise VerificationFailed(f"{role}, {what}: {fault} (smallest cosine {cosine:.4f}, needs {MIN_COSINE[dtype]})")
         if np.abs(lengths - 1).max() > NORM:
             raise VerificationFailed(f"{role}, {what}: normalization: vectors are {lengths.max():.3g} times as long as the contract's")

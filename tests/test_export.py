@@ -1,0 +1,310 @@
+"""`export.py`: the exported folder gives our vectors, what cannot be expressed is refused, and every fault is named."""
+
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_run, randomize_adapter
+from safetensors.torch import load_file, save_file
+
+import export
+from encoder import Encoder
+from encoder.contract import Contract
+from files.console import InputError
+from serving import folder as folders
+from serving import runtimes, verification
+from serving.folder import check_expressible, roles_of, runtimes_for, write_folder
+from serving.verification import Truth, VerificationFailed, cosines, embed_sequences, known_fault, sample_texts, token_faults
+
+ROOT = Path(__file__).resolve().parent.parent
+QUERY = "question: {text}"
+
+
+@pytest.fixture(autouse=True)
+def in_this_process(monkeypatch):
+    """sentence-transformers takes seconds to import: only the tests of fresh processes start some."""
+    from sentence_transformers import SentenceTransformer
+
+    def vectors(folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
+        model = SentenceTransformer(str(folder), device="cpu", trust_remote_code=(folder / "contract_pooling.py").exists())
+        return {"one at a time": np.concatenate([model.encode([text]) for text in texts]), "in batches": model.encode(texts, batch_size=8)}
+
+    monkeypatch.setattr(runtimes, "sentence_transformers_vectors", vectors)
+
+
+def run(*flags) -> None:
+    export.main(export.build_parser().parse_args([str(flag) for flag in flags]))
+
+
+class Exported:
+    """A run, what its vectors must be, and its exported folder."""
+
+    def __init__(self, run: str, folder: Path, dtype: str = "float32", **contract):
+        encoder = Encoder.load(run, dtype="float32", **contract)
+        self.truth, self.dtype = Truth(encoder, roles_of(encoder.contract)), dtype
+        encoder.merge()
+        self.folders = write_folder(encoder, folder, dtype)
+        self.folder = folder
+
+    def verify(self) -> list[float]:
+        """The smallest cosine of each role and way."""
+        lowest = []
+        for role, path in self.folders:
+            self.truth.check_tokens(role, path)
+            for way, vectors in runtimes.sentence_transformers_vectors(path, self.truth.texts).items():
+                lowest.append(self.truth.check(role, way, vectors, self.dtype).cosine)
+        return lowest
+
+
+CONTRACTS = [
+    {"prompt": "cluster", "pooling": "last"},
+    {"prompt": "cluster", "pooling": "mean", "scope": "all", "keep_bos": True},
+    {"prompt": "none", "pooling": "mean", "scope": "text"},
+    {"prompt": "cluster", "pooling": "position-mean", "scope": "all"},
+    {"prompt": "cluster", "pooling": "position-mean", "scope": "text", "max_tokens": 9},
+    {"prompt": "cluster", "pooling": "last", "scope": "text", "normalize": False, "bos": False},
+    {"prompt": "prompt-eol", "query_prompt": QUERY, "pooling": "last", "dims": 12, "max_tokens": 20, "eos": True},
+]
+
+
+@pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: " ".join(map(str, c.values())))
+def test_an_exported_folder_gives_our_vectors(model, tmp_path, contract):
+    if "keep_bos" in contract and not Encoder.load(model).contract.bos:
+        contract = {name: value for name, value in contract.items() if name != "keep_bos"}
+    exported = Exported(make_run(model, tmp_path / "run", **contract), tmp_path / "out")
+    assert min(exported.verify()) > 1 - 1e-5
+
+
+def test_a_folder_holds_what_it_promises(llama, tmp_path, capsys):
+    source = make_run(llama, tmp_path / "run", prompt="cluster", query_prompt=QUERY, pooling="last", max_tokens=20)
+    run(source, "--out", tmp_path / "out", "--merge-dtype", "bfloat16")
+    said = capsys.readouterr().out
+    assert "document, our encoder, adapter merged, float32: smallest cosine 1.0" in said and "query, sentence-transformers" in said
+    out, query = tmp_path / "out", tmp_path / "out" / "query"
+    assert (out / "model.safetensors").stat().st_ino == (query / "model.safetensors").stat().st_ino
+    assert load_file(out / "model.safetensors")["embed_tokens.weight"].dtype == torch.bfloat16
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    assert Contract.read(out) == Contract.read(source)
+    record = json.loads((out / "verification.json").read_text())
+    assert len(record["texts"]) == 32 and {check["role"] for check in record["checks"]} == {"query", "document"}
+    card = (out / "README.md").read_text()
+    assert "SentenceTransformer" in card and "trust_remote_code" not in card and "folder `query/`" in card
+    assert f'SentenceTransformer("{out}")' in said and not (out / "contract_pooling.py").exists()
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_the_weights_keep_the_dtype_of_the_base(llama, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    save_file({name: w.half() for name, w in load_file(base / "model.safetensors").items()}, base / "model.safetensors", {"format": "pt"})
+    config = json.loads((base / "config.json").read_text()) | {"dtype": "float16"}
+    (base / "config.json").write_text(json.dumps(config))
+    run(base, "--prompt", "cluster", "--out", tmp_path / "out", "--no-verify")
+    assert load_file(tmp_path / "out" / "model.safetensors")["norm.weight"].dtype == torch.float16
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("contract", "runtime", "message"),
+    [
+        ({"pooling": "attention"}, "sentence-transformers", "cannot serve pooling attention: it has poolings mean, last, position-mean"),
+        ({"pooling": "mean", "layers": (-2,)}, "sentence-transformers", r"cannot serve layers -2: it has the last layer"),
+        ({"pooling": "mean", "attention": "bidirectional"}, "vllm", "cannot serve bidirectional attention"),
+        ({"pooling": "position-mean", "scope": "all"}, "vllm", "it has last and mean over all tokens; sentence-transformers can serve"),
+        ({"pooling": "mean", "scope": "text"}, "tei", "cannot serve pooling mean over some of the tokens"),
+    ],
+)
+def test_what_a_runtime_cannot_express_is_refused(llama, contract, runtime, message):
+    contract = Encoder.load(llama, prompt="cluster", **contract).contract
+    assert runtime not in runtimes_for(contract)
+    with pytest.raises(InputError, match=message):
+        check_expressible(contract, runtime)
+
+
+def test_bad_arguments(llama, tmp_path, monkeypatch):
+    source = make_run(llama, tmp_path / "run", prompt="cluster", pooling="last")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").touch()
+    before = sorted(tmp_path.rglob("*"))
+    for flags, message in (
+        ((source, "--out", tmp_path / "full"), "full exists already"),
+        ((source, "--prompt", "none", "--out", tmp_path / "new"), "--prompt: a run is exported under the contract"),
+        ((source, "--vllm-python", sys.executable, "--out", tmp_path / "new"), "takes part in the verification of --to vllm"),
+        ((source, "--to", "vllm", "--vllm-python", "no-python", "--out", tmp_path / "new"), "--vllm-python no-python: no such program"),
+        ((tmp_path / "none", "--out", tmp_path / "new"), "no model"),
+        ((source, "--dims", 7, "--out", tmp_path / "new"), "dims"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*flags)
+        assert sorted(tmp_path.rglob("*")) == before
+
+    def fails(*_):
+        raise runtimes.RuntimeFailed("it does not start")
+
+    monkeypatch.setattr(runtimes, "sentence_transformers_vectors", fails)
+    with pytest.raises(InputError, match="it does not start"):
+        run(source, "--out", tmp_path / "new")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+# ------------------------------------------------------------------------------------------------------------- faults
+
+
+def edit_json(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    path.write_text(json.dumps(change(value) or value))
+
+
+def template(change):
+    """Changes the template around every text in tokenizer.json."""
+    return lambda exported: edit_json(exported.folder / "tokenizer.json", lambda t: change(t["post_processor"]))
+
+
+def without_suffix(processor: dict) -> None:
+    processor["single"] = [part for part in processor["single"] if part.get("SpecialToken", {}).get("id") != "<after>"]
+
+
+def without_bos(processor: dict) -> None:
+    for name in ("ids", "tokens"):
+        del processor["special_tokens"]["<before>"][name][0]
+
+
+def with_two_bos(processor: dict) -> None:
+    for name in ("ids", "tokens"):
+        processor["special_tokens"]["<before>"][name].insert(0, processor["special_tokens"]["<before>"][name][0])
+
+
+def without_adapter(exported: Exported) -> None:
+    base = load_file(Path(exported.truth.encoder.source) / "model.safetensors")
+    weights = {name.removeprefix("model."): w for name, w in base.items() if name.startswith("model.")}
+    save_file(weights, exported.folder / "model.safetensors", {"format": "pt"})
+
+
+def with_mean(exported: Exported) -> None:
+    def change(config):
+        config |= {"pooling_mode_lasttoken": False, "pooling_mode_mean_tokens": True}
+
+    edit_json(exported.folder / "1_Pooling" / "config.json", change)
+
+
+def without_normalization(exported: Exported) -> None:
+    edit_json(exported.folder / "modules.json", lambda modules: [m for m in modules if not m["type"].endswith("Normalize")])
+
+
+def with_limit(limit: int):
+    def change(exported: Exported) -> None:
+        for name, key in (("sentence_bert_config.json", "max_seq_length"), ("tokenizer_config.json", "model_max_length")):
+            edit_json(exported.folder / name, lambda config, key=key: config | {key: limit})
+
+    return change
+
+
+def with_queries_prompt(exported: Exported) -> None:
+    shutil.copy(exported.folder / "query" / "tokenizer.json", exported.folder)
+
+
+FAULTS = {
+    "suffix": (template(without_suffix), "prompt: its suffix is missing"),
+    "BOS dropped": (template(without_bos), "BOS: it is missing"),
+    "BOS doubled": (template(with_two_bos), "BOS: it stands there twice"),
+    "adapter": (without_adapter, "weights: they are those of the untuned base"),
+    "pooling": (with_mean, "pooling: it is mean over all tokens"),
+    "normalization": (without_normalization, "normalization: vectors are"),
+    "low limit": (with_limit(45), "cut: long texts are cut at another limit"),
+    "high limit": (with_limit(150), "cut: long texts are cut at another limit"),
+    "query": (with_queries_prompt, "prompt: it is that of a query"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_named(llama, tmp_path, fault):
+    """Both by the folder's tokenizer, where it is one of tokens, and by the runtime's vectors alone."""
+    inject, name = FAULTS[fault]
+    source = make_run(llama, tmp_path / "run", prompt="cluster", query_prompt=QUERY, pooling="last", max_tokens=60)
+    exported = Exported(source, tmp_path / "out")
+    assert min(exported.verify()) > 1 - 1e-5
+    inject(exported)
+    with pytest.raises(VerificationFailed, match=re.escape(name)):
+        exported.verify()
+    exported.truth.check_tokens = lambda *_: None
+    with pytest.raises(VerificationFailed, match=re.escape(name)):
+        exported.verify()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])  # with BOS, and without
+def test_every_known_fault_is_told_from_the_others(models_dir, tmp_path, architecture):
+    contract = {"prompt": "cluster", "query_prompt": QUERY, "pooling": "last", "max_tokens": 60, "eos": True}
+    encoder = Encoder.load(make_run(models_dir[architecture], tmp_path / "run", **contract), dtype="float32")
+    encoder.tokenizer.chat_template = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    texts, names = sample_texts(encoder), []
+    assert any(len(ids) > 60 for ids in encoder.tokenizer(texts)["input_ids"])
+    for name, sequences in token_faults(encoder, "document", texts):
+        vectors = embed_sequences(encoder, sequences)
+        assert known_fault(encoder, "document", texts, vectors, None, verification.SAME) == name
+        names.append(name)
+    parts = {name.partition(":")[0] for name in names}
+    assert parts == {"prompt", "BOS", "EOS", "cut"} and len(names) >= 11
+
+
+def test_half_precision_of_a_large_adapter_is_noticed(llama, tmp_path):
+    encoder = Encoder.load(llama, prompt="cluster", pooling="last", max_tokens=60)
+    torch.manual_seed(0)
+    encoder.add_adapter(4)
+    randomize_adapter(encoder, 1.0)
+    encoder.save(tmp_path / "run")
+    assert min(Exported(str(tmp_path / "run"), tmp_path / "exact").verify()) > 1 - 1e-4
+    with pytest.raises(VerificationFailed, match="bfloat16 may be too coarse for this adapter"):
+        Exported(str(tmp_path / "run"), tmp_path / "half", "bfloat16").verify()
+
+
+def test_an_adapter_that_changes_nothing_is_refused(llama, tmp_path):
+    encoder = Encoder.load(llama, prompt="cluster")
+    encoder.add_adapter(4)
+    encoder.save(tmp_path / "run")
+    with pytest.raises(VerificationFailed, match="the adapter changes nothing"):
+        run(tmp_path / "run", "--out", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["short", "limit"])
+def test_what_no_known_fault_explains_is_said_as_far_as_it_is_known(llama, name):
+    truth = Truth(Encoder.load(llama, prompt="cluster"), ["document"])
+    vectors = truth.vectors["document"].copy()
+    wrong = [5, 7] if name == "short" else [-1, -2]
+    vectors[wrong] = vectors[wrong][:, ::-1]
+    message = "tokens: 2 of 32 texts differ, the first is 'a cat sleeps" if name == "short" else "cut: long texts are cut at another limit"
+    with pytest.raises(VerificationFailed, match=message):
+        truth.check("document", "a server", vectors, "float32")
+    with pytest.raises(VerificationFailed, match="weights: every text differs"):
+        truth.check("document", "a server", -truth.vectors["document"], "float32")
+
+
+def test_a_failed_verification_leaves_nothing(llama, tmp_path, monkeypatch):
+    source = make_run(llama, tmp_path / "run", prompt="cluster", pooling="last")
+    monkeypatch.setattr(folders, "BUILT_IN", {"last": "mean"})
+    with pytest.raises(VerificationFailed, match="document, sentence-transformers.*pooling: it is mean over all tokens"):
+        run(source, "--out", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_runtime_may_refuse_empty_texts_alone(llama):
+    truth = Truth(Encoder.load(llama, prompt="cluster"), ["document"])
+    vectors = truth.vectors["document"].copy()
+    vectors[0] = np.nan
+    check = truth.check("document", "a server", vectors, "float32")
+    assert check.n_refused == 1 and check.line().endswith("smallest cosine 1.000000, 1 empty text refused")
+    vectors[4] = np.nan
+    with pytest.raises(VerificationFailed, match="a server: 1 texts are refused, the first is 'Cat'"):
+        truth.check("document", "a server", vectors, "float32")
+
+
+def test_cosines_of_zeros():
+    a, b = np.array([[0.0, 0], [3, 0], [0, 1]]), np.array([[0.0, 0], [1, 0], [0, 0]])
+    assert cosines(a, b).tolist() == [1, 1, 0]
