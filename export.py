@@ -24,7 +24,6 @@ import json
 import os
 import platform
 import shutil
-import sys
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -93,7 +92,7 @@ def main(args: argparse.Namespace) -> None:
     check_absent(args.out)
     contract_flags = {name: getattr(args, name) for name in ("prompt", "query_prompt", "pooling", "scope")}
     if is_run(args.model) and (given := [name for name, value in contract_flags.items() if value is not None]):
-        raise InputError(f"--{given[0].replace('_', '-')}: a run is exported under the contract that it was trained with: leave the flag out")
+        raise InputError(f"--{given[0].replace('_', '-')}: a run is exported under the contract of its training: leave the flag out")
     if args.vllm_python and args.to != "vllm":
         raise InputError("--vllm-python takes part in the verification of --to vllm: add that, or leave it out")
     if args.vllm_python and not shutil.which(args.vllm_python):
@@ -120,8 +119,9 @@ def main(args: argparse.Namespace) -> None:
         try:
             folders = write_folder(encoder, temporary, dtype)
             checks = verify(args, truth, folders, dtype) if truth else []
-            versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers")} | {"python": platform.python_version()}
-            record = {"date": str(date.today()), "fingerprint": encoder.fingerprint, "dtype": dtype, "to": args.to, "versions": versions}
+            versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers")}
+            record = {"date": str(date.today()), "fingerprint": encoder.fingerprint, "dtype": dtype, "to": args.to}
+            record |= {"versions": versions | {"python": platform.python_version()}}
             record |= {"checks": [check._asdict() for check in checks], "texts": truth.texts if truth else []}
             for role, folder in folders:
                 write_json(folder / "verification.json", record)

@@ -52,6 +52,7 @@ from files.console import InputError, Progress, run_script, say, short_path, war
 from files.reading import file_kind
 from files.writing import WriteError, append_line, write_json
 from prompts import PROMPTS, prompt_label
+from serving.folder import runtimes_for, serving_note
 from training.monitoring import EnergyMeter, catch_signals, collapse, draw_curve, make_tracker
 from training.optimization import MIN_TEMPERATURE, TEMPERATURE, learning_rate, n_warmup_steps
 from training.own_texts import is_own_texts, read_recipe
@@ -327,7 +328,8 @@ def announce(run: "Run", base_fingerprint: str) -> None:
     say(f"model {args.model}, {n_trained:,} trained parameters, {encoder.dtype}, {encoder.device}; untuned fingerprint {base_fingerprint}")
     if run.started_from:
         say(f"going on from the adapter of {args.model}, fingerprint {run.started_from['fingerprint']}")
-    say(f"prompt {prompt_label(contract.prompts)}, pooling {contract.pooling}, scope {contract.scope}")
+    pooled = f"prompt {prompt_label(contract.prompts)}, pooling {contract.pooling}, scope {contract.scope}"
+    say(f"{pooled}: {serving_note(contract)}")
     resumed = f", going on after step {done}" if done else ""
     epochs = f", {run.data.steps * args.batch_size / run.data.n_pairs:.3g} epochs" * (not run.data.pairs.taught)
     what = run.data.pairs.summary or f"{run.data.n_pairs:,} pairs"
@@ -505,6 +507,8 @@ def finish(run: "Run", interrupted_by: int | None) -> None:
     evaluate = f"python evaluate.py --model {shlex.quote(short_path(out))} {shlex.quote(run.args.model)}"
     say(f"next: {evaluate} --data labelled.csv     # columns text,label")
     say(f"  or: {evaluate} --texts texts.csv       # without labels")
+    if runtimes_for(encoder.contract):
+        say(f"then: python export.py {shlex.quote(short_path(out))} --out exported       # for sentence-transformers")
 
 
 def make_run(args: argparse.Namespace) -> None:

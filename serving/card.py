@@ -4,7 +4,7 @@ import json
 import shlex
 from typing import TYPE_CHECKING
 
-from serving.folder import BUILT_IN, QUERY_FOLDER, built_in_pooling, token_limit
+from serving.folder import QUERY_FOLDER, built_in_pooling, token_limit
 from serving.runtimes import vllm_command
 
 if TYPE_CHECKING:
@@ -23,45 +23,52 @@ def how_to_load(runtime: str, encoder: "Encoder", role: str, folder: str, dtype:
     return f"SentenceTransformer({json.dumps(folder)}{code}).encode(texts)"
 
 
+CARD = """# {name}
+
+Text embeddings of {width} numbers, {norm}, from {base} ({revision}), fingerprint {fingerprint}. The licence is that of the base and of the
+data.
+
+```
+{load}
+```
+
+{facts}
+
+## Verified
+
+Smallest cosine to the adapter unmerged in float32, over 32 texts of all lengths and scripts; the weights here are {dtype}:
+
+{proof}
+"""
+
+
 def model_card(runtime: str, encoder: "Encoder", role: str, name: str, dtype: str, checks: list["Check"]) -> str:
     """Markdown with the header that the hub reads."""
-    contract = encoder.contract
-    prompt = contract.prompts[role]
-    folder = f"{name}/{QUERY_FOLDER}" if role == "query" else name
-    data = f"{contract.data['name']} (sha256 {contract.data['sha256'][:16]})" if contract.data else "none: an untuned base"
+    contract, prompt = encoder.contract, encoder.contract.prompts[role]
+    mode = built_in_pooling(contract, role)
+    facts = [f"Text goes in as it is; the tokenizer puts {prompt['prefix']!r} before it and {prompt['suffix']!r} after it."]
+    if role == "document" and prompt != contract.prompts["query"]:
+        facts.append(f"Queries have another prompt: encode them with the folder `{QUERY_FOLDER}/`.")
+    limit = token_limit(encoder, role)
+    facts.append(f"A text is cut to {contract.max_tokens} tokens, the prompt never is: together they are {limit} at most.")
+    facts.append(f"Pooling: {contract.pooling}" + (f", {mode} of sentence-transformers." if mode else ", by contract_pooling.py."))
+    facts.append(f"Trained on: {contract.data['name']} (sha256 {contract.data['sha256'][:16]})." if contract.data else "Not trained.")
+    facts.append("`embedding.json` is the contract, `verification.json` the proof with texts and versions.")
+    load = how_to_load(runtime, encoder, role, f"{name}/{QUERY_FOLDER}" if role == "query" else name, dtype)
+    if runtime == "sentence-transformers":
+        load = f"from sentence_transformers import SentenceTransformer\n\nvectors = {load}"
     is_hub_id = contract.base.count("/") == 1 and not contract.revision.startswith("sha256:")
     header = ["---", "library_name: sentence-transformers", "pipeline_tag: feature-extraction"]
-    header += [f"base_model: {contract.base}"] if is_hub_id else []
-    header += ["tags:", "- sentence-transformers", "- feature-extraction", "---"]
-    pooling = built_in_pooling(contract, role) or f"{contract.pooling} by contract_pooling.py, over the tokens that the contract names"
-    load = how_to_load(runtime, encoder, role, folder, dtype)
-    proof = [f"* {check.line()}" for check in checks] or ["* nothing: this folder was not verified"]
-    return "\n".join(
-        [
-            *header,
-            "",
-            f"# {name}",
-            "",
-            f"Text embeddings of {encoder.width} numbers, {'of norm 1' if contract.normalize else 'not normalized'}, from "
-            f"{contract.base} ({contract.revision}), fingerprint {encoder.fingerprint}. The licence is that of the base and of the data.",
-            "",
-            "```python" if runtime == "sentence-transformers" else "```",
-            *(["from sentence_transformers import SentenceTransformer", ""] if runtime == "sentence-transformers" else []),
-            f"vectors = {load}" if runtime == "sentence-transformers" else load,
-            "```",
-            "",
-            f"* Text goes in as it is: the prompt is part of the tokenizer: {prompt['prefix']!r} before it, {prompt['suffix']!r} after it.",
-            *([f"* Queries have another prompt: encode them with the folder `{QUERY_FOLDER}/`."] if role == "document" and prompt != contract.prompts["query"] else []),
-            f"* A text is cut to {contract.max_tokens} tokens, the prompt never is; with it there are at most {token_limit(encoder, role)}.",
-            f"* Pooling: {contract.pooling} ({BUILT_IN[contract.pooling] if pooling in BUILT_IN.values() else pooling}).",
-            f"* Trained on: {data}.",
-            "* `embedding.json` is the contract, `verification.json` the proof with texts and versions.",
-            "",
-            "## Verified",
-            "",
-            f"Smallest cosine to the adapter unmerged in float32, over 32 texts of all lengths and scripts; the weights here are {dtype}:",
-            "",
-            *proof,
-            "",
-        ]
+    header += [*([f"base_model: {contract.base}"] if is_hub_id else []), "tags:", "- sentence-transformers", "---", "", ""]
+    return "\n".join(header) + CARD.format(
+        name=name,
+        width=encoder.width,
+        norm="of norm 1" if contract.normalize else "not normalized",
+        base=contract.base,
+        revision=contract.revision,
+        fingerprint=encoder.fingerprint,
+        load=load,
+        facts="\n".join(f"* {fact}" for fact in facts),
+        dtype=dtype,
+        proof="\n".join(f"* {check.line()}" for check in checks) or "* nothing: this folder was not verified",
     )

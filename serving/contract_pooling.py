@@ -4,6 +4,8 @@ Needed where the contract leaves tokens out (the beginning-of-sequence token, or
 sentence-transformers does not. Legend: B sequences, L tokens of the longest, D numbers of a state.
 """
 
+from typing import ClassVar
+
 import torch
 from sentence_transformers.base.modules.module import Module
 
@@ -16,7 +18,7 @@ class ContractPooling(Module):
     skip_bos     leave the first token out, unless there is no other
     """
 
-    config_keys = ["embedding_dimension", "pooling", "scope", "skip_bos", "n_before", "n_after"]
+    config_keys: ClassVar = ["embedding_dimension", "pooling", "scope", "skip_bos", "n_before", "n_after"]
 
     def __init__(self, embedding_dimension: int, pooling: str, scope: str, skip_bos: bool, n_before: int, n_after: int):
         super().__init__()

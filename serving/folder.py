@@ -171,7 +171,9 @@ def write_modules(encoder: "Encoder", role: str, folder: Path) -> None:
     write_json(folder / "modules.json", index)
     text = {"method": "forward", "method_output_name": "last_hidden_state"}
     settings = {"max_seq_length": token_limit(encoder, role), "do_lower_case": False}
-    write_json(folder / "sentence_bert_config.json", settings | {"modality_config": {"text": text}, "module_output_name": "token_embeddings"})
+    write_json(
+        folder / "sentence_bert_config.json", settings | {"modality_config": {"text": text}, "module_output_name": "token_embeddings"}
+    )
     about = {"model_type": "SentenceTransformer", "prompts": {}, "default_prompt_name": None, "similarity_fn_name": "cosine"}
     write_json(folder / "config_sentence_transformers.json", about)
     write_text(folder / CONTRACT_FILE, contract.to_json())

@@ -16,7 +16,9 @@ from sentence_transformers import SentenceTransformer
 def main(folder: str, texts: str, out: str, code: str) -> None:
     texts = json.loads(Path(texts).read_text(encoding="utf-8"))
     model = SentenceTransformer(folder, trust_remote_code=code == "1", local_files_only=True)
-    np.savez(out, **{"one at a time": np.concatenate([model.encode([text]) for text in texts]), "in batches": model.encode(texts, batch_size=8)})
+    np.savez(
+        out, **{"one at a time": np.concatenate([model.encode([text]) for text in texts]), "in batches": model.encode(texts, batch_size=8)}
+    )
 
 
 if __name__ == "__main__":

@@ -78,7 +78,8 @@ class Check(NamedTuple):
 
 def sample_texts(encoder: "Encoder") -> list[str]:
     """32 texts of all lengths and scripts, some of them past the limit; without a prompt or BOS, those that have a token."""
-    words, limit = "the bank raised its rates and a cat slept on the mat while we were reading about it ".split(), encoder.contract.max_tokens
+    sentence = "the bank raised its rates and a cat slept on the mat while we were reading about it"
+    words, limit = sentence.split(), encoder.contract.max_tokens
     texts = list(SAMPLES)
     for share in LENGTHS:
         count = max(1, int(share * limit))

@@ -289,7 +289,7 @@ def test_what_no_known_fault_explains_is_said_as_far_as_it_is_known(llama, name)
 def test_a_failed_verification_leaves_nothing(llama, tmp_path, monkeypatch):
     source = make_run(llama, tmp_path / "run", prompt="cluster", pooling="last")
     monkeypatch.setattr(folders, "BUILT_IN", {"last": "mean"})
-    with pytest.raises(VerificationFailed, match="document, sentence-transformers.*pooling: it is mean over all tokens"):
+    with pytest.raises(VerificationFailed, match=r"document, sentence-transformers.*pooling: it is mean over all tokens"):
         run(source, "--out", tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 

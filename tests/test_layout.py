@@ -32,18 +32,21 @@ LAYERS = [
     {"pair_engines.chat_model", "pair_engines.chat_server", "pair_engines.translation"},
     {"pair_engines.gate"},
     {"pair_engines.report"},
-    {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain"},
+    {"serving", "serving.folder", "serving.contract_pooling", "serving.sentence_transformers_worker"},
+    {"serving.runtimes", "serving.verification"},
+    {"serving.card"},
+    {"make_pairs", "train", "evaluate", "attention", "search", "export", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
     {"bench.bench_own_texts", "bench.bench_rewrite", "bench.gpu"},
 ]
-SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "models.pretrain", "tasks.draw"}
+SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 
 def modules() -> dict[str, Path]:
     paths = [
         p
-        for folder in (".", "files", "pair_engines", "encoder", "tasks", "training", "models", "bench")
+        for folder in (".", "files", "pair_engines", "encoder", "tasks", "training", "serving", "models", "bench")
         for p in (ROOT / folder).glob("*.py")
     ]
     names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths}

@@ -269,9 +269,12 @@ def test_a_closed_standard_output_ends_no_training(small, tmp_path, monkeypatch)
 
 def test_the_next_commands_are_the_users_own(small, llama, tmp_path, capsys):
     run(*small("run", "--steps", 1))
-    *_, first, second = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out
+    assert "pooling last, scope all: can be exported to sentence-transformers, vllm, tei\n" in said
+    *_, first, second, third = said.splitlines()
     command = f"python evaluate.py --model {tmp_path / 'run'} {llama}"
     assert f"{command} --data labelled.csv" in first and f"{command} --texts texts.csv" in second
+    assert f"python export.py {tmp_path / 'run'} --out exported" in third
 
 
 def test_a_collapse_is_said_once_and_again_at_the_end(small, tmp_path, capsys):
