@@ -5,7 +5,7 @@ import shlex
 from typing import TYPE_CHECKING
 
 from serving.folder import QUERY_FOLDER, built_in_pooling, token_limit
-from serving.runtimes import vllm_command
+from serving.runtimes import vllm_flags
 
 if TYPE_CHECKING:
     from encoder import Encoder
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def how_to_load(runtime: str, encoder: "Encoder", role: str, folder: str, dtype: str) -> str:
     """The line that loads the folder, or serves it."""
     if runtime == "vllm":
-        return shlex.join(["vllm", *vllm_command(folder, dtype, token_limit(encoder, role))])
+        return shlex.join(["vllm", "serve", folder, *vllm_flags(dtype, token_limit(encoder, role))])
     if runtime == "tei":
         pooling = {"mean": "mean", "lasttoken": "last-token"}[built_in_pooling(encoder.contract, role)]
         return shlex.join(["text-embeddings-router", "--model-id", folder, "--pooling", pooling, "--dtype", dtype, "--auto-truncate"])

@@ -50,9 +50,9 @@ def sentence_transformers_vectors(folder: Path, texts: list[str]) -> dict[str, n
             return dict(arrays)
 
 
-def vllm_command(folder: Path | str, dtype: str, limit: int) -> list[str]:
-    """The arguments of vLLM that serve the folder. It rejects longer texts unless a request asks for truncation."""
-    return ["serve", str(folder), "--runner", "pooling", "--dtype", dtype, "--max-model-len", str(limit)]
+def vllm_flags(dtype: str, limit: int) -> list[str]:
+    """What serves a folder in vLLM as it is. Longer texts are rejected unless a request asks for truncation."""
+    return ["--runner", "pooling", "--dtype", dtype, "--max-model-len", str(limit)]
 
 
 @contextlib.contextmanager
@@ -61,7 +61,8 @@ def vllm_server(python: str, folder: Path, dtype: str, limit: int) -> Iterator[s
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    command = [python, "-m", "vllm.entrypoints.cli.main", *vllm_command(folder, dtype, limit), "--enforce-eager"]
+    # what `vllm serve FOLDER` starts, which the package for CPUs cannot
+    command = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), *vllm_flags(dtype, limit), "--enforce-eager"]
     with tempfile.TemporaryFile("w+") as log:
         flags = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", "exported"]
         server = subprocess.Popen([*command, *flags], stdout=log, stderr=log, env=environment() | {"VLLM_CPU_KVCACHE_SPACE": "1"})

@@ -1,9 +1,13 @@
 """`export.py`: the exported folder gives our vectors, what cannot be expressed is refused, and every fault is named."""
 
+import contextlib
 import json
 import re
 import shutil
+import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +22,13 @@ from encoder.contract import Contract
 from files.console import InputError
 from serving import folder as folders
 from serving import runtimes, verification
+from serving.card import how_to_load
 from serving.folder import check_expressible, roles_of, runtimes_for, write_folder
 from serving.verification import Truth, VerificationFailed, cosines, embed_sequences, known_fault, sample_texts, token_faults
 
 ROOT = Path(__file__).resolve().parent.parent
 QUERY = "question: {text}"
+WORKER = runtimes.sentence_transformers_vectors  # in a fresh process
 
 
 @pytest.fixture(autouse=True)
@@ -308,3 +314,73 @@ def test_a_runtime_may_refuse_empty_texts_alone(llama):
 def test_cosines_of_zeros():
     a, b = np.array([[0.0, 0], [3, 0], [0, 1]]), np.array([[0.0, 0], [1, 0], [0, 0]])
     assert cosines(a, b).tolist() == [1, 1, 0]
+
+
+def test_the_commands_that_serve_a_folder(llama):
+    encoder = Encoder.load(llama, prompt="cluster", pooling="last", max_tokens=60)
+    limit = folders.token_limit(encoder, "document")
+    assert how_to_load("vllm", encoder, "document", "my folder", "float32") == (
+        f"vllm serve 'my folder' --runner pooling --dtype float32 --max-model-len {limit}"
+    )
+    assert "--pooling last-token" in how_to_load("tei", encoder, "document", "out", "float16")
+    skipped = encoder.with_contract(pooling="mean")
+    assert how_to_load("sentence-transformers", skipped, "document", "out", "float32").startswith('SentenceTransformer("out", trust_remote')
+
+
+class FakeServer:
+    """What vLLM's server answers, in this process: it refuses the text "" and gives each text its length."""
+
+    def __init__(self):
+        outer = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self):
+                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                outer.asked.append(body)
+                if "" in body["input"]:
+                    self.send_response(400)
+                    self.end_headers()
+                    return
+                rows = [{"index": i, "embedding": [float(len(text)), 1.0]} for i, text in enumerate(body["input"])]
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(json.dumps({"data": rows[::-1]}).encode())
+
+            def log_message(self, *_):
+                pass
+
+        self.asked = []
+        self.server = HTTPServer(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+
+
+def test_vectors_of_vllm_come_in_order_and_refused_texts_are_nan(monkeypatch, tmp_path):
+    fake = FakeServer()
+    monkeypatch.setattr(runtimes, "vllm_server", lambda *_: contextlib.nullcontext(fake.url))
+    vectors = runtimes.vllm_vectors("python", tmp_path, ["abc", "", *("x" * n for n in range(1, 12))], "float32", 9)
+    fake.server.shutdown()
+    for way in ("one at a time", "in batches"):
+        assert np.isnan(vectors[way][1]).all() and vectors[way][[0, *range(2, 13)], 0].tolist() == [3, *range(1, 12)]
+    assert all(body["truncate_prompt_tokens"] == -1 for body in fake.asked) and len(fake.asked) == 13 + 2
+
+
+@pytest.mark.parametrize("program", ["import sys; sys.exit('ValueError: no such pooling')", "pass"])
+def test_a_server_that_does_not_start_is_one_line(monkeypatch, tmp_path, program):
+    script = tmp_path / "python"
+    script.write_text(f"#!{sys.executable}\n{program}\n")
+    script.chmod(0o755)
+    with pytest.raises(runtimes.RuntimeFailed, match=r"vLLM cannot serve .*: (ValueError: no such pooling|it did not answer)"):
+        runtimes.vllm_vectors(str(script), tmp_path, ["a"], "float32", 9)
+
+
+@pytest.mark.slow
+def test_the_folder_is_verified_in_a_fresh_process(llama, tmp_path):
+    source = make_run(llama, tmp_path / "run", prompt="cluster", pooling="position-mean", scope="all")
+    command = [sys.executable, ROOT / "export.py", source, "--out", tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.count("sentence-transformers, float32, ") == 2, done.stderr
+    assert (tmp_path / "out" / "contract_pooling.py").is_file() and "trust_remote_code=True" in done.stdout
+    edit_json(tmp_path / "out" / "1_Pooling" / "config.json", lambda config: config | {"pooling": "no such"} | {"unknown": 1})
+    with pytest.raises(runtimes.RuntimeFailed, match="sentence-transformers cannot load"):
+        WORKER(tmp_path / "out", ["a"])
