@@ -46,7 +46,7 @@ from files.writing import append_line, write_text
 from pair_engines.teacher import copy_key
 from tasks import unlabelled
 
-ROOT, N_TEXTS, STEPS = Path(__file__).resolve().parent.parent, 3000, 83
+ROOT, N_TEXTS, STEPS = Path(__file__).resolve().parent.parent, 3000, 125
 ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
     "same": (["same"], ["--lora-dropout", 0.1]),
     "crop": (["crop", "--min-words", 4], []),

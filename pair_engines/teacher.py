@@ -37,7 +37,7 @@ MODEL_DIMS = 256  # of the model's vectors in the teacher, so that it stays smal
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 COSINES_AT_ONCE = 2**25  # 128 MiB
-MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 2  # of a run; passes over the texts
+MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 3  # of a run; passes over the texts
 TEXTS_PER_STEP = OWN_SHARE * 96  # the batch that the bundled model takes; others take some more
 
 
