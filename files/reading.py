@@ -320,6 +320,8 @@ def left_out(what: str, reasons: Counter[str]) -> str:
 class Table:
     """The rows of a file, read one at a time: iterate once. Its columns are those of the first GUESSED_FROM rows.
 
+    rows       all rows
+    head       the first GUESSED_FROM of them
     notes      what was seen while reading, a line each
     reasons    of rows that were left out
     """
@@ -329,7 +331,7 @@ class Table:
         self._file, rows = "stdin" if path == STDIN else path.name, read_rows(path, self.notes)
         self.head = list(itertools.islice(rows, GUESSED_FROM))
         self.columns = column_names(self.head)
-        self._rows = itertools.chain(self.head, rows)
+        self.rows = itertools.chain(self.head, rows)
 
     def check_column(self, column: str | None, flag: str) -> None:
         """Raise InputError where the file has no such column."""
@@ -342,7 +344,7 @@ class Table:
 
         Raises InputError for what cannot be read, and at the end where no row has them all.
         """
-        for i, (_, cells) in enumerate(self._rows, 1):
+        for i, (_, cells) in enumerate(self.rows, 1):
             values = [cells.get(column) for column in columns]
             try:
                 texts = ["" if value is None else as_text(value).strip() for value in values]

@@ -32,14 +32,14 @@ LAYERS = [
     {"pair_engines.chat_model", "pair_engines.chat_server", "pair_engines.translation"},
     {"pair_engines.gate"},
     {"pair_engines.report"},
-    {"serving", "serving.folder", "serving.contract_pooling", "serving.sentence_transformers_worker"},
+    {"serving", "serving.folder", "serving.contract_pooling", "serving.sentence_transformers_worker", "serving.vectors"},
     {"serving.runtimes", "serving.verification"},
     {"serving.card"},
-    {"make_pairs", "train", "evaluate", "attention", "search", "export", "models.pretrain"},
+    {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
     {"bench.bench_own_texts", "bench.bench_rewrite", "bench.gpu"},
 ]
-SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "models.pretrain", "tasks.draw"}
+SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 

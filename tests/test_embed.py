@@ -1,0 +1,166 @@
+"""`embed.py`: every row once, in parts that are complete or absent, and the nearest of them."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import make_run
+from short_runs import write_rows
+
+import embed
+from encoder import Encoder
+from files.console import InputError
+from files.reading import Table
+from serving.vectors import STORES, VectorFolder, quantize, read_parts, restore
+
+PHRASES = ["the cat", "a mat", "rates rose", "this month", "the bank", "raised fees", "every account", "overdrawn", "to be", "a question"]
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(*arguments) -> None:
+    embed.main([str(argument) for argument in arguments])
+
+
+def rows_of(folder: Path) -> dict:
+    """id -> vector of all parts; every id once."""
+    opened, rows = VectorFolder.open(folder), {}
+    for number in opened.numbers():
+        part = opened.read(number)
+        assert not set(part.ids) & set(rows) and len(part.ids) == len(part.vectors)
+        rows |= dict(zip(part.ids, part.vectors, strict=True))
+    return rows
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    """Ten rows, the fourth of which has no text and the eighth no string."""
+    rows = [{"id": f"r{i}", "text": phrase} for i, phrase in enumerate(PHRASES)]
+    rows[3]["text"], rows[7]["text"] = "  ", [1]
+    return write_rows(tmp_path / "t.jsonl", rows)
+
+
+@pytest.mark.parametrize("format_", ["parquet", "npy"])
+@pytest.mark.parametrize("store", STORES)
+def test_every_row_has_its_vector_or_a_reason(llama, texts, tmp_path, capsys, store, format_):
+    source = make_run(llama, tmp_path / "run", prompt="cluster")
+    run(source, texts, "--out", tmp_path / "v", "--rows-per-part", 4, "--store", store, "--format", format_, "--keep-text")
+    rows = rows_of(tmp_path / "v")
+    assert list(rows) == [f"r{i}" for i in range(10) if i not in (3, 7)]
+    own = Encoder.load(source)
+    own.merge()
+    vectors = own.encode([PHRASES[int(id_[1:])] for id_ in rows])
+    cosines = (vectors * np.stack(list(rows.values()))).sum(1) / np.linalg.norm(np.stack(list(rows.values())), axis=1)
+    assert cosines.min() > {"float32": 1 - 1e-6, "float16": 1 - 1e-5, "int8": 0.999, "binary": 0.6}[store]
+    failed = [json.loads(line) for path in sorted((tmp_path / "v").glob("*.failed.jsonl")) for line in path.read_text().splitlines()]
+    assert [(row["row"], row["id"]) for row in failed] == [(4, "r3"), (8, "r7")] and failed[0]["error"] == "no text"
+    assert "2 of 10 rows have no vector" in capsys.readouterr().err
+    run("search", tmp_path / "v", "raised fees", "-k", 1)
+    assert "r5  raised fees" in capsys.readouterr().out
+
+
+def test_the_same_command_goes_on_and_another_one_does_not(llama, texts, tmp_path, capsys, monkeypatch):
+    flags = (llama, texts, "--out", tmp_path / "v", "--rows-per-part", 3)
+    run(*flags)
+    whole = {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()}
+    (tmp_path / "v" / "part-00001.parquet").unlink()
+    (tmp_path / "v" / ".part-00001.parquet.77.tmp").write_text("of a killed job")
+    encoded = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts, *a, **k: encoded.extend(texts) or encode(self, texts, *a, **k))
+    run(*flags)
+    assert encoded == PHRASES[4:6]
+    assert {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()} == whole
+    assert "10 rows in 4 parts, 7 of them before" in capsys.readouterr().out
+    more = write_rows(tmp_path / "u.jsonl", [{"text": "a"}])
+    for other, message in (
+        ((*flags, "--store", "int8"), r"was begun with store float32, not int8: choose another --out"),
+        ((*flags, "--role", "query"), "was begun with role document, not query"),
+        ((llama, more, *flags[2:]), r"was begun with input t\.jsonl, not u\.jsonl"),
+        ((make_run(llama, tmp_path / "run"), *flags[1:]), "was begun with fingerprint"),
+        ((*flags[:2], "--out", tmp_path), "exists already and holds no vectors"),
+        ((*flags, "--id", "no"), "no column no; it has id, text: name one with --id"),
+        (("search", tmp_path, "a"), "holds no vectors: job.json is missing"),
+        (("search", tmp_path / "v", "a", "--model", tmp_path / "run"), "was made by fingerprint"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*other)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()} == whole
+    (tmp_path / "v" / "part-00002.parquet").write_bytes(whole["part-00002.parquet"][:-20])
+    with pytest.raises(InputError, match=r"part-00002\.parquet is damaged .*delete it and run the same command again"):
+        run("search", tmp_path / "v", "a")
+
+
+def test_shards_share_a_folder(llama, texts, tmp_path):
+    flags = (llama, texts, "--rows-per-part", 2, "--out")
+    run(*flags, tmp_path / "whole")
+    for i in (3, 1, 2):
+        run(*flags, tmp_path / "v", "--shard", f"{i}/3")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()} == {
+        path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
+    }
+
+
+def test_a_text_that_cannot_be_embedded_costs_no_other(llama, texts, tmp_path, monkeypatch):
+    encode = Encoder.encode
+
+    def failing(self, texts, *args, **options):
+        if PHRASES[6] in texts:
+            raise InputError("the vector of a text is not finite")
+        return encode(self, texts, *args, **options)
+
+    monkeypatch.setattr(Encoder, "encode", failing)
+    run(llama, texts, "--out", tmp_path / "v")
+    assert list(rows_of(tmp_path / "v")) == [f"r{i}" for i in range(10) if i not in (3, 6, 7)]
+    failed = [json.loads(line) for line in (tmp_path / "v" / "part-00000.failed.jsonl").read_text().splitlines()]
+    assert failed[-1] == {"row": 7, "id": "r6", "error": "the vector of a text is not finite"}
+
+
+def test_rows_without_a_column_of_ids_are_numbered(tmp_path):
+    path = tmp_path / "t.txt"
+    path.write_text("a\n\nb\nc\n")
+    parts = list(read_parts(Table(path), "text", None, 2))
+    assert [(part.number, part.ids, part.texts) for part in parts] == [(0, [1], ["a"]), (1, [3, 4], ["b", "c"])]
+
+
+def test_stored_vectors_keep_their_directions():
+    vectors = np.random.default_rng(0).normal(size=(50, 40)).astype(np.float32)
+    vectors[0] = 0
+    for store, least in (("float32", 1), ("float16", 0.99999), ("int8", 0.9999), ("binary", 0.7)):
+        stored, scales = quantize(vectors, store)
+        back = restore(stored, scales, store, 40)
+        cosines = (back * vectors).sum(1)[1:] / np.linalg.norm(back, axis=1)[1:] / np.linalg.norm(vectors, axis=1)[1:]
+        assert cosines.min() >= least - 1e-6
+        assert store == "binary" or not back[0].any()
+    assert quantize(vectors, "binary")[0].shape == (50, 5) and quantize(vectors, "int8")[0].dtype == np.int8
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_lose_and_double_no_row(llama, tmp_path):
+    path = write_rows(tmp_path / "t.jsonl", [{"id": i, "text": f"number {i} of a list"} for i in range(9000)])
+    command = [sys.executable, ROOT / "embed.py", llama, path, "--rows-per-part", 50, "--out"]
+    chance = random.Random(0)
+    for kill in (True, True, True, False):
+        done = len(list((tmp_path / "v").glob("part-*.parquet")))
+        job = subprocess.Popen([*map(str, command), tmp_path / "v"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while kill and job.poll() is None and len(list((tmp_path / "v").glob("part-*.parquet"))) == done:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(0.01)
+        if kill:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                job.wait(chance.uniform(0, 0.5))
+            os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+    assert job.returncode == 0
+    rows = rows_of(tmp_path / "v")
+    assert list(rows) == [str(i) for i in range(9000)]
+    run(llama, path, "--rows-per-part", 50, "--out", tmp_path / "whole")
+    whole = rows_of(tmp_path / "whole")
+    assert all((rows[name] == whole[name]).all() for name in whole)
+    assert not list((tmp_path / "v").glob(".*"))
