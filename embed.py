@@ -14,6 +14,7 @@ part-NNNNN.failed.jsonl. Files: see serving/vectors.py.
 """
 
 import argparse
+import itertools
 import sys
 from pathlib import Path
 
@@ -116,6 +117,10 @@ def embed(args: argparse.Namespace) -> None:
         table.check_column(args.id, "one with --id")
     id_column = args.id or next((name for name in ID_COLUMNS if name in table.columns), None)
     say(f"{stream.name}: texts in {stream.choice}, ids {f'in column {id_column!r}' if id_column else 'are the numbers of the rows'}")
+    parts = read_parts(table, stream.column, id_column, args.rows_per_part)
+    first = next(parts, None)  # what is wrong with it is said before anything is written
+    if first is None or not (first.texts or len(first.failed) == args.rows_per_part):
+        raise InputError(f"{stream.name}: column {excerpt(stream.column)} holds no text")
     from encoder import EncodingReport
 
     encoder, report = load(args.model, args), EncodingReport()
@@ -130,7 +135,7 @@ def embed(args: argparse.Namespace) -> None:
     say(f"{args.model}, fingerprint {encoder.fingerprint}, {encoder.width} numbers a vector, stored as {args.store}")
     n_rows = n_failed = n_before = 0
     with Progress(None, "embedded", "row") as progress:
-        for part in read_parts(table, stream.column, id_column, args.rows_per_part):
+        for part in itertools.chain([first], parts):
             if args.shard and part.number % args.shard[1] != args.shard[0] - 1:
                 continue
             if folder.has(part.number):

@@ -25,6 +25,7 @@ COMMANDS = {
         "evaluate.py --model MODEL --texts FILE --out OUT/scores.json",
         "attention.py --model MODEL --input FILE --out OUT",
         "search.py --model MODEL --input FILE --query cat",
+        "embed.py MODEL FILE --out OUT",
     ],
     "pairs": [
         "train.py --model MODEL --pairs FILE --batch-size 2 --out OUT",
