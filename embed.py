@@ -20,25 +20,13 @@ from pathlib import Path
 
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base
 from encoder.processes import distributed, end_distributed, wait_for_all
+from files.arguments import positive_int, shard
 from files.console import InputError, Progress, run_script, say, short_path, warn
 from files.reading import STDIN, Table, TextStream, excerpt
 from prompts import ROLES
 from serving.vectors import FORMATS, ID_COLUMNS, STORES, Part, VectorFolder, read_parts
 
 SHOWN = 200  # characters of a text
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
-def shard(text: str) -> tuple[int, int]:
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text} is not I/N, such as 1/4 for the first of four")
-    return int(i), int(n)
 
 
 def build_parser() -> argparse.ArgumentParser:

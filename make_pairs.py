@@ -37,11 +37,11 @@ Docstrings are read from the source files; no code is imported or run. The modul
 import argparse
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from files.arguments import count, not_negative, positive_int, probability, seconds, shard
 from files.console import InputError, run_script, say, warn
 from pair_engines.chat_model import llm_pairs
 from pair_engines.chat_server import server_pairs
@@ -79,49 +79,9 @@ ENGINES = {
 }
 
 
-def probability(text: str) -> float:
-    value = float(text)
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
-    return value
-
-
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return int(text)
-
-
 def add_model_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default auto: bfloat16 where it is fast)")
     parser.add_argument("--device", help="device of the model (default: cuda where there is one, else cpu)")
-
-
-def not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return value
-
-
-def count(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not 0 or more")
-    return int(text)
-
-
-def seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
-
-
-def shard(text: str) -> tuple[int, int]:
-    i, _, n = text.partition("/")
-    if not (i.isdecimal() and n.isdecimal() and 1 <= int(i) <= int(n)):
-        raise argparse.ArgumentTypeError(f"{text} is not I/N, such as 1/4 for the first of four")
-    return int(i), int(n)
 
 
 def build_parser() -> argparse.ArgumentParser:

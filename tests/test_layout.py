@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # each line may import from the lines above it and from its own
 LAYERS = [
-    {"files.console", "files.reading", "files.writing", "files.docstrings", "files"},
+    {"files.console", "files.arguments", "files.reading", "files.writing", "files.docstrings", "files"},
     {"prompts", "pooling_kernels"},
     {"encoder.contract"},
     {"encoder.names", "encoder.processes"},
