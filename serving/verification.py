@@ -123,6 +123,7 @@ def token_faults(encoder: "Encoder", role: str, texts: list[str]) -> Iterator[tu
     whole = [encoding.ids for encoding in around.backend.encode_batch(texts, add_special_tokens=False)]
     cut = [ids[:max_tokens] for ids in whole]
     limit = len(before) + max_tokens + len(after)
+    room = (getattr(encoder.decoder.config, "max_position_embeddings", None) or 10**9) - len(before) - len(after)
 
     def each(before: list[int], texts: list[list[int]], after: list[int]) -> list[Sequence]:
         return [sequence(before, text, after) for text in texts]
@@ -146,7 +147,7 @@ def token_faults(encoder: "Encoder", role: str, texts: list[str]) -> Iterator[tu
         yield "EOS: it stands there twice", each(before, cut, after + eos)
     elif tokenizer.eos_token_id is not None:
         yield "EOS: it is added", each(before, cut, [*after, tokenizer.eos_token_id])
-    yield "cut: long texts are not cut", each(before, whole, after)
+    yield "cut: long texts are not cut, or not before the model's own limit", each(before, [ids[:room] for ids in whole], after)
     yield "cut: it takes away what stands behind long texts", clipped(each(before, whole, after), slice(limit))
     yield "cut: it takes away the beginning of long texts, prompt included", clipped(each(before, whole, after), slice(-limit, None))
     yield "cut: it takes away the beginning of long texts", each(before, [ids[-max_tokens:] for ids in whole], after)
