@@ -7,7 +7,7 @@ GPU_FLAGS ?=
 TEXT := The bank raised its interest rate again this month.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow gpu check check-pins clean-demo
+.PHONY: help setup demo test test-slow test-extras gpu check check-pins clean-demo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -36,6 +36,15 @@ test: setup ## the test suite, offline
 test-slow: setup ## tests that kill processes or run several
 	$(OFFLINE) $(PY) -m pytest -q -m slow
 
+# in a folder of their own, so that their docstrings are not among the demo's pairs
+.extras/ready: requirements-extras.txt $(VENV)/ready
+	rm -rf .extras
+	$(PY) -m pip install --quiet --disable-pip-version-check --target .extras -r requirements-extras.txt
+	touch $@
+
+test-extras: .extras/ready ## tests of what needs further packages: the server, with the official client
+	PYTHONPATH=.extras $(OFFLINE) $(PY) -m pytest -q tests/test_server.py
+
 # nine minutes of steps; the next call goes on with those that are left. GPU_FLAGS=--dry-run: everything small, on a CPU
 gpu: setup ## tests and benchmarks that need a GPU, and a table of them; repeat it until no step is left
 	$(PY) bench/gpu.py --out results/gpu.jsonl $(GPU_FLAGS); status=$$?; \
@@ -47,4 +56,4 @@ check: setup ## ruff: style and likely mistakes
 
 # --isolated leaves out local wheels and indexes: a pin must resolve for anybody
 check-pins: setup ## the pinned versions resolve from the public package index alone
-	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -c constraints.txt
+	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -c constraints.txt

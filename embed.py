@@ -1,10 +1,11 @@
-"""Embed a file of any size, to a folder of vectors, and search in it.
+"""Embed a file of any size, to a folder of vectors, search in it, or serve vectors over HTTP.
 
     python embed.py runs/mine texts.parquet --out vectors                    # parts of 65,536 rows: parquet with id and vector
     python embed.py runs/mine texts.jsonl.gz --out vectors --store int8 --keep-text
     python embed.py runs/mine texts.csv --out vectors --shard 2/8            # every eighth part, on one of eight machines
     torchrun --nproc-per-node 8 embed.py runs/mine texts.parquet --out vectors
     python embed.py search vectors "how do I read a csv in chunks" -k 5
+    python embed.py serve runs/mine --port 8000                              # POST /v1/embeddings, as OpenAI has it
 
 Killed at any moment, the same command goes on: a part is complete or absent, so no row is lost or doubled. Another model, contract or
 file never continues a folder. A row without a text, or one that cannot be embedded, is set aside with its reason in
@@ -15,6 +16,8 @@ part-NNNNN.failed.jsonl. Files: see serving/vectors.py.
 
 import argparse
 import itertools
+import os
+import socket
 import sys
 from pathlib import Path
 
@@ -30,7 +33,9 @@ SHOWN = 200  # characters of a text
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], epilog="to search: python embed.py search FOLDER QUESTION")
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n")[0], epilog="also: embed.py search FOLDER QUESTION, embed.py serve MODEL"
+    )
     add = parser.add_argument
     add("model", help=f"folder of a run, or an untuned base: {', '.join(PRESETS)}, folder, hub id")
     add("input", type=Path, help="the texts: txt, csv, tsv, jsonl, json (also .gz), parquet, or - for standard input")
@@ -54,6 +59,23 @@ def build_search_parser() -> argparse.ArgumentParser:
     add("query", nargs="+", help="one question or several, each in quotes")
     add("-k", type=positive_int, default=5, help="rows to show for each question (default 5)")
     add("--model", help="where the model of the folder is now (default: where it was)")
+    add_model_flags(add)
+    return parser
+
+
+def build_serve_parser() -> argparse.ArgumentParser:
+    about = "Serve vectors over HTTP, as OpenAI has it: POST /v1/embeddings; also GET /v1/models, /health, /metrics."
+    parser = argparse.ArgumentParser(
+        prog="embed.py serve", description=about, epilog="Requests must bear the key in EMBED_API_KEY, if set."
+    )
+    add = parser.add_argument
+    add("model", help=f"folder of a run, or an untuned base: {', '.join(PRESETS)}, folder, hub id")
+    add("--host", default="127.0.0.1", help="address to listen at (default 127.0.0.1: this machine alone)")
+    add("--port", type=int, default=8000, help="0 takes any that is free (default 8000)")
+    add("--name", help="what requests call the model (default: the last part of its name)")
+    add("--max-texts", type=positive_int, default=2048, help="of a request (default 2048)")
+    add("--max-megabytes", type=positive_int, default=8, help="of a request (default 8)")
+    add("--max-waiting", type=positive_int, default=1024, help="requests that may wait, before others are told to come back (default 1024)")
     add_model_flags(add)
     return parser
 
@@ -180,9 +202,37 @@ def search(args: argparse.Namespace) -> None:
             say(f"  {value:.3f}  {part.ids[place - starts[index]]}{text}")
 
 
+def serve(args: argparse.Namespace) -> None:
+    check_dtype(args.dtype)
+    find_base(base_of(args.model))
+    try:
+        import uvicorn
+
+        from serving.server import Limits, make_app
+    except ImportError as error:
+        raise InputError(f"serving needs the package {error.name}: pip install -r requirements-extras.txt") from None
+    encoder, key = load(args.model, args), os.environ.get("EMBED_API_KEY")
+    name = args.name or Path(args.model).name
+    app = make_app(encoder, name, key, Limits(args.max_texts, args.max_megabytes * 2**20, args.max_waiting))
+    with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((args.host, args.port))
+        except (OSError, OverflowError) as error:
+            raise InputError(f"cannot listen at {args.host}:{args.port} ({error}): take another --host or --port") from None
+        say(f"{args.model}, fingerprint {encoder.fingerprint}, as model {name!r} at http://{args.host}:{listening.getsockname()[1]}/v1")
+        if not key and args.host not in ("127.0.0.1", "::1", "localhost"):
+            warn("anybody who reaches this address may ask: set EMBED_API_KEY")
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=30, access_log=False)
+        uvicorn.Server(settings).run(sockets=[listening])  # until SIGINT or SIGTERM; what has been asked is answered
+        app.state.batcher.close()
+
+
 def main(arguments: list[str]) -> None:
     if arguments[:1] == ["search"]:
         search(build_search_parser().parse_args(arguments[1:]))
+    elif arguments[:1] == ["serve"]:
+        serve(build_serve_parser().parse_args(arguments[1:]))
     else:
         embed(build_parser().parse_args(arguments))
         end_distributed()

@@ -34,7 +34,7 @@ LAYERS = [
     {"pair_engines.report"},
     {"serving", "serving.folder", "serving.contract_pooling", "serving.sentence_transformers_worker", "serving.vectors"},
     {"serving.runtimes", "serving.verification"},
-    {"serving.card"},
+    {"serving.card", "serving.server"},
     {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
     {"bench.bench_own_texts", "bench.bench_rewrite", "bench.gpu"},
