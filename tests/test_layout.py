@@ -37,7 +37,7 @@ LAYERS = [
     {"serving.card", "serving.server"},
     {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
-    {"bench.bench_own_texts", "bench.bench_rewrite", "bench.gpu"},
+    {"bench.bench_own_texts", "bench.bench_rewrite", "bench.bench_server", "bench.gpu"},
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
