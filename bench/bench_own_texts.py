@@ -178,6 +178,8 @@ def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
 
     Comparisons are among untuned, general, auto and what else has been trained, on each corpus; LSA cannot encode a text alone.
     """
+    from scipy.stats import binomtest
+
     results = out / "agreement.jsonl"
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for corpus in corpora:
@@ -196,7 +198,11 @@ def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
     decided = [row for row in known if abs(row["labels"]) > 1 and row["verdict"] != "cannot tell"]
     right = sum((row["verdict"] == "better") == (row["labels"] > 0) for row in decided)
     n_clear = sum(abs(row["labels"]) > 1 for row in known)
-    return f"{right} right of {len(decided)} decided, of {n_clear} comparisons in which V-measure differs by more than a point"
+    clear = f"of {n_clear} comparisons in which V-measure differs by more than a point"
+    if not decided:
+        return f"none decided, {clear}"
+    low, high = binomtest(right, len(decided)).proportion_ci()
+    return f"{right} right of {len(decided)} decided ({low:.1%} to {high:.1%}, were they independent), {clear}"
 
 
 def table(rows: list[dict]) -> str:
