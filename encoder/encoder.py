@@ -45,6 +45,7 @@ from encoder.runtime import (
     default_batch_tokens,
     emulates_bfloat16,
     is_out_of_memory,
+    keep_freed_memory,
     memory_budget,
     pick_device,
     pick_dtype,
@@ -150,6 +151,8 @@ class Encoder:
         """
         device, is_default_dtype = pick_device(device), dtype in (None, "auto")
         dtype = pick_dtype(dtype, device)
+        if device.type == "cpu":
+            keep_freed_memory()
         # weights that are stored in this dtype are mapped from the file on a CPU: processes that shard them share one copy
         place, trust = torch.device("cpu") if shard else device, trust_remote_code
         base = load_base(spec, contract_fields(overrides), dtype, place, override_contract=override_contract, trust_remote_code=trust)

@@ -1,5 +1,6 @@
 """The machine: devices, dtypes, memory errors and processes, with stand-ins where there is no GPU."""
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -16,7 +17,7 @@ from conftest import TEXTS, make_run, randomize_adapter
 from encoder import Encoder, processes
 from encoder.encoder import NonFiniteError
 from encoder.packing import PackedAttention, select_tokens
-from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
+from encoder.runtime import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from files.console import InputError
 from training.gradients import embed
 
@@ -29,6 +30,29 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc where memory comes from")
+def test_memory_of_large_tensors_is_not_mapped_anew(monkeypatch):
+    class MallocInfo(ctypes.Structure):
+        _fields_ = (("before", ctypes.c_size_t * 3), ("hblks", ctypes.c_size_t), ("behind", ctypes.c_size_t * 6))
+
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = MallocInfo
+
+    def is_mapped() -> bool:
+        before = libc.mallinfo2().hblks
+        tensor = torch.empty(2**20)  # 4 MiB
+        return libc.mallinfo2().hblks > before and tensor.numel() > 0
+
+    libc.mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, as a process begins
+    assert is_mapped()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # somebody has set it up already
+    keep_freed_memory.__wrapped__()
+    assert is_mapped()
+    monkeypatch.delenv("MALLOC_ARENA_MAX")
+    keep_freed_memory.__wrapped__()
+    assert not is_mapped()
 
 
 def test_the_gpu_of_a_process_is_that_of_its_local_rank(two_gpus, monkeypatch):
