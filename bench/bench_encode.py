@@ -3,21 +3,24 @@
     python bench/bench_encode.py                             # on a CPU: the bundled model and the SmolLM2-135M shape
     python bench/bench_encode.py --models qwen3-0.6b mistral-7b --dtype bfloat16     # shapes for a GPU, random weights
     python bench/bench_encode.py --ablate --no-rivals        # ours, and ours with each execution option off
+    python bench/bench_encode.py --workloads short --prompts cluster --compile --vllm-python ~/vllm/bin/python
     python bench/bench_encode.py --stream 1000000            # memory while a million short lines go through one layer
 
 Sides: ours; sentence-transformers on the same weights, at its best (the same dtype, the fastest of several batch sizes, its
 unpadding where it has it), at its defaults (32 texts a batch, the dtype of the stored weights) and on a CPU in float32;
 `AutoModelForCausalLM` as published evaluation loops have it (32 texts a batch in the order given, padding, every hidden state
-kept, logits computed).
+kept, logits computed); with --vllm-python vLLM's offline engine on the exported folder, in a process of its own (encode_worker.py), with
+--compile compiled as well.
 
 Texts are drawn from the bundled tasks and cut to length: `short` 10 to 20 tokens, `long` 150 to 300, `mixed` half of each.
-Prompts stand before the text: none, 8 tokens, 30 tokens. Every side's vectors must agree with ours in float32, one text at a
-time (cosine above 0.99999 in float32, above 0.999 in bfloat16), before anything is timed. Sides alternate A B B A; a ratio is
-the median of the rounds' ratios. tokens/s counts every token of every sequence, however often it was really computed. All sides
-that compute in one dtype share one copy of the weights; a side that runs out of memory is a row that says so.
+Prompts: none, 8 or 30 tokens before the text, and `cluster` of prompts.py, before and behind it. Every side's vectors must agree
+with ours in float32, one text at a time (cosine above 0.99999 in float32, above 0.999 in bfloat16), before anything is timed. Sides
+alternate A B B A; a ratio is the median of the rounds' ratios. tokens/s counts every token of every sequence, however often it was
+really computed. All sides of this process that compute in one dtype share one copy of the weights; a side that runs out of memory is a row that says so.
 """
 
 import argparse
+import atexit
 import contextlib
 import functools
 import gzip
@@ -25,6 +28,8 @@ import importlib.util
 import json
 import os
 import platform
+import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -42,6 +47,8 @@ sys.path.insert(0, str(HERE))
 
 from encoder import Encoder  # noqa: E402, the folder above
 from encoder.runtime import empty_cache, is_out_of_memory, pick_device, pick_dtype  # noqa: E402
+from prompts import get_prompt  # noqa: E402
+from serving.folder import write_folder  # noqa: E402
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMOLLM = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -56,9 +63,11 @@ SHAPES = {
 }
 LENGTHS = {"short": (10, 20), "long": (150, 300), "mixed": None}
 PROMPTS = {
-    "none": "",
-    "short": "Group this by its topic:\n",
-    "30 tokens": "Instruction: read the following text with care, then find the one topic, among a hundred, to which it belongs best.\n",
+    "none": "{text}",
+    "short": "Group this by its topic:\n{text}",
+    "cluster": get_prompt("cluster").template,
+    "30 tokens": "Instruction: read the following text with care, then find the one topic, among a hundred, to which it belongs best.\n"
+    "{text}",
 }
 
 
@@ -79,7 +88,7 @@ def make_model(name: str, folder: Path, device: torch.device) -> str:
 
 
 def make_texts(tokenizer, workload: str, n: int) -> list[str]:
-    """Texts of a workload's length in tokens; each starts with a letter, so that a prompt's last newline stays a token."""
+    """Texts of a workload's length in tokens; each starts and ends with a letter, so that the tokens of its prompt stay what they are."""
     rows = []
     for path in sorted((HERE / "tasks").glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as f:
@@ -90,13 +99,37 @@ def make_texts(tokenizer, workload: str, n: int) -> list[str]:
         low, high = LENGTHS[workload] or LENGTHS["short" if i % 2 else "long"]
         start, wanted = rng.integers(len(words) - high), rng.integers(low, high + 1)
         ids = tokenizer(" ".join(words[start : start + high]), add_special_tokens=False)["input_ids"][:wanted]
-        texts.append("The " + tokenizer.decode(ids).strip().strip("\ufffd"))
+        texts.append(re.sub(r"\W+$", "", "The " + tokenizer.decode(ids).strip()))
     return texts
 
 
 # ------------------------------------------------------------------------------------------------------------- sides
 
 Encode = Callable[[list[str]], np.ndarray]  # texts -> unit vectors (N, D)
+
+
+class Worker:
+    """Vectors by another runtime, in a process of its own environment: see encode_worker.py."""
+
+    def __init__(self, python: str, scratch: str, *arguments):
+        command = [python, Path(__file__).with_name("encode_worker.py"), *arguments]
+        scratch = Path(tempfile.mkdtemp(dir=scratch))
+        self.log, self.out = scratch / "log.txt", scratch / "vectors.npy"
+        with open(self.log, "w") as log:
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": log}
+            self.process = subprocess.Popen(list(map(str, command)), **pipes, text=True)
+        atexit.register(self.process.kill)
+        self.wait_for("ready")
+
+    def wait_for(self, answer: str) -> None:
+        if self.process.stdout.readline().strip() != answer:
+            raise SystemExit(f"{' '.join(self.process.args)} failed:\n{self.log.read_text()[-2000:]}")
+
+    def __call__(self, texts: list[str]) -> np.ndarray:
+        print(json.dumps({"texts": texts, "out": str(self.out)}), file=self.process.stdin, flush=True)
+        self.wait_for("done")
+        vectors = np.load(self.out)
+        return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 class Sides:
@@ -109,7 +142,12 @@ class Sides:
 
     def load_encoder(self, dtype: torch.dtype) -> Encoder:
         settings = {"pooling": self.pooling, "scope": "all", "keep_bos": self.pooling == "mean" or None}
-        return Encoder.load(self.folder, prompt=self.prompt + "{text}", dtype=dtype, device=str(self.device), **settings)
+        return Encoder.load(self.folder, prompt=self.prompt, dtype=dtype, device=str(self.device), **settings)
+
+    def around(self, texts: list[str]) -> list[str]:
+        """Texts with the prompt, for sides that tokenize both at once."""
+        before, after = self.prompt.split("{text}")
+        return [before + text + after for text in texts]
 
     def exact(self, texts: list[str]) -> np.ndarray:
         """The plain path: float32, one text at a time, every execution option off."""
@@ -152,7 +190,7 @@ class Sides:
         model = SentenceTransformer(modules=[body, pool], device=str(self.device))
 
         def encode(texts: list[str], batch_size: int) -> np.ndarray:
-            vectors = model.encode([self.prompt + t for t in texts], batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
+            vectors = model.encode(self.around(texts), batch_size=batch_size, show_progress_bar=False, convert_to_tensor=True)
             return torch.nn.functional.normalize(vectors.float(), dim=-1).cpu().numpy()
 
         return lambda batch_size: functools.partial(encode, batch_size=batch_size)
@@ -165,7 +203,7 @@ class Sides:
         def encode(texts: list[str]) -> np.ndarray:
             batches = []
             for at in range(0, len(texts), 32):
-                inputs = tokenizer([self.prompt + t for t in texts[at : at + 32]], padding=True, return_tensors="pt").to(self.device)
+                inputs = tokenizer(self.around(texts[at : at + 32]), padding=True, return_tensors="pt").to(self.device)
                 states = model(**inputs, output_hidden_states=True).hidden_states[-1].float()
                 mask = inputs["attention_mask"]
                 if self.pooling == "last":
@@ -176,6 +214,11 @@ class Sides:
             return torch.cat(batches).numpy()
 
         return encode
+
+    def vllm(self, python: str, scratch: str, *compiled: str) -> Encode:
+        exported, dtype = Path(tempfile.mkdtemp(dir=scratch)) / "exported", str(self.dtype).removeprefix("torch.")
+        write_folder(self.load_encoder(self.dtype), exported, dtype)
+        return Worker(python, scratch, "vllm", exported, dtype, *compiled)
 
 
 def make_sides(sides: Sides, args: argparse.Namespace, texts: list[str]) -> tuple[dict[str, Encode], list[str]]:
@@ -211,6 +254,10 @@ def make_sides(sides: Sides, args: argparse.Namespace, texts: list[str]) -> tupl
 
     if args.compile:
         add("ours, compiled", lambda: ("ours, compiled", sides.ours_compiled()))
+    if args.vllm_python:
+        made["vLLM"] = sides.vllm(args.vllm_python, args.scratch)
+        if args.compile:
+            made["vLLM, compiled"] = sides.vllm(args.vllm_python, args.scratch, "compiled")
     if args.no_rivals:
         return made, out_of_memory
     if importlib.util.find_spec("sentence_transformers"):
@@ -281,12 +328,11 @@ def compare(sides: dict, texts: list[str], rounds: int, device: torch.device) ->
 
 
 def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, args, dtype, device) -> list[dict]:
-    prompt = PROMPTS[prompt_name]
+    sides = Sides(folder, PROMPTS[prompt_name], pooling, dtype, device)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     texts = make_texts(tokenizer, workload, args.texts or (1024 if name == "tiny" else 512) // (8 if workload != "short" else 1))
-    tokens = sum(len(ids) for ids in tokenizer([prompt + t for t in texts])["input_ids"])
+    tokens = sum(len(ids) for ids in tokenizer(sides.around(texts))["input_ids"])
     checked = texts[:: max(1, len(texts) // 24)]
-    sides = Sides(folder, prompt, pooling, dtype, device)
     expected = sides.exact(checked)
     made, out_of_memory = make_sides(sides, args, texts)
     needed = 0.99999 if dtype == torch.float32 else 0.999
@@ -302,6 +348,9 @@ def case(name: str, folder: str, workload: str, prompt_name: str, pooling: str, 
         memory = peak_memory(made[side], texts, device)
         measured = row | speed | {"matmul_share": share, "peak_mib": memory, "cosine": closeness(made[side](checked), expected)}
         rows.append(about | {"side": side} | measured)
+    for encode in made.values():
+        if isinstance(encode, Worker):
+            encode.process.kill()
     return rows + [about | {"side": f"{side}: out of memory"} for side in out_of_memory]
 
 
@@ -338,7 +387,7 @@ def stream(n: int, args) -> dict:
             config.layer_types = (config.layer_types or [])[:1] or None
         AutoModelForCausalLM.from_pretrained(base, config=config).save_pretrained(folder)
         AutoTokenizer.from_pretrained(base).save_pretrained(folder)
-        encoder = Encoder.load(folder, prompt=PROMPTS["30 tokens"] + "{text}", dtype=args.dtype or "auto")
+        encoder = Encoder.load(folder, prompt=PROMPTS["30 tokens"], dtype=args.dtype or "auto")
     words = make_texts(encoder.tokenizer, "long", 64)
     words = " ".join(words).split()
     lines = (" ".join(words[(i * 7) % 9000 :][: 6 + i % 9]) for i in range(n))
@@ -367,6 +416,7 @@ def main() -> None:
     add("--ablate", action="store_true", help="ours with each trick off as well")
     add("--no-rivals", action="store_true", help="ours alone, for --ablate and --compile (default: beside the others)")
     add("--compile", action="store_true", help="ours with compiled layers as well")
+    add("--vllm-python", metavar="PATH", help="Python of an environment with vLLM, as a further side")
     add("--stream", type=int, metavar="N", help="only: N lines through one layer, and memory")
     add("--json", type=Path)
     args = parser.parse_args()
@@ -382,6 +432,7 @@ def main() -> None:
         rows = []
         for name in args.models or (["tiny", "smollm2-135m"] if device.type == "cpu" else ["qwen3-0.6b", "mistral-7b"]):
             with tempfile.TemporaryDirectory() as folder:
+                args.scratch = folder
                 source = make_model(name, Path(folder), device)
                 for workload in args.workloads:
                     for prompt in args.prompts:

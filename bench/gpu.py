@@ -166,7 +166,7 @@ def profile() -> dict:
     with tempfile.TemporaryDirectory() as folder:
         name = "qwen3-0.6b" if on_gpu else "tiny"
         source = make_model(name, Path(folder), torch.device("cuda" if on_gpu else "cpu"))
-        encoder = Encoder.load(source, prompt=PROMPTS["30 tokens"] + "{text}", pooling="last", dtype="bfloat16")
+        encoder = Encoder.load(source, prompt=PROMPTS["30 tokens"], pooling="last", dtype="bfloat16")
     texts = make_texts(encoder.tokenizer, "short", 256 if on_gpu else 8)
     tokenized = encoder.tokenize(texts)
 
