@@ -16,7 +16,8 @@ Texts are drawn from the bundled tasks and cut to length: `short` 10 to 20 token
 Prompts: none, 8 or 30 tokens before the text, and `cluster` of prompts.py, before and behind it. Every side's vectors must agree
 with ours in float32, one text at a time (cosine above 0.99999 in float32, above 0.999 in bfloat16), before anything is timed. Sides
 alternate A B B A; a ratio is the median of the rounds' ratios. tokens/s counts every token of every sequence, however often it was
-really computed. All sides of this process that compute in one dtype share one copy of the weights; a side that runs out of memory is a row that says so.
+really computed. All sides of this process that compute in one dtype share one copy of the weights; a side that runs out of memory is a
+row that says so.
 """
 
 import argparse
