@@ -4,6 +4,7 @@
     attention_pool  y_bh = sum_t softmax_t(s_th) n_t, and log sum_t exp(s_th)          (B, H, D), (B, H)
     query_pool      the same with s_th = n_t . q_h / sqrt(D), where q is learned       (B, H, D), (B, H)
     last_pool       y_b  = n_t of the last valid token t                               (B, D)
+    max_pool        y_bd = max_t x_td, in PyTorch alone                                (B, D)
 
 n_t is the value x_t. With `norm_weight` g (D,) it is RMSNorm(x_t) = g x_t / sqrt(mean(x_t^2) + eps) (Zhang and Sennrich 2019,
 arXiv 1910.07467). Pass the states before the model's final norm then: the normalized states are never written to memory.
@@ -614,3 +615,16 @@ def last_pool(
     """The last valid token of each row -> (B, D)."""
     _check_shapes(values, mask, cu_seqlens, None, 0)
     return _pool(values, None, None, mask, cu_seqlens, "last", norm_weight, eps, normalize, backend)[0][:, 0]
+
+
+def max_pool(values: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+    """The largest number of each feature over each row's valid tokens -> (B, D); zeros for a row without a token."""
+    _check_shapes(values, mask, cu_seqlens, None, 0)
+    values = values.to(_accumulator(values))
+    if cu_seqlens is None:
+        lengths = mask.sum(1) if mask is not None else values.new_full(values.shape[:1], values.shape[1])
+        out = (values if mask is None else values.masked_fill(~mask[..., None], -torch.inf)).amax(1)
+    else:
+        lengths = cu_seqlens.diff()
+        out = torch.segment_reduce(values, "max", lengths=lengths.long(), axis=0, unsafe=True, initial=-torch.inf)
+    return out.masked_fill(lengths[:, None] == 0, 0)

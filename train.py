@@ -45,9 +45,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from encoder.contract import ARGUMENTS_FILE, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract
+from encoder.contract import ARGUMENTS_FILE, POOLING_PRESETS, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract
 from encoder.names import PRESETS, Preset, base_of, find_base, is_run, read_lora_settings
 from encoder.processes import all_reduce_number, distributed, end_distributed, wait_for_all
+from files.arguments import layer
 from files.console import InputError, Progress, run_script, say, short_path, warn
 from files.reading import file_kind
 from files.writing import WriteError, append_line, write_json
@@ -115,9 +116,11 @@ def add_data_arguments(add) -> None:
 def add_contract_arguments(add) -> None:
     add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}} (default cluster, or that of the run in --model)")
     add("--query-prompt", metavar="PROMPT", help="of anchors, beside --prompt for positives (default: that of --prompt)")
-    add("--pooling", choices=POOLINGS, help="default: last if the prompt goes on after the text, else mean")
+    add("--pooling", choices=(*POOLINGS, *POOLING_PRESETS), help="default: last if the prompt goes on after the text, else mean")
     add("--scope", choices=SCOPES, help="which tokens are pooled: all, or those of the text alone (default: all for last, else text)")
     add("--keep-bos", action="store_true", default=None, help="pool the BOS token too, with --scope all (default: leave it out)")
+    add("--layers", nargs="+", type=layer, metavar="LAYER", help="layers to average: -1 (after the final norm), 9, 80%% (default -1)")
+    add("--attention-layer", type=layer, metavar="LAYER", help="of --pooling attention: whose attention weighs the tokens (default -1)")
     add("--max-tokens", type=int, help="truncate texts to this many tokens (default 512, or less for a model with fewer positions)")
     add("--attention", choices=("causal", "bidirectional"), help="default causal")
     add("--quantize", choices=QUANTIZATIONS, help="store the base's weights in 4 or 8 bits; needs bitsandbytes (default: as they are)")

@@ -5,6 +5,7 @@ A training run keeps its contract as `embedding.json` beside the adapter. No tor
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -26,10 +27,20 @@ MODEL_FILES = (
     "added_tokens.json",
     "*.py",
 )
-POOLINGS = ("mean", "last", "position-mean", "attention", "query")
+POOLINGS = ("mean", "last", "position-mean", "max", "last+mean", "attention", "query")
+# names that people use for a pooling with other fields of the contract
+POOLING_PRESETS = {
+    "eos": {"pooling": "last", "scope": "all", "eos": True},
+    "first-last": {"pooling": "mean", "layers": (1, -1)},  # SimCSE, arXiv 2104.08821
+}
 SCOPES = ("all", "text")
 QUANTIZATIONS = ("nf4", "int8")
+# fields that came later, with what runs saved before have; at these values they leave fingerprints as they were
+LATER_FIELDS = {"quantize": None, "attention_layer": -1}
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
+
+
+Layer = int | str  # its number, or a share of the depth such as "80%"
 
 
 class PoolingConfig(NamedTuple):
@@ -37,8 +48,9 @@ class PoolingConfig(NamedTuple):
 
     pooling: str
     scope: str = "all"
-    layers: tuple[int, ...] = (-1,)
+    layers: tuple[Layer, ...] = (-1,)
     keep_bos: bool = False
+    attention_layer: Layer = -1
 
 
 @dataclass(frozen=True)
@@ -50,10 +62,13 @@ class Contract:
     bos, eos             whether the token is put before the prefix / after the suffix
     max_tokens           a text is truncated to this many tokens; the prompt never is
     pooling, scope       see POOLINGS; "text" = the tokens of the text, "all" = prompt and EOS too. "query" is attention with a
-                         query that is learned with the adapter; an untuned base has none, and the mean is taken
+                         query that is learned with the adapter; an untuned base has none, and the mean is taken. "last+mean" are
+                         both, one after the other, each of norm 1
     keep_bos             with scope "all", BOS takes part in mean and attention poolings (it draws most of the attention)
     layers               -1 is the state after the final norm; 0 is the embedding layer's output, k that of block k, and
-                         -2 that of the block before the last: raw residual states. Several layers are averaged.
+                         -2 that of the block before the last: raw residual states; "80%" that of the block at this share of the
+                         depth. Several layers are averaged.
+    attention_layer      with pooling "attention", the layer whose last token's attention weighs the tokens
     attention            "causal" or "bidirectional"
     normalize, dims      L2 norm 1; keep the first `dims` numbers only (before normalizing)
     quantize             how the base's weights are stored in memory: None as they are, "nf4" in 4 bits, "int8" in 8
@@ -71,12 +86,13 @@ class Contract:
     pooling: str
     scope: str
     keep_bos: bool = False
-    layers: tuple[int, ...] = (-1,)
+    layers: tuple[Layer, ...] = (-1,)
     attention: str = "causal"
     normalize: bool = True
     dims: int | None = None
     data: dict | None = None
     quantize: str | None = None
+    attention_layer: Layer = -1
     version: int = 1
 
     def __post_init__(self):
@@ -87,7 +103,7 @@ class Contract:
                 raise InputError(f"{name} must be {expected}: got {getattr(self, name)!r}")
 
     def pooling_config(self) -> PoolingConfig:
-        return PoolingConfig(self.pooling, self.scope, self.layers, self.keep_bos)
+        return PoolingConfig(self.pooling, self.scope, self.layers, self.keep_bos, self.attention_layer)
 
     def is_bare(self) -> bool:
         """Whether the model is given nothing but the text and perhaps BOS."""
@@ -105,7 +121,7 @@ class Contract:
             raise InputError(f"{where} is not valid JSON ({error}): restore it from the run that wrote it") from None
         known = {f.name for f in fields(cls)}
         if isinstance(values, dict):
-            values.setdefault("quantize", None)  # runs saved before this field existed
+            values = LATER_FIELDS | values
         if not isinstance(values, dict) or set(values) != known:
             names = set(values) if isinstance(values, dict) else set()
             lists = (("unknown", names - known), ("missing", known - names))
@@ -152,6 +168,9 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
     def is_number(value, least=1):
         return isinstance(value, int) and not isinstance(value, bool) and value >= least
 
+    def is_layer(value):
+        return is_number(value, -(10**6)) or (isinstance(value, str) and re.fullmatch(r"(100|[1-9]\d?)%", value) is not None)
+
     def is_texts(value, names):
         return isinstance(value, dict) and set(value) == set(names) and all(isinstance(text, str) for text in value.values())
 
@@ -166,7 +185,8 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
         ("max_tokens", is_number(c.max_tokens), "a number of tokens above 0"),
         ("dims", c.dims is None or is_number(c.dims), "a number above 0, or nothing"),
         ("quantize", c.quantize is None or c.quantize in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}, or nothing"),
-        ("layers", isinstance(c.layers, tuple) and bool(c.layers) and all(is_number(i, -(10**6)) for i in c.layers), "layer numbers"),
+        ("layers", isinstance(c.layers, tuple) and bool(c.layers) and all(map(is_layer, c.layers)), LAYERS),
+        ("attention_layer", is_layer(c.attention_layer) and (c.attention_layer == -1 or c.pooling == "attention"), ATTENTION_LAYER),
         *((name, isinstance(getattr(c, name), bool), "true or false") for name in ("bos", "eos", "keep_bos", "normalize")),
         ("keep_bos", not c.keep_bos or (c.bos and c.scope == "all"), "left out unless BOS is added and the scope is all"),
         ("data", c.data is None or is_texts(c.data, ("name", "sha256")), "name and sha256 of the training pairs, or nothing"),
@@ -178,9 +198,23 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
     )
 
 
+LAYERS = 'layer numbers, or shares of the depth such as "80%"'
+ATTENTION_LAYER = "left out unless the pooling is attention, and then a layer number or a share of the depth"
+
+
+def expand_pooling(fields: dict) -> dict:
+    """Contract fields with a name of POOLING_PRESETS replaced by what it stands for. Raises InputError where another field contradicts."""
+    name = fields.get("pooling")
+    preset = POOLING_PRESETS.get(name, {})
+    for field, value in preset.items():
+        if field != "pooling" and fields.get(field, value) not in (value, list(value) if isinstance(value, tuple) else value):
+            raise InputError(f"pooling {name} means {field} {value!r}, not {fields[field]!r}: leave one of them out")
+    return fields | preset
+
+
 def default_scope(pooling: str) -> str:
     """`last` reads the end of the whole sequence, where the prompt is answered; means are taken over the text itself."""
-    return "all" if pooling == "last" else "text"
+    return "all" if pooling in ("last", "last+mean") else "text"
 
 
 # ------------------------------------------------------------------------------- what else a run knows of its vectors
@@ -237,7 +271,8 @@ def folder_hash(folder: Path) -> str:
 def fingerprint(contract: Contract, base_hash: str, adapter: str | None) -> str:
     """16 hex digits over the contract and the hashes of base and adapter: same vectors, or another fingerprint."""
     settings = {k: v for k, v in asdict(contract).items() if k != "base"}  # a folder's name changes no vector
-    if settings["quantize"] is None:
-        del settings["quantize"]  # fingerprints written down before this field existed stay valid
+    for name, value in LATER_FIELDS.items():
+        if settings[name] == value:
+            del settings[name]  # fingerprints written down before this field existed stay valid
     parts = (json.dumps(settings, sort_keys=True), base_hash, adapter or "")
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

@@ -50,7 +50,7 @@ from encoder.runtime import (
     pick_device,
     pick_dtype,
 )
-from encoder.states import HiddenStates, check_layer, pool, recorded_states
+from encoder.states import HiddenStates, check_layer, pool, pooled_width, recorded_states, scored_block
 from encoder.streaming import EncodingReport, run_batch, tokenized_windows
 from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list, readable_pieces
 from files.console import InputError, Progress
@@ -118,10 +118,12 @@ class Encoder:
         config = self.decoder.config
         for index in self.contract.layers:
             check_layer(index, len(self.blocks))
-        if self.contract.dims is not None and self.contract.dims > config.hidden_size:
-            raise InputError(f"dims {self.contract.dims} is more than the {config.hidden_size} numbers of this model's vectors")
+        width = pooled_width(self.contract.pooling, config.hidden_size)
+        if self.contract.dims is not None and self.contract.dims > width:
+            raise InputError(f"dims {self.contract.dims} is more than the {width} numbers of this model's vectors")
         if self.contract.pooling == "attention":
             self._check_attention_is_read()
+            scored_block(self.contract.attention_layer, len(self.blocks))
         self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.contract, getattr(config, "max_position_embeddings", None))
 
     def _check_attention_is_read(self) -> None:
@@ -187,7 +189,12 @@ class Encoder:
     @property
     def width(self) -> int:
         """Numbers of a vector."""
-        return self.contract.dims or self.decoder.config.hidden_size
+        return self.width_of(self.contract.pooling)
+
+    def width_of(self, pooling: str) -> int:
+        """Numbers of a vector of another pooling, cut as the contract says."""
+        width = pooled_width(pooling, self.decoder.config.hidden_size)
+        return min(self.contract.dims or width, width)
 
     # ------------------------------------------------------------------------------------------------------ adapter
 
@@ -322,14 +329,14 @@ class Encoder:
         """One forward pass -> the states that `poolings` need (default: the contract's)."""
         poolings = poolings or [self.contract.pooling_config()]
         numbers = {index: check_layer(index, len(self.blocks)) for pooling in poolings for index in pooling.layers}
-        needs_scores = any(p.pooling == "attention" for p in poolings)
-        if needs_scores:
+        scored_layers = {scored_block(p.attention_layer, len(self.blocks)) for p in poolings if p.pooling == "attention"}
+        if scored_layers:
             self._check_attention_is_read()
         last_layer, trim = len(self.blocks) - 1, _can_trim(self, batch, poolings, numbers)
         packed = PackedAttention(
             batch,
             self.contract.attention == "causal",
-            scored_layer=last_layer if needs_scores else None,
+            scored_layers=scored_layers,
             trimmed_layer=last_layer if trim else None,
             implementation=self.attention_implementation,
         )
@@ -359,7 +366,7 @@ class Encoder:
 
     def pool(self, states: HiddenStates, batch: PackedBatch, pooling: PoolingConfig | None = None) -> Tensor:
         """States -> (B, D) float32 by `pooling` (default: the contract's), cut to dims and normalized as the contract says."""
-        vectors = pool(states, batch, pooling or self.contract.pooling_config(), self.query, self.device)
+        vectors = pool(states, batch, pooling or self.contract.pooling_config(), self.query, len(self.blocks), self.device)
         if self.contract.dims is not None:
             vectors = vectors[:, : self.contract.dims]
         return F.normalize(vectors, dim=-1) if self.contract.normalize else vectors
@@ -410,7 +417,7 @@ class Encoder:
                 done(len(rows))
             if self.sharded and rank >= (len(batches) % world_size or world_size):
                 compute(self.collate(tokenized, batches[0]))  # other processes have one batch more; this output is discarded
-            arrays = [np.zeros((len(tokenized.ids), self.width), dtype=np.float32) for _ in poolings]
+            arrays = [np.zeros((len(tokenized.ids), self.width_of(p.pooling)), dtype=np.float32) for p in poolings]
             for rows, vectors in results:
                 for array, rows_vectors in zip(arrays, vectors, strict=True):
                     array[rows] = values = rows_vectors.cpu().numpy()
@@ -445,7 +452,8 @@ class Encoder:
         if unknown:
             raise TypeError("; ".join(f"encode takes no {name}{ELSEWHERE.get(name, '')}" for name in unknown))
         texts = list(check_list(texts))
-        out = [np.empty((len(texts), self.width), dtype=np.float32) for _ in poolings or [None]]
+        configs = poolings or [self.contract.pooling_config()]
+        out = [np.empty((len(texts), self.width_of(config.pooling)), dtype=np.float32) for config in configs]
         at = 0
         with Progress(len(texts), "encoding", "text", disable=not progress) as bar:
             for arrays in self.stream(texts, role, poolings=poolings, batch_tokens=batch_tokens, report=report, done=bar.update):
@@ -492,7 +500,8 @@ class Encoder:
         @torch.no_grad()
         def compute(batch: PackedBatch) -> list[np.ndarray]:
             states = self.forward(batch, [PoolingConfig("attention", keep_bos=True)])
-            scores = states.attention.scores(*batch.locate(np.zeros_like(batch.lengths), batch.lengths))  # (M, H)
+            whole = batch.locate(np.zeros_like(batch.lengths), batch.lengths)
+            scores = states.attention.scores(len(self.blocks) - 1, *whole)  # (M, H)
             return [of_text.softmax(0).cpu().numpy() for of_text in scores.split(batch.lengths.tolist())]
 
         out: list[TokenAttention] = []

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from encoder.base_models import fetch, load_pretrained
-from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, folder_hash, trained_dims
+from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, expand_pooling, folder_hash, trained_dims
 from encoder.names import base_of_run, find_base, is_run
 from files.console import InputError
 from prompts import get_prompt
@@ -68,7 +68,7 @@ def contract_fields(overrides: dict) -> dict:
         raise InputError("query_prompt stands beside a prompt for the documents: give prompt as well, none if there is none")
     if "prompt" in overrides:
         overrides["prompts"] = get_prompt(overrides.pop("prompt"), query).roles()
-    return overrides
+    return expand_pooling(overrides)
 
 
 def _default_contract(name: str, revision: str, overrides: dict, config, tokenizer) -> Contract:

@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+from collections.abc import Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -160,7 +161,7 @@ class PackedAttention:
     half precision. "stacked" lays sequences of like length, which sorting brings together, under each other for PyTorch's
     SDPA. "auto" takes the first where the device supports it.
 
-    scored_layer     the layer whose keys, and whose queries of each sequence's last token, are kept for `scores`
+    scored_layers    the layers whose keys, and whose queries of each sequence's last token, are kept for `scores`
     trimmed_layer    the layer that computes each sequence's last token only, see `trim_hook`
     """
 
@@ -168,18 +169,18 @@ class PackedAttention:
         self,
         batch: PackedBatch,
         causal: bool,
-        scored_layer: int | None = None,
+        scored_layers: Collection[int] = (),
         trimmed_layer: int | None = None,
         implementation: str = "auto",
     ):
-        self.batch, self.causal, self.scored_layer, self.trimmed_layer = batch, causal, scored_layer, trimmed_layer
+        self.batch, self.causal, self.scored_layers, self.trimmed_layer = batch, causal, scored_layers, trimmed_layer
         self.implementation = implementation
         self.prefix_length, self.device = batch.prefix_length, batch.ids.device
         rests = np.diff(batch.starts)
         self.shape = len(rests), int(rests.max(initial=0))  # B, L
         self.equal_lengths = bool((rests == self.shape[1]).all())
         self.trimmed_keys: tuple[Tensor, Tensor] | None = None  # keys and values of the trimmed layer
-        self.scored: tuple[Tensor, Tensor, float, int | None] | None = None  # last queries, keys, scale, window
+        self.scored: dict[int, tuple[Tensor, Tensor, float, int | None]] = {}  # of a layer: last queries, keys, scale, window
         self.released = False
         self._masks: dict[tuple, Tensor] = {}
 
@@ -189,13 +190,14 @@ class PackedAttention:
         With gradient checkpointing they hold a graph whose frames hold this object: a cycle through C++ that Python cannot see,
         so that neither would ever be freed.
         """
-        self.released, self.scored, self.trimmed_keys = True, None, None
+        self.released, self.scored, self.trimmed_keys = True, {}, None
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
         """query (T, H, d), key and value (T, K, d) -> (T, H, d); in a trimmed layer B instead of T."""
-        if layer == self.scored_layer:
+        if layer in self.scored_layers:
             scored = query[self.last_places], key, scale, window
-            self.scored = None if self.released else scored  # gradient checkpointing comes here again, and must do the same
+            if not self.released:  # gradient checkpointing comes here again, and must do the same
+                self.scored[layer] = scored
         if layer == self.trimmed_layer:
             if self.trimmed_keys is None:
                 self.trimmed_keys = key, value
@@ -216,9 +218,9 @@ class PackedAttention:
         lengths = self.batch.lengths
         return self._on_device(self.batch.locate(lengths - 1, lengths)[0])
 
-    def scores(self, places: np.ndarray, positions: np.ndarray, sequence: np.ndarray) -> Tensor:
-        """Scores (M, H), before the softmax, that each sequence's last token gives to the tokens that `PackedBatch.locate` returned."""
-        query, key, scale, window = self.scored
+    def scores(self, layer: int, places: np.ndarray, positions: np.ndarray, sequence: np.ndarray) -> Tensor:
+        """Scores (M, H) in a layer, before the softmax, that each sequence's last token gives to the tokens of `PackedBatch.locate`."""
+        query, key, scale, window = self.scored[layer]
         query = query.unflatten(1, (key.shape[1], -1))  # (B, K, H/K, d)
         beyond = 0 if window is None else self.batch.lengths[sequence] - 1 - positions - window + self.causal  # above 0: out of the window
         chunks = zip(self._on_device(places).split(8192), self._on_device(sequence).split(8192), strict=True)  # (M, H, d) is large

@@ -9,29 +9,40 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from encoder.contract import POOLINGS, PoolingConfig
+from encoder.contract import POOLINGS, Layer, PoolingConfig
 from encoder.packing import PackedAttention, PackedBatch, select_tokens
 from encoder.runtime import to_device
 from files.console import InputError
-from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
+from pooling_kernels import attention_pool, last_pool, max_pool, mean_pool, query_pool
 
 
 class HiddenStates(NamedTuple):
     """What a forward pass leaves for pooling."""
 
-    layers: dict[int, Tensor]  # layer number -> (T, D), a state for each token of the row
-    attention: PackedAttention  # has kept what the attention scores of the last layer are computed from
+    layers: dict[Layer, Tensor]  # layer -> (T, D), a state for each token of the row
+    attention: PackedAttention  # has kept what the attention scores of the layers asked for are computed from
     last_only: bool = False  # the states are those of each sequence's last token alone, (B, D)
 
 
-def check_layer(index: int, n_layers: int) -> int:
-    """Layer number of a contract -> 0..n_layers for raw residual states, -1 for the state after the final norm."""
+def check_layer(index: Layer, n_layers: int) -> int:
+    """Layer of a contract -> 0..n_layers for raw residual states, -1 for the state after the final norm."""
+    if isinstance(index, str):
+        return max(1, round(int(index.removesuffix("%")) / 100 * n_layers))
     resolved = index if index >= -1 else n_layers + 1 + index
     if (index < -1 and resolved < 0) or resolved > n_layers:
         raise InputError(f"layer {index} does not exist: this model has blocks 1 to {n_layers}, 0 (embeddings) and -1 (final norm)")
     return resolved
+
+
+def scored_block(index: Layer, n_layers: int) -> int:
+    """Number of the block, from 0, whose attention belongs to a layer of a contract. Raises InputError for the embeddings."""
+    layer = check_layer(index, n_layers)
+    if layer == 0:
+        raise InputError("attention_layer 0 is the embeddings, which have no attention: take 1 or more")
+    return n_layers - 1 if layer == -1 else layer - 1
 
 
 @contextlib.contextmanager
@@ -58,8 +69,16 @@ def recorded_states(blocks: nn.ModuleList, numbers: set[int]) -> Iterator[dict[i
             hook.remove()
 
 
-def pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query: Tensor, device: torch.device) -> Tensor:
-    """States -> (B, D) float32, neither cut nor normalized."""
+def pooled_width(pooling: str, width: int) -> int:
+    """Numbers of a vector before it is cut, of states of `width` numbers."""
+    return 2 * width if pooling == "last+mean" else width
+
+
+def pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query: Tensor, n_layers: int, device: torch.device) -> Tensor:
+    """States -> (B, `pooled_width`) float32, neither cut nor normalized."""
+    if config.pooling == "last+mean":
+        parts = [pool(states, batch, config._replace(pooling=part), query, n_layers, device) for part in ("last", "mean")]
+        return torch.cat([F.normalize(part, dim=-1) for part in parts], -1)
     first, end = batch.pooled_range(config)
     if states.last_only and config.pooling != "last":
         raise ValueError(f"these states are those of last tokens only: give {config} to `forward` as well")
@@ -78,7 +97,10 @@ def pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query:
     if config.pooling == "last":
         return last_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "attention":
-        return attention_pool(values, states.attention.scores(*chosen), cu_seqlens=cu_seqlens)[0].mean(1)
+        scores = states.attention.scores(scored_block(config.attention_layer, n_layers), *chosen)
+        return attention_pool(values, scores, cu_seqlens=cu_seqlens)[0].mean(1)
+    if config.pooling == "max":
+        return max_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "query":
         return query_pool(values, query, cu_seqlens=cu_seqlens)[0][:, 0]
     raise InputError(f"unknown pooling {config.pooling!r}: take one of {', '.join(POOLINGS)}")

@@ -24,6 +24,11 @@ def not_negative(text: str) -> float:
     return value
 
 
+def layer(text: str) -> int | str:
+    """A layer's number, or a share of the depth: the contract checks both."""
+    return text if text.endswith("%") else int(text)
+
+
 def count(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")

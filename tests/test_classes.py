@@ -91,7 +91,7 @@ UNTRAINED = {
 }
 POOLINGS = [
     PoolingConfig(pooling, scope, layers)
-    for pooling, scope in zip(("mean", "last", "position-mean", "query"), SCOPES * 2, strict=True)
+    for pooling, scope in zip(("mean", "last", "position-mean", "query", "max", "last+mean"), SCOPES * 3, strict=True)
     for layers in ((-1,), (2,), (0, -2))
 ]
 OF_ATTENTION = [PoolingConfig("attention", scope) for scope in SCOPES]
@@ -141,8 +141,12 @@ def plain(model, encoder: Encoder, text: str, query: torch.Tensor, poolings: lis
         if config.pooling == "attention":
             heads = out.attentions[-1][0, :, -1, scope].double()
             weights["attention"] = (heads / heads.sum(1, keepdim=True)).mean(0)
-        weights = weights[config.pooling]
-        y = weights @ x
+        if config.pooling == "max":
+            y = x.max(0).values
+        elif config.pooling == "last+mean":
+            y = torch.cat([v / v.norm() for v in (weights["last"] @ x, weights["mean"] @ x)])
+        else:
+            y = weights[config.pooling] @ x
         vectors.append((y / y.norm()).numpy())
     return vectors
 

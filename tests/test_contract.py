@@ -12,6 +12,7 @@ import pytest
 from conftest import make_model, make_run, make_tokenizer
 
 from encoder import Contract, Encoder
+from encoder.contract import LATER_FIELDS
 from files.console import InputError
 
 
@@ -33,7 +34,7 @@ def test_contract_survives_json_and_refuses_unknown_and_missing_fields(llama):
 @pytest.mark.parametrize(
     "field, value",
     [
-        ("pooling", "max"),
+        ("pooling", "median"),
         ("scope", "prompt"),
         ("version", 2),
         ("max_tokens", 0),
@@ -48,6 +49,10 @@ def test_contract_survives_json_and_refuses_unknown_and_missing_fields(llama):
         ("prompts", None),
         ("prompts", {"query": {}}),
         ("quantize", "int3"),
+        ("layers", ("0%",)),
+        ("layers", ("101%",)),
+        ("layers", ("half",)),
+        ("attention_layer", 2),  # the pooling is mean
     ],
 )
 def test_impossible_values_are_refused_by_their_field(field, value):
@@ -135,3 +140,36 @@ def test_fingerprints_of_the_bundled_model_are_those_that_were_published():
     assert Encoder.load("tiny").fingerprint == "5eaac07dfdfa2aff"
     assert Encoder.load("tiny", prompt="cluster", pooling="last", scope="all").fingerprint == "68b0fabec87bb8a9"
     assert Encoder.load("tiny", prompt="cluster", pooling="position-mean", scope="text").fingerprint == "893b39797aaf851f"
+
+
+def test_names_of_poolings_stand_for_fields_of_the_contract(llama):
+    eos = Encoder.load(llama, prompt="cluster", pooling="eos")
+    assert (eos.contract.pooling, eos.contract.scope, eos.contract.eos) == ("last", "all", True)
+    assert eos.fingerprint == Encoder.load(llama, prompt="cluster", pooling="last", scope="all", eos=True).fingerprint
+    assert Encoder.load(llama, pooling="first-last").contract.layers == (1, -1)
+    assert Encoder.load(llama, pooling="first-last", layers=[1, -1]).contract.pooling == "mean"
+    with pytest.raises(InputError, match=r"pooling eos means scope 'all', not 'text': leave one of them out"):
+        Encoder.load(llama, pooling="eos", scope="text")
+
+
+def test_a_run_from_before_a_field_existed_keeps_its_fingerprint(llama, tmp_path):
+    run = make_run(llama, tmp_path / "run", prompt="cluster")
+    before, path = Encoder.load(run).fingerprint, tmp_path / "run" / "embedding.json"
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name not in LATER_FIELDS}))
+    assert Encoder.load(run).fingerprint == before
+    settings = {"prompt": "cluster", "pooling": "attention"}
+    one, other = (Encoder.load(llama, **settings, attention_layer=layer) for layer in (-1, 1))
+    assert one.fingerprint != other.fingerprint
+
+
+def test_a_share_of_the_depth_is_a_layer(llama):
+    """Of three blocks."""
+    by_share = [Encoder.load(llama, layers=[f"{share}%"]).encode(["a cat"]) for share in (1, 49, 60, 100)]
+    by_number = [Encoder.load(llama, layers=[number]).encode(["a cat"]) for number in (1, 1, 2, 3)]
+    np.testing.assert_array_equal(by_share, by_number)
+    with pytest.raises(InputError, match="attention_layer 0 is the embeddings, which have no attention"):
+        Encoder.load(llama, pooling="attention", attention_layer=0)
+    assert Encoder.load(llama, pooling="last+mean").encode(["a cat"]).shape == (1, 64)
+    assert Encoder.load(llama, pooling="last+mean", dims=40).encode(["a cat"]).shape == (1, 40)
+    with pytest.raises(InputError, match="dims 65 is more than the 64 numbers"):
+        Encoder.load(llama, pooling="last+mean", dims=65)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ARCHITECTURES, TEXTS, make_model, make_run
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -15,6 +16,7 @@ from encoder.contract import POOLINGS, SCOPES
 from files.console import InputError
 
 ALL_POOLINGS = [PoolingConfig(p, s, layers) for p in POOLINGS for s in SCOPES for layers in ((-1,), (2,), (0, -2))]
+ALL_POOLINGS += [PoolingConfig("attention", s, attention_layer=layer) for s in SCOPES for layer in (1, "60%", -2)]
 
 
 def plain(model: str, encoder: Encoder, text: str, config: PoolingConfig) -> np.ndarray:
@@ -40,10 +42,15 @@ def plain(model: str, encoder: Encoder, text: str, config: PoolingConfig) -> np.
         y = (w[:, None] * x[chosen]).sum(0) / w.sum()
     elif config.pooling == "last":
         y = x[chosen[-1]]
+    elif config.pooling == "max":
+        y = x[chosen].max(0).values
+    elif config.pooling == "last+mean":
+        y = torch.cat([F.normalize(part, dim=0) for part in (x[chosen[-1]], x[chosen].mean(0))])
     elif config.pooling == "query":
         y = (x[chosen] @ encoder.query[0].double() / x.shape[1] ** 0.5).softmax(0) @ x[chosen]
     else:
-        w = out.attentions[-1][0, :, -1, chosen].double()  # (H, n)
+        block = {-1: len(blocks) - 1, -2: len(blocks) - 2, 1: 0, "60%": round(0.6 * len(blocks)) - 1}[config.attention_layer]
+        w = out.attentions[block][0, :, -1, chosen].double()  # (H, n)
         y = (w / w.sum(1, keepdim=True)).mean(0) @ x[chosen]
     return (y / y.norm()).numpy()
 

@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import pooling_kernels
-from pooling_kernels import attention_pool, last_pool, mean_pool, query_pool
+from pooling_kernels import attention_pool, last_pool, max_pool, mean_pool, query_pool
 
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,6 +177,20 @@ def test_poolings_equal_those_of_sentence_transformers(kind, mode, layout, backe
     else:
         pooled = mean_pool(values, weights=None if kind == "mean" else weights, backend=backend, **kw)
     torch.testing.assert_close(pooled, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "holes", "packed"])
+def test_the_largest_numbers_of_each_row(layout):
+    """Also of a row without a token, beside NaN where nothing counts, in half precision, with a gradient to the largest alone."""
+    inputs, kw = make_inputs([3, 0, 5, 1], 6, 1, layout, torch.bfloat16)
+    values = inputs["values"].requires_grad_()
+    rows = values.split([3, 0, 5, 1]) if layout == "packed" else [x[m] for x, m in zip(values, kw["mask"], strict=True)]
+    expected = torch.stack([row.float().amax(0) if len(row) else torch.zeros(6, device=DEVICE) for row in rows])
+    out = max_pool(values, **kw)
+    assert out.dtype == torch.float32
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    (gradient,) = torch.autograd.grad(out.sum(), values)
+    assert gradient.isfinite().all() and gradient.float().sum().item() == 18 and (gradient != 0).sum().item() == 18
 
 
 # ------------------------------------------------------------------------------------------- kernels against float64

@@ -122,6 +122,20 @@ def decide_length(args: argparse.Namespace, size: int, n_pairs: int, n_source: i
         say(f"{size:,} pairs are few: {' and '.join(changed)}; more pairs would help most")
 
 
+CONTRACT_FLAGS = (
+    "prompt",
+    "query_prompt",
+    "pooling",
+    "scope",
+    "keep_bos",
+    "layers",
+    "attention_layer",
+    "max_tokens",
+    "attention",
+    "quantize",
+)
+
+
 def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
     """The base with a fresh adapter, or with that of the run in --model, set up for training."""
     encoder = Encoder.load(
@@ -130,7 +144,7 @@ def make_encoder(args: argparse.Namespace, pairs: PairDataset) -> Encoder:
         device=args.device,
         trust_remote_code=args.trust_remote_code,
         shard=args.fsdp,
-        **{k: getattr(args, k) for k in ("prompt", "query_prompt", "pooling", "scope", "keep_bos", "max_tokens", "attention", "quantize")},
+        **{name: getattr(args, name) for name in CONTRACT_FLAGS},
         override_contract=args.override_contract,
     ).with_contract(data={"name": pairs.name, "sha256": pairs.sha256})
     if encoder.peft:
@@ -158,7 +172,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
         record["started_from"] = {"run": args.model, "fingerprint": before}
     if resuming:
         check_record(args.out / ARGUMENTS_FILE, record)
-    width = encoder.decoder.config.hidden_size
+    width = encoder.width
     if max(args.matryoshka or [0]) > width:
         raise InputError(f"--matryoshka {args.matryoshka}: a vector of this model has {width} numbers")
     trained = encoder.trainable()
