@@ -19,7 +19,10 @@ ROLES = ("query", "document")
 
 @dataclass(frozen=True)
 class Prompt:
-    """`template` holds `{text}` once. `query`, where it differs, is the template of the role "query"."""
+    """`template` holds `{text}` once, or twice: the vector is then read from the second.
+
+    query    where it differs, the template of the role "query"
+    """
 
     name: str
     template: str
@@ -27,19 +30,25 @@ class Prompt:
     query: str | None = None
 
     def roles(self) -> dict[str, dict[str, str]]:
-        """{"query": {"prefix", "suffix"}, "document": {...}}, as the embedding contract stores them."""
+        """{"query": {"prefix", "suffix"}, "document": {...}}, as the contract stores them; with "middle" for a text that is given twice."""
         return {"query": split_template(self.query or self.template), "document": split_template(self.template)}
 
 
 def split_template(template: str) -> dict[str, str]:
-    """'a {text} b' -> {"prefix": "a ", "suffix": " b"}. Other braces are ordinary characters.
+    """'a {text} b' -> {"prefix": "a ", "suffix": " b"}; 'a {text} b {text}' has "middle": " b " as well.
 
-    Raises InputError unless `{text}` occurs exactly once.
+    Other braces are ordinary characters. Raises InputError unless `{text}` occurs once or twice.
     """
     parts = template.split("{text}")
-    if len(parts) != 2:
-        raise InputError(f"a prompt needs {{text}} exactly once, this one has it {len(parts) - 1} times: {template!r}")
-    return {"prefix": parts[0], "suffix": parts[1]}
+    if len(parts) not in (2, 3):
+        n = len(parts) - 1
+        raise InputError(f"a prompt needs {{text}} once, or twice to read the second, this one has it {n} times: {template!r}")
+    return dict(zip(("prefix", "suffix") if len(parts) == 2 else ("prefix", "middle", "suffix"), parts, strict=True))
+
+
+def join_template(parts: dict[str, str]) -> str:
+    """What `split_template` was given."""
+    return "{text}".join(parts[name] for name in ("prefix", "middle", "suffix") if name in parts)
 
 
 ROTH = "Roth et al. 2025, arXiv 2507.22729"
@@ -63,6 +72,11 @@ PROMPTS = {
         Prompt("summarize", 'This sentence: "{text}" can be summarized as', "PromptSUM, Zhang et al. 2024, arXiv 2404.03921"),
         Prompt("cluster", 'This sentence: "{text}" belongs to the following cluster:', ROTH),
         Prompt("classify", 'This sentence: "{text}" can be classified as:', ROTH),
+        Prompt(
+            "echo",
+            "Rewrite the sentence: {text}\nThe rewritten sentence: {text}",
+            "the text twice, the second read with the first in view: Springer et al. 2024, arXiv 2402.15449",
+        ),
         Prompt(
             "retrieve",
             'This passage: "{text}" answers a question about, in one word:',
@@ -119,7 +133,7 @@ def prompt_label(roles: dict[str, dict[str, str]]) -> str:
     for prompt in PROMPTS.values():
         if prompt.roles() == roles:
             return prompt.name
-    document, query = ("{prefix}{{text}}{suffix}".format(**roles[role]) for role in ("document", "query"))
+    document, query = (join_template(roles[role]) for role in ("document", "query"))
     return document if query == document else f"{document} (queries: {query})"
 
 

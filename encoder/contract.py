@@ -58,7 +58,8 @@ class Contract:
     """Everything that decides a vector besides the weights.
 
     base, revision       name of the base model; the hub's commit, or "sha256:..." of the files of a local folder
-    prompts              {"query" | "document": {"prefix", "suffix"}}
+    prompts              {"query" | "document": {"prefix", "suffix"}}; with "middle" the text is given twice, that string between,
+                         and the second is the one that is read
     bos, eos             whether the token is put before the prefix / after the suffix
     max_tokens           a text is truncated to this many tokens; the prompt never is
     pooling, scope       see POOLINGS; "text" = the tokens of the text, "all" = prompt and EOS too. "query" is attention with a
@@ -174,6 +175,7 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
     def is_texts(value, names):
         return isinstance(value, dict) and set(value) == set(names) and all(isinstance(text, str) for text in value.values())
 
+    around = "prefix", "suffix"
     is_prompts = isinstance(c.prompts, dict) and set(c.prompts) == set(ROLES)
     return (
         ("version", c.version == 1, "1 (written by a newer version of this project?)"),
@@ -192,8 +194,8 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
         ("data", c.data is None or is_texts(c.data, ("name", "sha256")), "name and sha256 of the training pairs, or nothing"),
         (
             "prompts",
-            is_prompts and all(is_texts(prompt, ("prefix", "suffix")) for prompt in c.prompts.values()),
-            "a prefix and a suffix for query and for document",
+            is_prompts and all(is_texts(p, around) or is_texts(p, (*around, "middle")) for p in c.prompts.values()),
+            "a prefix, a suffix and perhaps a middle for query and for document",
         ),
     )
 

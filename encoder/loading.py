@@ -92,5 +92,6 @@ def _default_contract(name: str, revision: str, overrides: dict, config, tokeniz
             raise InputError(f"{special} was asked for, but the tokenizer of {name} has no such token")
     if "max_tokens" not in settings:
         positions = getattr(config, "max_position_embeddings", None) or 10**9
-        settings["max_tokens"] = min(DEFAULT_MAX_TOKENS, positions * 3 // 4)
+        copies = 2 if any("middle" in prompt for prompt in prompts.values()) else 1
+        settings["max_tokens"] = min(DEFAULT_MAX_TOKENS, positions * 3 // 4 // copies)
     return Contract(base=name, revision=revision, **settings)

@@ -1,4 +1,7 @@
-"""From texts to token ids: [BOS | prefix | text, truncated | suffix | EOS], by a contract and a tokenizer."""
+"""From texts to token ids: [BOS | prefix | text, truncated | suffix | EOS], by a contract and a tokenizer.
+
+Where the contract's prompt has a middle, [BOS | prefix | text | middle | text | suffix | EOS], of which the second text is read.
+"""
 
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -14,7 +17,7 @@ class TokenizedTexts(NamedTuple):
     """Texts as token ids, prompt included."""
 
     ids: list[list[int]]
-    spans: list[tuple[int, int]]  # where in its sequence each text starts and ends
+    spans: list[tuple[int, int]]  # where in its sequence each text starts and ends; of two, the second
     prefix_length: int  # BOS and the prompt's prefix: the first ids, which are the same in all sequences
     n_empty: int
     n_truncated: int
@@ -29,12 +32,18 @@ class PromptTokenizer:
         self.bos = [tokenizer.bos_token_id] if contract.bos else []
         self.eos = [tokenizer.eos_token_id] if contract.eos else []
         self.prompt_ids = {role: self._ids([p["prefix"], p["suffix"]]) for role, p in contract.prompts.items()}
-        n_prompt = max(len(prefix) + len(suffix) for prefix, suffix in self.prompt_ids.values()) + len(self.bos) + len(self.eos)
-        if positions and n_prompt + contract.max_tokens > positions:
-            advice = f"take at most {positions - n_prompt}" if positions > n_prompt else "take a shorter prompt"
-            raise InputError(
-                f"max_tokens {contract.max_tokens} + {n_prompt} tokens of prompt do not fit the model's {positions} positions: {advice}"
-            )
+        self.middle_ids = {role: self._ids([p["middle"]])[0] for role, p in contract.prompts.items() if "middle" in p}
+        for role in contract.prompts:
+            n_prompt = sum(map(len, (*self.around(role), self.middle_ids.get(role, []))))
+            copies = 2 if role in self.middle_ids else 1
+            if positions and n_prompt + copies * contract.max_tokens > positions:
+                room = (positions - n_prompt) // copies
+                advice = f"take at most {room}" if room > 0 else "take a shorter prompt"
+                twice = "2 x " if copies == 2 else ""
+                raise InputError(
+                    f"{twice}max_tokens {contract.max_tokens} + {n_prompt} tokens of prompt do not fit the model's {positions} positions: "
+                    f"{advice}"
+                )
 
     def _ids(self, texts: list[str]) -> list[list[int]]:
         # the Python wrapper around the backend takes as long again
@@ -56,15 +65,16 @@ class PromptTokenizer:
         for i, text in enumerate(texts, first_number):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is {type(text).__name__} {text!r}, not a string")
-        (before, after), max_tokens = self.around(role), self.contract.max_tokens
+        (before, after), middle, max_tokens = self.around(role), self.middle_ids.get(role), self.contract.max_tokens
         ids, spans, n_empty, n_truncated = [], [], 0, 0
         for start in range(0, len(texts), CHUNK):
             for text_ids in self._chunk_ids(texts[start : start + CHUNK], first_number + start):
                 n_empty += not text_ids
                 n_truncated += len(text_ids) > max_tokens
                 text_ids = text_ids[:max_tokens]
-                ids.append(before + text_ids + after)
-                spans.append((len(before), len(before) + len(text_ids)))
+                start_of_text = before if middle is None else before + text_ids + middle
+                ids.append(start_of_text + text_ids + after)
+                spans.append((len(start_of_text), len(start_of_text) + len(text_ids)))
         return TokenizedTexts(ids, spans, len(before), n_empty, n_truncated)
 
     def _chunk_ids(self, texts: list[str], first_number: int) -> list[list[int]]:
@@ -75,7 +85,7 @@ class PromptTokenizer:
             raise InputError(f"text {number} holds half a surrogate pair and cannot be written as UTF-8: {text[:60]!a}") from None
 
     def parts(self, length: int, span: tuple[int, int]) -> list[str]:
-        """The part of a sequence that each of its tokens belongs to: "bos", "prompt", "text" or "eos"."""
+        """The part of a sequence that each of its tokens belongs to: "bos", "prompt", "text" or "eos"; of two texts the first is prompt."""
         parts = ["text" if span[0] <= i < span[1] else "prompt" for i in range(length)]
         if self.bos:
             parts[0] = "bos"

@@ -116,6 +116,28 @@ def test_bfloat16_stays_close():
 # ----------------------------------------------------------------------------------------------------- tokens
 
 
+def test_of_a_text_given_twice_the_second_is_read(model, tmp_path):
+    """As Springer et al. 2024: its tokens see the whole first copy. In every pooling, batched, by a run as by its base."""
+    encoder = Encoder.load(model, prompt="echo", max_tokens=5)
+    assert (encoder.contract.pooling, encoder.contract.scope) == ("mean", "text")
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    parts = [
+        tokenizer(s, add_special_tokens=False)["input_ids"] for s in ("Rewrite the sentence: ", "\nThe rewritten sentence: ", TEXTS[2])
+    ]
+    first, middle, text = parts[0], parts[1], parts[2][:5]
+    ids = [tokenizer.bos_token_id] * encoder.contract.bos + first + text + middle + text
+    tokenized = encoder.tokenize([TEXTS[2]])
+    assert tokenized.ids == [ids] and tokenized.spans == [(len(ids) - len(text), len(ids))] and tokenized.n_truncated == 1
+    poolings = [PoolingConfig(p, s) for p in POOLINGS for s in SCOPES]
+    for config, vectors in zip(poolings, encoder.encode(TEXTS, poolings=poolings), strict=True):
+        for text, vector in zip(TEXTS[:3], vectors, strict=False):
+            np.testing.assert_allclose(vector, plain(model, encoder, text, config), atol=1e-5, err_msg=f"{config}, {text!r}")
+    run = make_run(model, tmp_path / "run", prompt="echo", max_tokens=5)
+    assert Encoder.load(run).untuned().fingerprint == encoder.fingerprint
+    with pytest.raises(InputError, match=r"2 x max_tokens 200 \+ \d+ tokens of prompt do not fit .*: take at most \d\d"):
+        Encoder.load(model, prompt="echo", max_tokens=200)
+
+
 def test_prefix_text_and_suffix_are_tokenized_apart(model):
     encoder = Encoder.load(model, prompt="cluster", max_tokens=5)
     tokenizer = AutoTokenizer.from_pretrained(model)

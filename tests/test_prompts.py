@@ -27,11 +27,17 @@ def test_a_template_of_the_users_own():
     assert get_prompt("{x} {text} } in a word:").roles()["query"] == {"prefix": "{x} ", "suffix": " } in a word:"}
 
 
+def test_a_text_may_be_given_twice():
+    prompt = get_prompt("a {text} b {text} c").roles()
+    assert prompt["query"] == prompt["document"] == {"prefix": "a ", "middle": " b ", "suffix": " c"}
+    assert prompt_label(prompt) == "a {text} b {text} c" and prompt_label(get_prompt("echo").roles()) == "echo"
+
+
 def test_what_is_no_prompt_is_refused():
     with pytest.raises(InputError, match=r"unknown prompt 'Cluster'.*prompt-eol"):
         get_prompt("Cluster")
-    with pytest.raises(InputError, match="has it 2 times"):
-        get_prompt("{text} and {text}")
+    with pytest.raises(InputError, match="has it 3 times"):
+        get_prompt("{text} and {text} and {text}")
 
 
 def test_queries_may_have_another_template():
