@@ -48,7 +48,7 @@ from typing import TYPE_CHECKING
 from encoder.contract import ARGUMENTS_FILE, POOLING_PRESETS, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract
 from encoder.names import PRESETS, Preset, base_of, find_base, is_run, read_lora_settings
 from encoder.processes import all_reduce_number, distributed, end_distributed, wait_for_all
-from files.arguments import layer
+from files.arguments import layer, share
 from files.console import InputError, Progress, run_script, say, short_path, warn
 from files.reading import file_kind
 from files.writing import WriteError, append_line, write_json
@@ -120,6 +120,7 @@ def add_contract_arguments(add) -> None:
     add("--scope", choices=SCOPES, help="which tokens are pooled: all, or those of the text alone (default: all for last, else text)")
     add("--keep-bos", action="store_true", default=None, help="pool the BOS token too, with --scope all (default: leave it out)")
     add("--layers", nargs="+", type=layer, metavar="LAYER", help="layers to average: -1 (after the final norm), 9, 80%% (default -1)")
+    add("--embed-filter", type=share, metavar="SHARE", help="drop this share of the unembedding matrix's directions (default: none)")
     add("--attention-layer", type=layer, metavar="LAYER", help="of --pooling attention: whose attention weighs the tokens (default -1)")
     add("--max-tokens", type=int, help="truncate texts to this many tokens (default 512, or less for a model with fewer positions)")
     add("--attention", choices=("causal", "bidirectional"), help="default causal")

@@ -22,6 +22,7 @@ processes.py     what torchrun starts (torch only where there are several)
 runtime.py       device, dtype, memory
 tokenization.py  texts to token ids, prompt included
 packing.py       token ids to batches; attention of packed rows
+embed_filter.py  directions of the unembedding matrix taken out of a vector
 lora.py          the adapter: add, load, save, a fused layer
 streaming.py     any number of texts in memory that does not grow
 nearest.py       the nearest of any number of vectors

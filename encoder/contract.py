@@ -36,7 +36,7 @@ POOLING_PRESETS = {
 SCOPES = ("all", "text")
 QUANTIZATIONS = ("nf4", "int8")
 # fields that came later, with what runs saved before have; at these values they leave fingerprints as they were
-LATER_FIELDS = {"quantize": None, "attention_layer": -1}
+LATER_FIELDS = {"quantize": None, "attention_layer": -1, "embed_filter": None}
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
 
 
@@ -71,6 +71,7 @@ class Contract:
                          depth. Several layers are averaged.
     attention_layer      with pooling "attention", the layer whose last token's attention weighs the tokens
     attention            "causal" or "bidirectional"
+    embed_filter         drop this share of the unembedding matrix's directions from a vector (encoder/embed_filter.py), then
     normalize, dims      L2 norm 1; keep the first `dims` numbers only (before normalizing)
     quantize             how the base's weights are stored in memory: None as they are, "nf4" in 4 bits, "int8" in 8
     data                 {"name", "sha256"} of the training pairs, None for an untuned base
@@ -94,6 +95,7 @@ class Contract:
     data: dict | None = None
     quantize: str | None = None
     attention_layer: Layer = -1
+    embed_filter: float | None = None
     version: int = 1
 
     def __post_init__(self):
@@ -186,6 +188,11 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
         ("attention", c.attention in ("causal", "bidirectional"), "causal or bidirectional"),
         ("max_tokens", is_number(c.max_tokens), "a number of tokens above 0"),
         ("dims", c.dims is None or is_number(c.dims), "a number above 0, or nothing"),
+        (
+            "embed_filter",
+            c.embed_filter is None or (isinstance(c.embed_filter, float) and 0 < c.embed_filter < 1),
+            "between 0 and 1, or nothing",
+        ),
         ("quantize", c.quantize is None or c.quantize in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}, or nothing"),
         ("layers", isinstance(c.layers, tuple) and bool(c.layers) and all(map(is_layer, c.layers)), LAYERS),
         ("attention_layer", is_layer(c.attention_layer) and (c.attention_layer == -1 or c.pooling == "attention"), ATTENTION_LAYER),

@@ -37,6 +37,7 @@ from encoder.contract import (
     fingerprint,
     recorded_fingerprint,
 )
+from encoder.embed_filter import projection, unembedding
 from encoder.loading import LoadedBase, contract_fields, load_base
 from encoder.nearest import Nearest, nearest
 from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, trim_hook
@@ -96,7 +97,8 @@ class Encoder:
     def __init__(self, base: LoadedBase, device: torch.device, dtype: torch.dtype):
         model = base.model
         self.decoder, self.blocks, self.tokenizer, self.contract = model, find_blocks(model), base.tokenizer, base.contract
-        self.source, self.base_hash, self.adapter_hash = base.source, base.base_hash, None
+        self.source, self.folder, self.base_hash, self.adapter_hash = base.source, base.folder, base.base_hash, None
+        self.filters: dict[float, Tensor] = {}  # by the share of directions that they drop; shared by all that share the weights
         self.device, self.dtype = device, dtype
         self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
         # the learned query of pooling `query`; a query of zeros is the mean
@@ -124,6 +126,9 @@ class Encoder:
         if self.contract.pooling == "attention":
             self._check_attention_is_read()
             scored_block(self.contract.attention_layer, len(self.blocks))
+        share = self.contract.embed_filter
+        if share is not None and share not in self.filters:
+            self.filters[share] = projection(unembedding(self.folder, self.decoder), share).to(self.device)
         self.prompt_tokenizer = PromptTokenizer(self.tokenizer, self.contract, getattr(config, "max_position_embeddings", None))
 
     def _check_attention_is_read(self) -> None:
@@ -147,7 +152,8 @@ class Encoder:
         dtype       see `pick_dtype`; None: float32 on CPU, bfloat16 on CUDA; "auto", "float32", "bfloat16", "float16"
         shard       leave the weights in the CPU's memory until `shard` divides them among the processes
         overrides   contract fields: prompt (preset name or template), query_prompt (another one for the role "query"), pooling,
-                    scope, layers, max_tokens, bos, eos, keep_bos, attention, normalize, dims, quantize. None counts as not given.
+                    scope, layers, attention_layer, max_tokens, bos, eos, keep_bos, attention, normalize, dims, embed_filter,
+                    quantize. None counts as not given.
                     On a run, a value that contradicts its contract raises InputError unless `override_contract`; dims may be one
                     of those that it was trained for (`--matryoshka`).
         """
@@ -367,6 +373,9 @@ class Encoder:
     def pool(self, states: HiddenStates, batch: PackedBatch, pooling: PoolingConfig | None = None) -> Tensor:
         """States -> (B, D) float32 by `pooling` (default: the contract's), cut to dims and normalized as the contract says."""
         vectors = pool(states, batch, pooling or self.contract.pooling_config(), self.query, len(self.blocks), self.device)
+        if self.contract.embed_filter is not None:
+            matrix = self.filters[self.contract.embed_filter]
+            vectors = (vectors.unflatten(1, (-1, len(matrix))) @ matrix).flatten(1)  # of `last+mean` either half
         if self.contract.dims is not None:
             vectors = vectors[:, : self.contract.dims]
         return F.normalize(vectors, dim=-1) if self.contract.normalize else vectors

@@ -19,6 +19,7 @@ class LoadedBase(NamedTuple):
     tokenizer: object
     contract: Contract
     source: str  # the folder or hub id that it was loaded from
+    folder: Path  # where its files are
     base_hash: str
     run: Path | None  # the run whose adapter belongs to it
 
@@ -54,7 +55,7 @@ def load_base(
     if contract is None:
         contract = _default_contract(name, revision, overrides, model.config, tokenizer)
     model.requires_grad_(False).eval()
-    return LoadedBase(model, tokenizer, contract, source, base_hash, run)
+    return LoadedBase(model, tokenizer, contract, source, folder, base_hash, run)
 
 
 def contract_fields(overrides: dict) -> dict:

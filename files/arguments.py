@@ -29,6 +29,12 @@ def layer(text: str) -> int | str:
     return text if text.endswith("%") else int(text)
 
 
+def share(text: str) -> float:
+    if not 0 < float(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return float(text)
+
+
 def count(text: str) -> int:
     if int(text) < 0:
         raise argparse.ArgumentTypeError(f"{text} is not 0 or more")

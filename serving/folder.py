@@ -65,6 +65,8 @@ def obstacle(contract: Contract, runtime: str) -> tuple[str, str] | None:
         return f"{contract.attention} attention", "causal attention"
     if any("middle" in prompt for prompt in contract.prompts.values()):
         return "a prompt that holds the text twice", "prompts around one text"
+    if contract.embed_filter is not None:
+        return "an embed_filter", "vectors as they are pooled"
     if contract.quantize:
         return f"a base in {contract.quantize}, to whose weights no adapter can be added", "runs on a base that is not quantized"
     for role in contract.prompts:

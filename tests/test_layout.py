@@ -16,7 +16,7 @@ LAYERS = [
     {"encoder.names", "encoder.processes"},
     {"encoder.runtime"},
     {"encoder.base_models", "encoder.tokenization"},
-    {"encoder.packing", "encoder.lora", "encoder.loading", "encoder.nearest"},
+    {"encoder.packing", "encoder.lora", "encoder.loading", "encoder.nearest", "encoder.embed_filter"},
     {"encoder.states", "encoder.streaming"},
     {"encoder.encoder", "encoder"},
     {"tasks", "tasks.mteb_tasks", "tasks.draw", "tasks.unlabelled"},
@@ -36,7 +36,7 @@ LAYERS = [
     {"serving.runtimes", "serving.verification"},
     {"serving.card", "serving.server"},
     {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
-    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options"},
+    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.encode_worker"},
     {"bench.bench_own_texts", "bench.bench_rewrite", "bench.bench_server", "bench.gpu"},
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}

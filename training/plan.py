@@ -130,6 +130,7 @@ CONTRACT_FLAGS = (
     "keep_bos",
     "layers",
     "attention_layer",
+    "embed_filter",
     "max_tokens",
     "attention",
     "quantize",
