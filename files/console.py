@@ -70,8 +70,19 @@ def run_script(main: Callable[[], None]) -> None:
         sys.exit(130)
 
 
+def duration(seconds: float) -> str:
+    """A time in the unit in which one would say it: "40 s", "13 min", "2.5 h", "11 days"."""
+    for name, length in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * length:
+            number = seconds / length
+            return f"{number:.1f} {name}" if name == "h" and number < 10 else f"{number:.0f} {name}"
+    return f"{seconds:.0f} s"
+
+
 class Progress:
     """Progress of a long job on standard error: a bar in a terminal, elsewhere a line every `PROGRESS_SECONDS`.
+
+    It says how long is left where the total is known, else how fast it goes.
 
     total      of the job, in `unit`s; None where nobody knows
     initial    how much of it was done before
@@ -80,8 +91,8 @@ class Progress:
 
     def __init__(self, total: int | None, what: str, unit: str, *, initial: int = 0, disable: bool = False):
         self.total, self.what, self.unit, self.done, self.bar = total, what, unit, initial, None
-        self.disable = disable or process_rank() > 0
-        self.spoke = time.monotonic()
+        self.disable, self.before, self.about = disable or process_rank() > 0, initial, ""
+        self.began = self.spoke = time.monotonic()
         if not self.disable and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -94,6 +105,20 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
 
+    def expect(self, total: int | None) -> None:
+        """About how many units there are in all, as far as can be told by now."""
+        self.total, self.about = total, "about "
+        if self.bar is not None:
+            self.bar.total = total
+
+    def skip(self, n: int) -> None:
+        """`n` more units were done before this job began: they say nothing of its speed."""
+        self.done += n
+        self.before += n
+        if self.bar is not None:
+            self.bar.initial += n
+            self.bar.update(n)
+
     def update(self, n: int = 1, note: str = "") -> None:
         """`n` more units are done; `note` stands behind the count."""
         self.done += n
@@ -102,5 +127,15 @@ class Progress:
             self.bar.update(n)
         elif not self.disable and time.monotonic() - self.spoke >= PROGRESS_SECONDS:
             self.spoke = time.monotonic()
-            of_all = "" if self.total is None else f" of {self.total:,}"
-            say(f"{self.what}: {self.done:,}{of_all} {self.unit}s" + (f", {note}" if note else ""), error=True)
+            of_all = "" if self.total is None else f" of {self.about}{self.total:,}"
+            parts = [f"{self.what}: {self.done:,}{of_all} {self.unit}s", self._pace(), note]
+            say(", ".join(filter(None, parts)), error=True)
+
+    def _pace(self) -> str:
+        """How long is left, or how fast it goes; nothing where nothing can be said yet."""
+        n, seconds = self.done - self.before, time.monotonic() - self.began
+        if n <= 0 or seconds <= 0 or (self.total is not None and self.total <= self.done):
+            return ""
+        if self.total is None:
+            return f"{n / seconds:,.3g} a second" if n / seconds < 100 else f"{n / seconds:,.0f} a second"
+        return f"about {duration((self.total - self.done) * seconds / n)} left"

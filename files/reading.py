@@ -12,18 +12,19 @@ such as text or label, beside others, else a text a line. Files are read a row a
 larger than memory.
 """
 
+import contextlib
 import csv
 import gzip
 import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -57,7 +58,7 @@ def excerpt(value: object, length: int = 80) -> str:
     return " ".join(str(value)[: 2 * length].encode(errors="backslashreplace").decode().split())[:length]
 
 
-@contextmanager
+@contextlib.contextmanager
 def errors_of(path: Path) -> Iterator[None]:
     """Turns what can go wrong while a file is opened and decompressed into InputError."""
     try:
@@ -94,9 +95,14 @@ def open_text(path: Path, newline: str | None) -> IO[str]:
     return (gzip.open if path.suffix.lower() == ".gz" else open)(path, "rt", **options)
 
 
-def read_lines(path: Path, newline: str | None = None) -> Lines:
-    """Number and text of every line. Raises InputError for a file that cannot be read, is not UTF-8, or holds a NUL byte."""
+def read_lines(path: Path, newline: str | None = None, opened: list[IO[str]] | None = None) -> Lines:
+    """Number and text of every line. Raises InputError for a file that cannot be read, is not UTF-8, or holds a NUL byte.
+
+    opened     receives the open file, whose place says how much of it has been read
+    """
     with errors_of(path), open_text(path, newline) as f:
+        if opened is not None:
+            opened.append(f)
         for number, line in enumerate(f, 1):
             if "\0" in line:
                 raise InputError(f"{display_name(path)}, line {number}: holds a NUL byte: is this UTF-16, or no text?")
@@ -124,17 +130,19 @@ def read_documents(path: Path) -> list[str]:
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-def read_rows(path: Path, notes: list[str] | None = None) -> Iterator[Row]:
+def read_rows(path: Path, notes: list[str] | None = None, opened: list[IO[str]] | None = None, start: int = 0) -> Iterator[Row]:
     """Every row of a file or of standard input, see the top of this module.
 
     notes      receives what was noticed on the way: the semicolons of a csv
+    opened     receives the open file where rows are read from it one at a time: not a parquet, not a JSON array
+    start      rows to leave out at the beginning; those of a parquet are not even read
     Raises InputError, with the place, for what cannot be read, and for a file without rows.
     """
     kind, name = "stdin" if path == STDIN else file_kind(path), display_name(path)
     if kind == "parquet":
-        rows = parquet_rows(path)
+        rows = parquet_rows(path, start)
     else:
-        first, lines = peek(read_lines(path, newline="" if kind in ("csv", "tsv") else None))
+        first, lines = peek(read_lines(path, "" if kind in ("csv", "tsv") else None, opened))
         if kind in ("csv", "tsv"):
             unquoted = re.sub(r'"[^"]*"', "", first)
             delimiter = "\t" if kind == "tsv" else ";" if ";" in unquoted and "," not in unquoted else ","
@@ -147,12 +155,15 @@ def read_rows(path: Path, notes: list[str] | None = None) -> Iterator[Row]:
             rows = ((f"{name}, line {number}", {"text": line.rstrip("\n")}) for number, line in lines)
         elif kind == "json" and first.startswith("["):
             rows = array_rows(name, lines)
+            if opened:
+                opened.clear()
         else:
             rows = jsonl_rows(name, lines)
+        rows = itertools.islice(rows, start, None)
     row = None
     for row in rows:
         yield row
-    if row is None:
+    if row is None and not start:
         raise InputError(f"{name} is empty" + (" below its first line" if kind in ("csv", "tsv") and first else ""))
 
 
@@ -235,7 +246,16 @@ def array_rows(name: str, lines: Lines) -> Iterator[Row]:
         yield place, checked_object(value, place)
 
 
-def parquet_rows(path: Path) -> Iterator[Row]:
+def parquet_length(path: Path) -> int:
+    """Rows of a parquet file that can be read, as it says itself."""
+    from pyarrow.parquet import read_metadata
+
+    with errors_of(path):
+        return read_metadata(path).num_rows
+
+
+def parquet_rows(path: Path, start: int = 0) -> Iterator[Row]:
+    """Rows from number `start` on, counted from 0; groups of rows before it are not read."""
     import pyarrow as pa
     from pyarrow.parquet import ParquetFile
 
@@ -244,8 +264,14 @@ def parquet_rows(path: Path) -> Iterator[Row]:
         try:
             file = ParquetFile(f)
             check_columns(file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(PARQUET_BATCH):
-                for cells in batch.to_pylist():
+            lengths = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            ends = list(itertools.accumulate(lengths))
+            groups = [i for i, end in enumerate(ends) if end > start]
+            number = ends[groups[0]] - lengths[groups[0]] if groups else 0
+            for batch in file.iter_batches(PARQUET_BATCH, row_groups=groups):
+                before = min(max(0, start - number), len(batch))
+                number += before
+                for cells in batch.slice(before).to_pylist():
                     number += 1
                     yield f"{path}, row {number}", cells
         except InputError:
@@ -328,8 +354,10 @@ class Table:
 
     def __init__(self, path: Path):
         self.name, self.reasons, self.notes, self.n_texts = display_name(path), Counter(), [], 0
-        self._file, rows = "stdin" if path == STDIN else path.name, read_rows(path, self.notes)
+        self._file, self._opened = "stdin" if path == STDIN else path.name, []
+        rows = read_rows(path, self.notes, self._opened)
         self.head = list(itertools.islice(rows, GUESSED_FROM))
+        self._length = parquet_length(path) if path != STDIN and file_kind(path) == "parquet" else None
         self.columns = column_names(self.head)
         self.rows = itertools.chain(self.head, rows)
 
@@ -338,6 +366,19 @@ class Table:
         if column not in self.columns:
             missing = f"no column {column or 'that is plainly the text'}; it has {excerpt(', '.join(self.columns), 200)}"
             raise InputError(f"{self.name}: {missing}: name {flag}")
+
+    def expected_rows(self, n_read: int) -> int | None:
+        """About how many rows the file has, when `n_read` of them have been read, by their bytes; a parquet knows exactly.
+
+        None where nobody can tell: a pipe, a JSON array.
+        """
+        if self._length is not None or not self._opened:
+            return self._length
+        if (f := self._opened[0]).closed:
+            return n_read
+        with contextlib.suppress(OSError):  # a pipe has no place
+            return n_read * os.fstat(f.fileno()).st_size // max(1, os.lseek(f.fileno(), 0, os.SEEK_CUR))
+        return None
 
     def texts(self, columns: list[str]) -> Iterator[tuple[str, list[str]]]:
         """(source, the texts of these columns) of every row that has them all, source being FILE:ROW.

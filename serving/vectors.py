@@ -5,22 +5,26 @@
     part-00000.npy, .ids.json  the same as an array (rows, D), --format npy; --store int8: .scales.npy
     part-00000.failed.jsonl    rows without a vector: {"row", "id", "error"}
 
-Part k holds the rows from k * rows_per_part on, so that a killed job, or another shard, knows which parts are missing.
+    index.faiss, index.json    where embed.py index has made them: see serving/index.py
+
+Part k holds the rows from k * rows_per_part on, so that a killed job, or another shard, knows which parts are missing. Several jobs may
+write into a folder at the same time as long as each writes parts of its own.
 
 Legend: N rows of a part, D numbers of a vector.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from files.console import InputError
-from files.reading import Table, as_text, excerpt
+from files.reading import Row, as_text, excerpt
 from files.writing import write_atomic, write_json, write_text
 
 JOB_FILE = "job.json"
@@ -55,17 +59,20 @@ class StoredVectors(NamedTuple):
     texts: list[str] | None
 
 
-def read_parts(table: Table, column: str, id_column: str | None, rows_per_part: int) -> Iterator[Part]:
-    """The rows of a table, part by part. Without a column of ids a row's id is its number, counted from 1."""
-    part = Part(0, [], [], [], [])
-    for row, (_, cells) in enumerate(table.rows, 1):
+def read_parts(rows: Iterable[Row], column: str, id_column: str | None, rows_per_part: int, first: int = 0) -> Iterator[Part]:
+    """Rows, which begin with part `first`, part by part. Texts without the space around them, as every script has them.
+
+    Without a column of ids a row's id is its number, counted from 1.
+    """
+    part = Part(first, [], [], [], [])
+    for row, (_, cells) in enumerate(rows, first * rows_per_part + 1):
         identity = row if id_column is None else str(cells.get(id_column))
         try:
             value = cells.get(column)
-            text, error = ("" if value is None else as_text(value)), "no text"
+            text, error = ("" if value is None else as_text(value).strip()), "no text"
         except ValueError as wrong:
             text, error = "", str(wrong)
-        if text.strip():
+        if text:
             for values, value in zip((part.rows, part.ids, part.texts), (row, identity, text), strict=True):
                 values.append(value)
         else:
@@ -115,8 +122,6 @@ class VectorFolder:
         else:
             folder.mkdir(parents=True, exist_ok=True)
             write_json(folder / JOB_FILE, job)
-        for leftover in folder.glob(".part-*.tmp"):  # of a killed job
-            leftover.unlink(missing_ok=True)
         return cls(folder, job)
 
     @classmethod
@@ -141,6 +146,8 @@ class VectorFolder:
 
     def write(self, part: Part, vectors: np.ndarray) -> None:
         """Write a part; the vectors come last, and make it complete."""
+        for leftover in self.folder.glob(f".part-{part.number:05d}.*.tmp"):  # of a killed job
+            leftover.unlink(missing_ok=True)
         stored, scales = quantize(vectors, self.job["store"])
         if part.failed:
             write_text(self.path(part.number, "failed.jsonl"), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part.failed))
@@ -154,20 +161,47 @@ class VectorFolder:
             write_atomic(self.path(part.number, "scales.npy"), lambda temporary: save_array(temporary, scales))
         write_atomic(path, lambda temporary: save_array(temporary, stored))
 
-    def read(self, number: int) -> StoredVectors:
-        """Raises InputError where a file is damaged or missing."""
+    @contextlib.contextmanager
+    def errors_of(self, number: int) -> Iterator[Path]:
+        """A part's path; turns what can go wrong while it is read into InputError."""
         path = self.path(number, self.job["format"])
         try:
+            yield path
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"{path} is damaged ({str(error)[:80]}): delete it and run the same command again") from None
+
+    def read(self, number: int) -> StoredVectors:
+        """Raises InputError where a file is damaged or missing."""
+        with self.errors_of(number) as path:
             if self.job["format"] == "parquet":
                 ids, stored, scales, texts = read_parquet(path)
             else:
                 stored = np.load(path, allow_pickle=False)
-                beside = json.loads(self.path(number, "ids.json").read_text(encoding="utf-8"))
-                ids, texts = beside["ids"], beside["texts"]
+                ids, texts = self._read_beside(number)
                 scales = np.load(self.path(number, "scales.npy"), allow_pickle=False) if self.job["store"] == "int8" else None
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"{path} is damaged ({str(error)[:80]}): delete it and run the same command again") from None
-        return StoredVectors(ids, restore(stored, scales, self.job["store"], self.job["width"]), texts)
+            return StoredVectors(ids, restore(stored, scales, self.job["store"], self.job["width"]), texts)
+
+    def read_names(self, number: int) -> tuple[list, list[str] | None]:
+        """Ids and texts of a part without its vectors. Raises InputError like `read`."""
+        with self.errors_of(number) as path:
+            if self.job["format"] == "npy":
+                return self._read_beside(number)
+            columns = ["id", "text"] if self.job["keep_text"] else ["id"]
+            ids, *texts = (column.to_pylist() for column in open_parquet(path, columns).itercolumns())
+            return ids, texts[0] if texts else None
+
+    def _read_beside(self, number: int) -> tuple[list, list[str] | None]:
+        beside = json.loads(self.path(number, "ids.json").read_text(encoding="utf-8"))
+        return beside["ids"], beside["texts"]
+
+    def length(self, number: int) -> int:
+        """Vectors of a part, without reading them. Raises InputError like `read`."""
+        with self.errors_of(number) as path:
+            if self.job["format"] == "npy":
+                return len(np.load(path, mmap_mode="r", allow_pickle=False))
+            from pyarrow.parquet import read_metadata
+
+            return read_metadata(os.fspath(path)).num_rows
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
@@ -188,14 +222,19 @@ def write_parquet(path: Path, ids: list, stored: np.ndarray, scales: np.ndarray 
     write_table(pa.table(columns), os.fspath(path))
 
 
-def read_parquet(path: Path) -> tuple[list, np.ndarray, np.ndarray | None, list[str] | None]:
+def open_parquet(path: Path, columns: list[str] | None = None):
+    """A part as a table, or some columns of it in this order."""
     import pyarrow as pa
     from pyarrow.parquet import read_table
 
     try:
-        table = read_table(os.fspath(path)).combine_chunks()
+        return read_table(os.fspath(path), columns=columns).combine_chunks()
     except pa.ArrowException as error:
         raise ValueError(str(error)) from None
+
+
+def read_parquet(path: Path) -> tuple[list, np.ndarray, np.ndarray | None, list[str] | None]:
+    table = open_parquet(path)
     vectors = table["vector"].combine_chunks()
     stored = vectors.values.to_numpy().reshape(len(table), vectors.type.list_size)
     scales = table["scale"].to_numpy() if "scale" in table.column_names else None

@@ -72,8 +72,8 @@ def test_the_same_command_goes_on_and_another_one_does_not(llama, texts, tmp_pat
     (tmp_path / "v" / "part-00001.parquet").unlink()
     (tmp_path / "v" / ".part-00001.parquet.77.tmp").write_text("of a killed job")
     encoded = []
-    encode = Encoder.encode
-    monkeypatch.setattr(Encoder, "encode", lambda self, texts, *a, **k: encoded.extend(texts) or encode(self, texts, *a, **k))
+    stream = Encoder.stream
+    monkeypatch.setattr(Encoder, "stream", lambda self, texts, *a, **k: encoded.extend(texts) or stream(self, texts, *a, **k))
     run(*flags)
     assert encoded == PHRASES[4:6]
     assert {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()} == whole
@@ -108,14 +108,14 @@ def test_shards_share_a_folder(llama, texts, tmp_path):
 
 
 def test_a_text_that_cannot_be_embedded_costs_no_other(llama, texts, tmp_path, monkeypatch):
-    encode = Encoder.encode
+    stream = Encoder.stream
 
     def failing(self, texts, *args, **options):
         if PHRASES[6] in texts:
             raise InputError("the vector of a text is not finite")
-        return encode(self, texts, *args, **options)
+        return stream(self, texts, *args, **options)
 
-    monkeypatch.setattr(Encoder, "encode", failing)
+    monkeypatch.setattr(Encoder, "stream", failing)
     run(llama, texts, "--out", tmp_path / "v")
     assert list(rows_of(tmp_path / "v")) == [f"r{i}" for i in range(10) if i not in (3, 6, 7)]
     failed = [json.loads(line) for line in (tmp_path / "v" / "part-00000.failed.jsonl").read_text().splitlines()]
@@ -125,7 +125,7 @@ def test_a_text_that_cannot_be_embedded_costs_no_other(llama, texts, tmp_path, m
 def test_rows_without_a_column_of_ids_are_numbered(tmp_path):
     path = tmp_path / "t.txt"
     path.write_text("a\n\nb\nc\n")
-    parts = list(read_parts(Table(path), "text", None, 2))
+    parts = list(read_parts(Table(path).rows, "text", None, 2))
     assert [(part.number, part.ids, part.texts) for part in parts] == [(0, [1], ["a"]), (1, [3, 4], ["b", "c"])]
 
 

@@ -7,6 +7,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -82,12 +83,49 @@ def test_a_closed_pipe_ends_no_work(monkeypatch):
         say("c")
 
 
-def test_progress_is_lines_where_there_is_no_terminal(monkeypatch, capsys):
+@pytest.fixture
+def clock(monkeypatch) -> list[float]:
+    """The time in seconds, as Progress sees it."""
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(console, "PROGRESS_SECONDS", 0)
-    with Progress(3000, "encoding", "text", initial=500) as progress:
+    return now
+
+
+def test_progress_is_lines_where_there_is_no_terminal(clock, capsys):
+    """What was done before says nothing of the time that is left."""
+    with Progress(3000, "encoding", "text", initial=400) as progress:
+        progress.skip(100)
+        clock[0] = 60
         progress.update(1000)
         progress.update(note="loss 0.5")
-    assert capsys.readouterr() == ("", "encoding: 1,500 of 3,000 texts\nencoding: 1,501 of 3,000 texts, loss 0.5\n")
+        progress.expect(61501)
+        progress.update(0)
+        progress.expect(1501)
+        progress.update(0)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == ["encoding: 1,500 of 3,000 texts, about 90 s left", "encoding: 1,501 of 3,000 texts, about 90 s left, loss 0.5"]
+    assert lines[2:] == ["encoding: 1,501 of about 61,501 texts, about 60 min left", "encoding: 1,501 of about 1,501 texts"]
+
+
+def test_progress_without_an_end_says_how_fast_it_goes(clock, capsys):
+    with Progress(None, "embedded", "row") as progress:
+        progress.update(10)  # no time has gone by
+        clock[0] = 4
+        progress.update(0)
+        progress.update(39990)
+    assert capsys.readouterr().err.splitlines() == [
+        "embedded: 10 rows",
+        "embedded: 10 rows, 2.5 a second",
+        "embedded: 40,000 rows, 10,000 a second",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"), [(0.4, "0 s"), (119, "119 s"), (150, "2 min"), (9000, "2.5 h"), (90000, "25 h"), (864000, "10 days")]
+)
+def test_a_time_is_said_in_its_unit(seconds, said):
+    assert console.duration(seconds) == said
 
 
 def test_progress_waits_between_two_lines(monkeypatch, capsys):

@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from files.console import InputError
-from files.reading import as_label, as_number, as_text, errors_of, read_column, read_documents, read_rows, read_texts
+from files.reading import Table, as_label, as_number, as_text, errors_of, read_column, read_documents, read_rows, read_texts
 from tasks import mteb_tasks
 from training.pair_data import read_pairs
 from training.validation import read_labelled
@@ -312,3 +312,25 @@ def test_whatever_is_damaged_gives_rows_or_one_line(reader, kind, tmp_path, monk
 
     check()
     assert outcomes["rows"] and outcomes["error"]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.jsonl.gz", "t.csv", "t.txt", "t.parquet", "t.json"])
+def test_rows_from_a_number_on_and_how_many_there_will_be(tmp_path, name):
+    """By the bytes that have been read: within what is read ahead; exactly of a parquet and at the end; an array is read at once."""
+    import pyarrow as pa
+    from pyarrow.parquet import write_table
+
+    path, texts = tmp_path / name, [f"the text of row number {i:05d}" for i in range(5000)]
+    if name == "t.parquet":
+        write_table(pa.table({"text": texts}), path, row_group_size=1100)
+    else:
+        lines = texts if name.endswith(("csv", "txt")) else [json.dumps({"text": text}) for text in texts]
+        whole = "[" + ",".join(lines) + "]" if name == "t.json" else "\n".join(["text"] * name.endswith("csv") + lines)
+        (gzip.open if name.endswith("gz") else open)(path, "wt").write(whole)
+    for start in (0, 1, 1100, 2500, 4999, 5000, 6000):
+        assert [cells["text"] for _, cells in read_rows(path, start=start)] == texts[start:]
+    table = Table(path)
+    next(itertools.islice(table.rows, 1999, None))
+    expected = table.expected_rows(2000)
+    assert expected == {"t.parquet": 5000, "t.json": None}.get(name, pytest.approx(5000, rel=0.6 if name.endswith("gz") else 0.15))
+    assert len(list(table.rows)) == 3000 and table.expected_rows(5000) == (None if name == "t.json" else 5000)
