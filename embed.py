@@ -212,10 +212,8 @@ def embed(args: argparse.Namespace) -> None:
     if first is None or not (first.texts or len(first.failed) == args.rows_per_part):
         raise InputError(f"{stream.name}: column {excerpt(stream.column)} holds no text")
     source = Source(args.input.absolute(), stream.column, id_column, args.rows_per_part)
-    if args.engine == "ray":
-        tally = embed_on_cluster(args, source)
-    else:
-        tally = embed_here(args, source, table, itertools.chain([first], parts))
+    ray = args.engine == "ray"
+    tally = embed_on_cluster(args, source) if ray else embed_here(args, source, table, itertools.chain([first], parts))
     for line in tally.report.warnings():
         warn(line)
     if tally.n_failed:

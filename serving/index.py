@@ -106,7 +106,8 @@ def build_index(folder: VectorFolder) -> str:
     write_atomic(path, lambda temporary: faiss.write_index(index, os.fspath(temporary)))
     write_json(folder.folder / COVERED_FILE, cover, indent=None)
     size = f"{path.stat().st_size / 2**20:,.0f} MiB"
-    return f"{path}: {n:,} vectors in {n_lists:,} lists, {size}; a search reads {index.nprobe} of them and finds {recall:.1%} of the ten nearest"
+    found = f"a search reads {index.nprobe:,} of them and finds {recall:.1%} of the ten nearest"
+    return f"{path}: {n:,} vectors in {n_lists:,} lists, {size}; {found}"
 
 
 def draw(folder: VectorFolder, share: float) -> np.ndarray:

@@ -55,7 +55,7 @@ class PartWorker:
         """Parts mostly come in order: those of a file that must be read from its beginning are read on."""
         if self.work.source.jumps or not 0 <= self.next <= number:
             self.parts, self.next = self.work.source.parts(number), number
-        part = next(part for part in self.parts if part.number == number)
+        part = next(part for part in self.parts if part.number == number)  # those between are other workers'
         self.next = number + 1
         return part
 
@@ -110,7 +110,7 @@ class Cluster:
             return describe(encoder), encoder.notes
 
         with self.errors():
-            return self.ray.get(self.ray.remote(max_calls=1, **self.resources)(load).remote())
+            return self.ray.get(self.ray.remote(**self.resources)(load).remote())
 
     def embed(self, work: Work, numbers: list[int]) -> Iterator[Done]:
         """Write the parts of these numbers. Raises InputError with what a worker says."""

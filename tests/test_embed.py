@@ -1,41 +1,27 @@
 """`embed.py`: every row once, in parts that are complete or absent, and the nearest of them."""
 
-import contextlib
 import json
 import os
-import random
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import make_run
-from short_runs import write_rows
+from embed_jobs import ROOT, numbered_texts, rows_of, run_with_kills
+from short_runs import torchrun, write_rows
 
 import embed
 from encoder import Encoder
 from files.console import InputError
-from files.reading import Table
+from files.reading import Table, TextStream
 from serving.vectors import STORES, VectorFolder, quantize, read_parts, restore
 
 PHRASES = ["the cat", "a mat", "rates rose", "this month", "the bank", "raised fees", "every account", "overdrawn", "to be", "a question"]
-ROOT = Path(__file__).resolve().parent.parent
+KILLS = int(os.environ.get("KILLS", 3))
 
 
 def run(*arguments) -> None:
     embed.main([str(argument) for argument in arguments])
-
-
-def rows_of(folder: Path) -> dict:
-    """id -> vector of all parts; every id once."""
-    opened, rows = VectorFolder.open(folder), {}
-    for number in opened.numbers():
-        part = opened.read(number)
-        assert not set(part.ids) & set(rows) and len(part.ids) == len(part.vectors)
-        rows |= dict(zip(part.ids, part.vectors, strict=True))
-    return rows
 
 
 @pytest.fixture
@@ -102,6 +88,10 @@ def test_shards_share_a_folder(llama, texts, tmp_path):
     run(*flags, tmp_path / "whole")
     for i in (3, 1, 2):
         run(*flags, tmp_path / "v", "--shard", f"{i}/3")
+        other = tmp_path / "v" / ".part-00003.parquet.77.tmp"
+        other.touch()  # as if shard 1 were writing it
+    assert other.exists()  # shard 2 has left it alone
+    other.unlink()
     assert {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()} == {
         path.name: path.read_bytes() for path in (tmp_path / "whole").iterdir()
     }
@@ -141,26 +131,54 @@ def test_stored_vectors_keep_their_directions():
     assert quantize(vectors, "binary")[0].shape == (50, 5) and quantize(vectors, "int8")[0].dtype == np.int8
 
 
+def test_a_text_has_the_same_vector_in_every_script(llama, tmp_path, monkeypatch, capsys):
+    """Space around a text is no part of it: not here, and not in search.py, evaluate.py --texts and attention.py."""
+    path = tmp_path / "t.jsonl"
+    write_rows(path, [{"text": f"  {phrase} \n"} for phrase in PHRASES])
+    run(llama, path, "--out", tmp_path / "v", "--keep-text")
+    part = VectorFolder.open(tmp_path / "v").read(0)
+    assert part.texts == PHRASES == [text for _, text in TextStream(path)]
+    np.testing.assert_allclose(part.vectors, Encoder.load(llama).encode(PHRASES), atol=1e-5)
+    asked = []
+    encode = Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, texts, *a, **k: asked.extend(texts) or encode(self, texts, *a, **k))
+    run("search", tmp_path / "v", " the bank ")
+    assert asked[-1] == "the bank"
+    with pytest.raises(InputError, match="nothing to look for"):
+        run("search", tmp_path / "v", " ")
+
+
+def test_what_several_processes_cannot_do_is_one_line(llama, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="several processes cannot share standard input"):
+        run(llama, "-", "--out", tmp_path / "v")
+    with pytest.raises(InputError, match="leave torchrun out"):
+        run(llama, texts, "--out", tmp_path / "v", "--engine", "ray")
+    monkeypatch.delenv("WORLD_SIZE")
+    with pytest.raises(InputError, match="--workers is for --engine ray"):
+        run(llama, texts, "--out", tmp_path / "v", "--workers", 2)
+    assert not (tmp_path / "v").exists()
+
+
 @pytest.mark.slow
 def test_kills_at_random_moments_lose_and_double_no_row(llama, tmp_path):
-    path = write_rows(tmp_path / "t.jsonl", [{"id": i, "text": f"number {i} of a list"} for i in range(9000)])
-    command = [sys.executable, ROOT / "embed.py", llama, path, "--rows-per-part", 50, "--out"]
-    chance = random.Random(0)
-    for kill in (True, True, True, False):
-        done = len(list((tmp_path / "v").glob("part-*.parquet")))
-        job = subprocess.Popen([*map(str, command), tmp_path / "v"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while kill and job.poll() is None and len(list((tmp_path / "v").glob("part-*.parquet"))) == done:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                job.wait(0.01)
-        if kill:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                job.wait(chance.uniform(0, 0.5))
-            os.kill(job.pid, signal.SIGKILL)
-        job.wait()
-    assert job.returncode == 0
-    rows = rows_of(tmp_path / "v")
-    assert list(rows) == [str(i) for i in range(9000)]
+    path = numbered_texts(tmp_path / "t.jsonl", 9000)
+    run_with_kills(tmp_path / "v", KILLS, 0.5, llama, path, "--rows-per-part", 50)
     run(llama, path, "--rows-per-part", 50, "--out", tmp_path / "whole")
-    whole = rows_of(tmp_path / "whole")
+    rows, whole = rows_of(tmp_path / "v"), rows_of(tmp_path / "whole")
+    assert list(rows) == list(whole) == [str(i) for i in range(9000)]
     assert all((rows[name] == whole[name]).all() for name in whole)
     assert not list((tmp_path / "v").glob(".*"))
+
+
+@pytest.mark.slow
+def test_two_processes_embed_as_one(llama, texts, tmp_path):
+    run(llama, texts, "--rows-per-part", 4, "--out", tmp_path / "one")
+    done = torchrun(llama, texts, "--rows-per-part", 4, "--out", tmp_path / "two", script=ROOT / "embed.py")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("10 rows in 3 parts") == 1  # the first process alone prints
+    one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
+    assert list(one) == list(two) and len(one) == 8
+    np.testing.assert_allclose(np.stack(list(two.values())), np.stack(list(one.values())), atol=1e-5)
+    again = torchrun(llama, texts, "--rows-per-part", 4, "--out", tmp_path / "two", script=ROOT / "embed.py")
+    assert "10 rows in 3 parts, 10 of them before" in again.stdout
