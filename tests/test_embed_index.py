@@ -32,9 +32,8 @@ def add_part(folder: VectorFolder, number: int) -> None:
     """Vectors in groups, of any length, as those of a contract without normalization."""
     chance = np.random.default_rng(number)
     centres = np.random.default_rng(99).normal(size=(20, WIDTH))
-    vectors = (centres[chance.integers(20, size=PER_PART)] + 0.3 * chance.normal(size=(PER_PART, WIDTH))) * chance.uniform(
-        0.1, 9, (PER_PART, 1)
-    )
+    vectors = centres[chance.integers(20, size=PER_PART)] + 0.3 * chance.normal(size=(PER_PART, WIDTH))
+    vectors *= chance.uniform(0.1, 9, (PER_PART, 1))
     ids = list(range(number * PER_PART, (number + 1) * PER_PART))
     folder.write(Part(number, ids, ids, [""] * PER_PART, []), vectors.astype(np.float32))
 

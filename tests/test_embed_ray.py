@@ -15,7 +15,6 @@ from files.console import InputError
 from files.reading import read_rows
 from serving.embedding import Model, Source
 from serving.ray_engine import PartWorker, Work
-from serving.vectors import VectorFolder
 
 KILLS = int(os.environ.get("KILLS", 2))
 RAY = ("--engine", "ray", "--workers", 2)
