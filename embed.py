@@ -179,10 +179,11 @@ def embed_on_cluster(args: argparse.Namespace, source: Source) -> Tally:
 
     name = str(Path(args.model).resolve()) if Path(args.model).is_dir() else args.model
     model, tally, cluster = model_of(name, args), Tally(), Cluster(args.workers, args.device)
+    n = source.length()  # and that every row can be read
     described, notes = cluster.describe(model)
     for note in notes:
         warn(note)
-    folder, n = begin_folder(args, source, described), source.length()
+    folder = begin_folder(args, source, described)
     sizes = {k: min(args.rows_per_part, n - k * args.rows_per_part) for k in range(-(-n // args.rows_per_part)) if is_own(k, args.shard)}
     missing = sorted(sizes.keys() - folder.numbers())
     tally.add(sum(sizes.values()) - sum(sizes[k] for k in missing), before=True)
@@ -191,7 +192,7 @@ def embed_on_cluster(args: argparse.Namespace, source: Source) -> Tally:
         for done in cluster.embed(Work(model, source, args.role, args.out.resolve()), missing):
             tally.add(done.n_rows, done.n_failed)
             tally.report.n_truncated += done.n_truncated
-            tally.report.max_tokens = done.max_tokens
+            tally.report.max_tokens = done.max_tokens or tally.report.max_tokens
             tally.report.notes += done.notes
             progress.update(done.n_rows)
     return tally
