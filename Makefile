@@ -4,10 +4,11 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 GPU_FLAGS ?=
+SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 TEXT := The bank raised its interest rate again this month.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-extras gpu check check-pins clean-demo
+.PHONY: help setup demo test test-slow test-extras test-vllm gpu check check-pins clean-demo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
@@ -36,14 +37,33 @@ test: setup ## the test suite, offline
 test-slow: setup ## tests that kill processes or run several
 	$(OFFLINE) $(PY) -m pytest -q -m slow
 
-# in a folder of their own, so that their docstrings are not among the demo's pairs
-.extras/ready: requirements-extras.txt $(VENV)/ready
+# an environment of its own, so that its docstrings are not among the demo's pairs; it sees the packages of .venv and adds what they lack.
+# langchain-huggingface without what it asks for: that excludes huggingface_hub 2, and its class for folders needs sentence-transformers alone
+.extras/ready: requirements-extras.txt constraints.txt $(VENV)/ready
 	rm -rf .extras
-	$(PY) -m pip install --quiet --disable-pip-version-check --target .extras -r requirements-extras.txt
+	$(PY) -m venv .extras
+	$(PY) -c "$(SITE)" > $$(.extras/bin/python -c "$(SITE)")/venv.pth
+	.extras/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-extras.txt -c constraints.txt
+	.extras/bin/python -m pip install --quiet --disable-pip-version-check --no-deps langchain-huggingface==1.2.3
 	touch $@
 
-test-extras: .extras/ready ## tests of what needs further packages: the server, with the official client
-	PYTHONPATH=.extras $(OFFLINE) $(PY) -m pytest -q tests/test_server.py
+test-extras: .extras/ready test-vllm ## tests of what needs further packages: the server and its clients, libraries on exported folders, vLLM
+	$(OFFLINE) .extras/bin/python -m pytest -q tests/test_server.py tests/test_ecosystem.py
+
+# its transformers is older; without dependencies, as it asks for packages that text does not need
+.vllm/ready: requirements-vllm.txt | $(VENV)/ready
+	rm -rf .vllm
+	$(PY) -m venv .vllm
+	.vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
+	touch $@
+
+ifeq ($(shell uname -sm),Linux x86_64)
+test-vllm: setup .vllm/ready ## exported folders in vLLM, by its server and offline
+	VLLM_PYTHON=$(CURDIR)/.vllm/bin/python $(OFFLINE) $(PY) -m pytest -q tests/test_vllm.py
+else
+test-vllm:
+	@echo "vLLM for CPUs is there for Linux on x86-64 only: its tests are left out"
+endif
 
 # nine minutes of steps; the next call goes on with those that are left. GPU_FLAGS=--dry-run: everything small, on a CPU
 gpu: setup ## tests and benchmarks that need a GPU, and a table of them; repeat it until no step is left
@@ -57,3 +77,4 @@ check: setup ## ruff: style and likely mistakes
 # --isolated leaves out local wheels and indexes: a pin must resolve for anybody
 check-pins: setup ## the pinned versions resolve from the public package index alone
 	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -c constraints.txt
+	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt

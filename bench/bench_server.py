@@ -1,7 +1,7 @@
 """How `embed.py serve` holds up: many clients at the same time, every vector compared with the offline one.
 
-    PYTHONPATH=.extras python bench/bench_server.py --input texts.jsonl.gz
-    PYTHONPATH=.extras python bench/bench_server.py --input texts.jsonl.gz --model runs/mine --clients 64 --seconds 60 --texts-per-request 8
+    .extras/bin/python bench/bench_server.py --input texts.jsonl.gz
+    .extras/bin/python bench/bench_server.py --input texts.jsonl.gz --model runs/mine --clients 64 --seconds 60 --texts-per-request 8
 
 The server is a process of its own; the clients are threads of this one, each with a connection that it keeps. First the same texts are
 encoded offline, in this process and dtype, for their vectors and for the speed to compare with.
