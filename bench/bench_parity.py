@@ -29,6 +29,7 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import export
+from bench.gpu import append_row
 from files.console import InputError
 from prompts import PROMPTS
 
@@ -203,6 +204,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="JSONL of cells; those that are in it are not computed again")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
     parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=list(POOLINGS))
+    parser.add_argument("--prompts", nargs="+", choices=PROMPT_NAMES, default=list(PROMPT_NAMES))
     parser.add_argument(
         "--to", nargs="+", choices=export.RUNTIMES, default=["sentence-transformers"], help="runtimes, as export.py names them"
     )
@@ -235,8 +237,7 @@ def compute(args: argparse.Namespace) -> None:
             flags = ["--vllm-python", args.vllm_python] if cell.to == "vllm" and args.vllm_python else []
             row = cell._asdict() | measure(cell, bases[cell.model], flags) | {"seconds": round(time.perf_counter() - began, 1)}
             print(json.dumps(row), flush=True)
-            with open(args.out, "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+            append_row(args.out, row)
             done[cell] = row
 
 

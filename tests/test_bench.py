@@ -1,4 +1,6 @@
-"""The steps of `bench/gpu.py`: what becomes of one that ends, fails, runs out of memory or out of time, and of a call that is cut off."""
+"""The table of `bench/bench_parity.py`; the steps of `bench/gpu.py`: what becomes of one that ends, fails, runs out of memory or out of
+time, and of a call that is cut off.
+"""
 
 import json
 import sys
@@ -7,6 +9,7 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+from bench_parity import Cell, table
 from gpu import Step, append_row, markdown, read_rows, run_step
 
 
@@ -50,3 +53,25 @@ def test_the_table_shows_a_side_that_failed_by_its_name():
     sides = [{"side": "ours: out of memory"}, {"side": "plain loop", "seconds": 2.0}]
     text = markdown([{"step": "x", "status": "passed", "seconds": 1, "output": [], "result": {"rows": sides}}])
     assert "| ours: out of memory |  |" in text and "| plain loop | 2 |" in text
+
+
+def test_the_table_of_parity_shows_the_smallest_cosine_what_is_refused_and_what_fails():
+    rows = {}
+
+    def add(pooling: str, prompt: str, to: str, **found) -> None:
+        cell = Cell("llama", pooling, prompt, to, "float32")
+        rows[cell] = cell._asdict() | found
+
+    both = {"our encoder": 0.5, "sentence-transformers": 0.9999996, "vLLM's server": 0.99991}
+    add("last, all", "none", "vllm", cosines=both)
+    add("last, all", "short", "vllm", cosines=both | {"vLLM's server": 0.99992})
+    add("last, text", "none", "sentence-transformers", cosines={"sentence-transformers": 1 + 1e-9})
+    add("last, text", "none", "vllm", cosines={"sentence-transformers": 1.0})
+    add("mean, text", "none", "vllm", cosines=both)
+    add("mean, text", "long", "vllm", refused="no such pooling")
+    add("mean, text", "short", "vllm", failed="it does not start")
+    assert table(rows).splitlines()[2:] == [
+        "| llama | last, all | 1.000000 | 0.999910 |",
+        "| llama | last, text | 1.000000 | not verified |",
+        "| llama | mean, text | 1.000000 | none: 0.999910; long: refused; short: FAILED |",
+    ]

@@ -24,13 +24,13 @@ from serving.verification import Truth, VerificationFailed
 PYTHON = os.environ.get("VLLM_PYTHON")
 pytestmark = pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no environment with vLLM (make test-vllm)")
 LIMIT = 24
-# as the README has it; vLLM reads the pooling from the folder
+# as the README has it; vLLM reads pooling and limit from the folder
 OFFLINE = """
 import json, sys
 from vllm import LLM
 
-folder, given, out, dtype, limit = sys.argv[1:]
-model = LLM(model=folder, runner="pooling", dtype=dtype, max_model_len=int(limit), enforce_eager=True)
+folder, given, out, dtype = sys.argv[1:]
+model = LLM(model=folder, runner="pooling", dtype=dtype, enforce_eager=True)
 outputs = model.embed(json.load(open(given)), tokenization_kwargs={"truncate_prompt_tokens": -1}, use_tqdm=False)
 json.dump([output.outputs.embedding for output in outputs], open(out, "w"))
 """
@@ -51,7 +51,7 @@ def embed_offline(exported: Exported, role: str, scratch: Path) -> np.ndarray:
     """Vectors (N, D) of the texts of the verification by `LLM(...).embed`."""
     given, out = scratch / "texts.json", scratch / "vectors.json"
     given.write_text(json.dumps(exported.truth.texts))
-    command = [PYTHON, "-c", OFFLINE, exported.folders[role], given, out, exported.dtype, exported.limits[role]]
+    command = [PYTHON, "-c", OFFLINE, exported.folders[role], given, out, exported.dtype]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(list(map(str, command)), env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
