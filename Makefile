@@ -77,4 +77,3 @@ check: setup ## ruff: style and likely mistakes
 # --isolated leaves out local wheels and indexes: a pin must resolve for anybody
 check-pins: setup ## the pinned versions resolve from the public package index alone
 	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -c constraints.txt
-	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
