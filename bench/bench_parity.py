@@ -188,14 +188,14 @@ def table(rows: dict[Cell, dict]) -> str:
 
 
 def summarized(prompts: dict[str, str]) -> str:
-    """{prompt: outcome} in few words."""
+    """{prompt: outcome} in few words; prompts are named where outcomes differ in kind, or some are missing."""
     kinds = defaultdict(list)
     for prompt, said in prompts.items():
         kinds[said if said[0].isalpha() else "cosine"].append((prompt, said))
     texts = []
     for kind, members in kinds.items():
         value = min(said for _, said in members) if kind == "cosine" else kind
-        texts.append(value if len(kinds) == 1 else f"{', '.join(prompt for prompt, _ in members)}: {value}")
+        texts.append(value if len(members) == len(PROMPT_NAMES) else f"{', '.join(prompt for prompt, _ in members)}: {value}")
     return "; ".join(texts) or "not measured"
 
 

@@ -65,6 +65,7 @@ def test_the_table_of_parity_shows_the_smallest_cosine_what_is_refused_and_what_
     both = {"our encoder": 0.5, "sentence-transformers": 0.9999996, "vLLM's server": 0.99991}
     add("last, all", "none", "vllm", cosines=both)
     add("last, all", "short", "vllm", cosines=both | {"vLLM's server": 0.99992})
+    add("last, all", "long", "vllm", cosines=both)
     add("last, text", "none", "sentence-transformers", cosines={"sentence-transformers": 1 + 1e-9})
     add("last, text", "none", "vllm", cosines={"sentence-transformers": 1.0})
     add("mean, text", "none", "vllm", cosines=both)
@@ -72,6 +73,6 @@ def test_the_table_of_parity_shows_the_smallest_cosine_what_is_refused_and_what_
     add("mean, text", "short", "vllm", failed="it does not start")
     assert table(rows).splitlines()[2:] == [
         "| llama | last, all | 1.000000 | 0.999910 |",
-        "| llama | last, text | 1.000000 | not verified |",
-        "| llama | mean, text | 1.000000 | none: 0.999910; long: refused; short: FAILED |",
+        "| llama | last, text | none: 1.000000 | none: not verified |",
+        "| llama | mean, text | none: 1.000000 | none: 0.999910; long: refused; short: FAILED |",
     ]
