@@ -1,4 +1,4 @@
-"""One role of an embedding contract as a folder that sentence-transformers, vLLM and TEI read.
+"""One role of an embedding contract as a folder that sentence-transformers, vLLM and TEI read, and which contract a runtime can express.
 
     config.json, model.safetensors           the base with the adapter added to it
     tokenizer.json, tokenizer_config.json    BOS, prompt and EOS as the template around every text, which no truncation reaches
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from encoder.contract import CONTRACT_FILE, Contract
 from files.console import InputError
-from files.writing import write_json, write_text
+from files.writing import write_atomic, write_json, write_text
 
 if TYPE_CHECKING:
     from encoder import Encoder
@@ -33,6 +33,8 @@ RUNTIMES = {
     "sentence-transformers": ("mean", "lasttoken", "weightedmean", None),
     "vllm": ("mean", "lasttoken"),
     "tei": ("mean", "lasttoken"),
+    "onnx": ("mean", "lasttoken", "weightedmean", None),
+    "gguf": ("mean", "lasttoken"),
 }
 
 
@@ -69,6 +71,8 @@ def obstacle(contract: Contract, runtime: str) -> tuple[str, str] | None:
         return "an embed_filter", "vectors as they are pooled"
     if contract.quantize:
         return f"a base in {contract.quantize}, to whose weights no adapter can be added", "runs on a base that is not quantized"
+    if runtime == "gguf" and contract.dims is not None:  # llama.cpp gives every number of a state
+        return f"vectors cut to {contract.dims} numbers", "whole vectors"
     for role in contract.prompts:
         pooling = built_in_pooling(contract, role)
         if pooling not in RUNTIMES[runtime]:
@@ -129,8 +133,8 @@ def pooling_modules(contract: Contract, role: str, width: int, prompt_ids: tuple
     return modules
 
 
-def write_tokenizer(encoder: "Encoder", role: str, folder: Path) -> None:
-    """Write the tokenizer with BOS, prompt and EOS of a role as its template."""
+def templated_tokenizer(encoder: "Encoder", role: str):
+    """A copy of the tokenizer with BOS, prompt and EOS of a role as its template."""
     import copy
 
     from tokenizers.processors import TemplateProcessing
@@ -147,11 +151,26 @@ def write_tokenizer(encoder: "Encoder", role: str, folder: Path) -> None:
     tokenizer.model_max_length, tokenizer.padding_side, tokenizer.truncation_side, tokenizer.chat_template = limit, "right", "right", None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
-    tokenizer.save_pretrained(folder)
+    return tokenizer
+
+
+def write_tokenizer_file(encoder: "Encoder", role: str, folder: Path, *, pad: bool) -> None:
+    """Write tokenizer.json alone, for the package `tokenizers`: template, limit and, with `pad`, the padding of a batch."""
+    tokenizer = templated_tokenizer(encoder, role)
+    backend = tokenizer.backend_tokenizer
+    backend.enable_truncation(token_limit(encoder, role))
+    if pad:  # without a token for it, any will do: the mask says what it is
+        backend.enable_padding(pad_id=tokenizer.pad_token_id or 0, pad_token=tokenizer.pad_token or "")
+    write_atomic(folder / "tokenizer.json", lambda path: backend.save(str(path)))
+
+
+def write_tokenizer(encoder: "Encoder", role: str, folder: Path) -> None:
+    """Write the tokenizer of a role as transformers reads it."""
+    templated_tokenizer(encoder, role).save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
     # a class of its own (LlamaTokenizer, ...) would put its template in place of this one
-    config |= {"tokenizer_class": "TokenizersBackend", "model_max_length": limit}
+    config |= {"tokenizer_class": "TokenizersBackend", "model_max_length": token_limit(encoder, role)}
     write_json(path, {name: value for name, value in config.items() if name not in ("add_bos_token", "add_eos_token", "chat_template")})
 
 
@@ -205,12 +224,17 @@ def write_weights(encoder: "Encoder", folder: Path, dtype: str) -> None:
     write_json(folder / "config.json", {k: v for k, v in config.items() if k != "torch_dtype"} | {"dtype": dtype})
 
 
+def folders_of(contract: Contract, folder: Path) -> list[tuple[str, Path]]:
+    """Each role that needs a folder, and that folder."""
+    return [(role, folder / QUERY_FOLDER if role == "query" else folder) for role in roles_of(contract)]
+
+
 def write_folder(encoder: "Encoder", folder: Path, dtype: str) -> list[tuple[str, Path]]:
     """Write the folder of an encoder whose adapter is merged, and of its queries where they differ -> each role and its folder.
 
     dtype    of the weights on disk
     """
-    folders = [(role, folder / QUERY_FOLDER if role == "query" else folder) for role in roles_of(encoder.contract)]
+    folders = folders_of(encoder.contract, folder)
     for role, path in folders:
         path.mkdir(parents=True)
         if role == "document":

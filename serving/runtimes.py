@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +27,10 @@ class RuntimeFailed(InputError):
     """A runtime did not start, or gave no vectors."""
 
 
+class RuntimeCrashed(RuntimeFailed):
+    """A signal ended its process: a fault of the runtime, or of how it was built for this machine."""
+
+
 def environment() -> dict[str, str]:
     return os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -36,18 +41,59 @@ def last_words(text: str) -> str:
     return lines[-1][:300] if lines else "it said nothing"
 
 
-def sentence_transformers_vectors(folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
-    """Way of encoding -> vectors (N, D) by `SentenceTransformer(folder)`. Raises RuntimeFailed."""
+def run_program(command: list, failure: str) -> None:
+    """Run a program to its end. Raises RuntimeFailed, in which the program's last words follow `failure`."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, errors="replace", env=environment(), check=False)
+    if done.returncode < 0:
+        raise RuntimeCrashed(f"{failure}: it crashed ({signal.Signals(-done.returncode).name})")
+    if done.returncode:
+        raise RuntimeFailed(f"{failure}: {last_words(done.stderr)}")
+
+
+def worker_arrays(python: str, worker: str, folder: Path, texts: list[str], failure: str, *more: str) -> dict[str, np.ndarray]:
+    """What a worker of this folder says of the texts, in a fresh process of a Python. Raises RuntimeFailed.
+
+    more    what the worker takes behind folder, file of texts and file to write
+    """
     with tempfile.TemporaryDirectory() as scratch:
-        given, out = Path(scratch) / "texts.json", Path(scratch) / "vectors.npz"
+        given, out = Path(scratch) / "texts.json", Path(scratch) / "arrays.npz"
         given.write_text(json.dumps(texts), encoding="utf-8")
-        code = str(int((folder / f"{CODE}.py").exists()))
-        command = [sys.executable, HERE / "sentence_transformers_worker.py", folder, given, out, code]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment(), check=False)
-        if done.returncode:
-            raise RuntimeFailed(f"sentence-transformers cannot load {folder}: {last_words(done.stderr)}")
+        run_program([python, HERE / worker, folder, given, out, *more], failure)
         with np.load(out) as arrays:
             return dict(arrays)
+
+
+def sentence_transformers_vectors(folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
+    """Way of encoding -> vectors (N, D) by `SentenceTransformer(folder)`. Raises RuntimeFailed."""
+    code = str(int((folder / f"{CODE}.py").exists()))
+    failure = f"sentence-transformers cannot load {folder}"
+    return worker_arrays(sys.executable, "sentence_transformers_worker.py", folder, texts, failure, code)
+
+
+def onnx_vectors(folder: Path, texts: list[str]) -> dict[str, np.ndarray]:
+    """Way of encoding -> vectors (N, D) by ONNX Runtime and `tokenizers` alone. Raises RuntimeFailed."""
+    return worker_arrays(sys.executable, "onnx_worker.py", folder, texts, f"ONNX Runtime cannot run {folder}")
+
+
+def llama_cpp_vectors(python: str, folder: Path, texts: list[str], n_tokens: int) -> tuple[dict[str, np.ndarray], np.ndarray, bool]:
+    """Vectors of a folder by llama.cpp, through the package llama-cpp-python of a Python, from the ids of tokenizer.json.
+
+    n_tokens    that the context holds, see `gguf_folder.context_tokens`
+    Returns     way of encoding -> vectors (N, D); for each text whether llama.cpp makes the same ids of it by itself (N,); whether the
+                weights were read as they are in the file, because llama.cpp crashes on this machine with those that it repacks
+    Raises RuntimeFailed.
+    """
+    for as_stored in (False, True):
+        try:
+            failure = f"llama.cpp cannot run {folder}"
+            arrays = worker_arrays(python, "llama_cpp_worker.py", folder, texts, failure, str(n_tokens), str(int(as_stored)))
+        except RuntimeCrashed:
+            if as_stored:
+                raise
+            continue
+        same = arrays.pop("same tokens")
+        return arrays, same, as_stored
+    raise AssertionError("unreachable")
 
 
 def vllm_flags(dtype: str, limit: int) -> list[str]:

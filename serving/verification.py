@@ -19,7 +19,8 @@ from files.console import InputError
 if TYPE_CHECKING:
     from encoder import Encoder
 
-MIN_COSINE = {"float32": 0.999, "bfloat16": 0.995, "float16": 0.995}  # by the dtype of the exported weights
+EXACT = ("float32", "f32")  # dtypes of exported weights, as PyTorch and llama.cpp name them
+MIN_COSINE = dict.fromkeys(EXACT, 0.999) | dict.fromkeys(("bfloat16", "float16", "bf16", "f16", "q8_0"), 0.995)
 SAME = 1e-5  # 1 - cosine of vectors that differ by the rounding of float32 alone
 NORM = 0.01  # relative difference of lengths
 # of all lengths and scripts; what looks like a special token must be read as ours reads it
@@ -69,11 +70,12 @@ class Check(NamedTuple):
     role: str
     what: str
     cosine: float  # the smallest of all texts
+    needs: float  # what it has to be
     n_refused: int = 0  # texts that the runtime does not take
 
     def line(self) -> str:
         refused = f", {self.n_refused} empty text{'s' * (self.n_refused > 1)} refused" if self.n_refused else ""
-        return f"{self.role}, {self.what}: smallest cosine {self.cosine:.6f}{refused}"
+        return f"{self.role}, {self.what}: smallest cosine {self.cosine:.6f} (needs {self.needs}){refused}"
 
 
 def sample_texts(encoder: "Encoder") -> list[str]:
@@ -230,12 +232,26 @@ def text_lengths(encoder: "Encoder", texts: list[str]) -> np.ndarray:
 
 def where_they_differ(truth: np.ndarray, vectors: np.ndarray, texts: list[str], dtype: str, tolerance: float) -> str:
     """What is known of vectors that no known fault explains."""
-    if dtype != "float32":
-        return f"weights: no known fault explains it, {dtype} may be too coarse for this adapter: take --merge-dtype float32"
+    if dtype not in EXACT:
+        finer = "--merge-dtype float32" if dtype in ("bfloat16", "float16") else "a finer --gguf-type"
+        return f"weights: no known fault explains it, {dtype} may be too coarse for this adapter: take {finer}"
     wrong = 1 - cosines(vectors, truth) > tolerance
     if wrong.all():
         return "weights: every text differs, and no known fault of tokens or pooling explains it"
     return f"tokens: {wrong.sum()} of {len(texts)} texts differ, the first is {texts[int(np.flatnonzero(wrong)[0])][:60]!r}"
+
+
+def ids_of_folder(folder: Path, texts: list[str]) -> list[list[int]]:
+    """Token ids by the tokenizer of an exported folder: by transformers, or by tokenizer.json alone where there is no more."""
+    if (folder / "tokenizer_config.json").is_file():
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(folder)(texts, truncation=True)["input_ids"]
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    return [encoding.ids for encoding in tokenizer.encode_batch(texts)]
 
 
 class Truth:
@@ -257,9 +273,7 @@ class Truth:
 
     def check_tokens(self, role: str, folder: Path) -> None:
         """Raise VerificationFailed with the name of the part where the folder's tokenizer gives other ids than the contract."""
-        from transformers import AutoTokenizer
-
-        ids = AutoTokenizer.from_pretrained(folder)(self.texts, truncation=True)["input_ids"]
+        ids = ids_of_folder(folder, self.texts)
         own = [s.ids for s in own_sequences(self.encoder, role, self.texts)]
         if ids == own:
             return
@@ -289,7 +303,7 @@ class Truth:
             raise VerificationFailed(f"{role}, {what}: dimensions: {kept.shape[1]} numbers a vector, the contract has {truth.shape[1]}")
         cosine = float(cosines(truth, kept).min())
         lengths = np.linalg.norm(kept, axis=1) / np.maximum(np.linalg.norm(truth, axis=1), 1e-30)
-        tolerance = SAME if dtype == "float32" else 1 - MIN_COSINE[dtype]
+        tolerance = SAME if dtype in EXACT else 1 - MIN_COSINE[dtype]
         if 1 - cosine > tolerance:  # a known fault fails also where it moves vectors little
             base = self.base[role][~refused] if self.base else None
             fault = known_fault(self.encoder, role, texts, kept, base, tolerance)
@@ -298,4 +312,4 @@ class Truth:
                 raise VerificationFailed(f"{role}, {what}: {fault} (smallest cosine {cosine:.4f}, needs {MIN_COSINE[dtype]})")
         if np.abs(lengths - 1).max() > NORM:
             raise VerificationFailed(f"{role}, {what}: normalization: vectors are {lengths.max():.3g} times as long as the contract's")
-        return Check(role, what, cosine, int(refused.sum()))
+        return Check(role, what, cosine, MIN_COSINE[dtype], int(refused.sum()))

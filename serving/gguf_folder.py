@@ -1,0 +1,126 @@
+"""One role of an embedding contract as a folder that llama.cpp reads.
+
+    model.gguf        the base with the adapter added to it, the pooling in its metadata
+    tokenizer.json    BOS, prompt and EOS as the template around every text, and the limit
+    embedding.json    the contract
+
+llama.cpp puts no prompt around a text and cuts nothing, but takes ids for texts: those of tokenizer.json. Where queries have another
+prompt, `query/` holds their tokenizer; its model is a hard link.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from encoder.contract import CONTRACT_FILE
+from files.console import InputError
+from files.writing import write_json, write_text
+from serving.folder import built_in_pooling, folders_of, token_limit, write_tokenizer_file
+from serving.runtimes import HERE, run_program
+from serving.verification import text_lengths
+
+if TYPE_CHECKING:
+    from encoder import Encoder
+
+GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
+CONVERTER = "convert_hf_to_gguf.py"
+SEQUENCES = 256  # llama.cpp's most of one batch: a context of another multiple crashes its mean pooling
+
+
+def check_gguf(llama_cpp: Path | None, python: str | None) -> None:
+    """Raise InputError where the converter or the Python that runs it is missing."""
+    if llama_cpp is None or python is None:
+        source = f"--llama-cpp DIR, llama.cpp's source with {CONVERTER}"
+        raise InputError(
+            f"--to gguf needs {source}, and --llama-python PATH, a Python with llama-cpp-python and what the converter imports"
+        )
+    if not (llama_cpp / CONVERTER).is_file():
+        raise InputError(f"--llama-cpp {llama_cpp}: no {CONVERTER} there: give the folder of llama.cpp's source")
+    if not shutil.which(python):
+        raise InputError(f"--llama-python {python}: no such program")
+
+
+def context_tokens(encoder: "Encoder") -> int:
+    """Tokens that a context of llama.cpp has to hold."""
+    longest = max(token_limit(encoder, role) for role in encoder.contract.prompts)
+    return -(-longest // SEQUENCES) * SEQUENCES
+
+
+def write_causal_model(encoder: "Encoder", folder: Path) -> None:
+    """Write decoder, config and the base's own tokenizer as the causal language model that the converter knows, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    if encoder.peft is not None:
+        encoder.peft.unload()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(encoder.decoder.config)
+    prefix, head = model.base_model_prefix, model.get_output_embeddings()
+    weights = {f"{prefix}.{name}": w for name, w in encoder.decoder.state_dict().items()}
+    if not model.config.tie_word_embeddings:  # no vector depends on it, but llama.cpp loads some classes only with one
+        name = next(name for name, module in model.named_modules() if module is head)
+        weights |= {f"{name}.{part}": torch.zeros(w.shape) for part, w in head.state_dict().items()}
+    setattr(model, prefix, encoder.decoder)
+    model.save_pretrained(folder, state_dict=weights)
+    write_config(folder / "config.json")
+    encoder.tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
+    write_json(path, config)  # the name that transformers 4 knows too
+    (folder / "chat_template.jinja").unlink(missing_ok=True)
+    if (model_file := Path(encoder.source) / "tokenizer.model").is_file():  # of SentencePiece, which the converter reads where it is
+        shutil.copy(model_file, folder)
+
+
+def write_config(path: Path) -> None:
+    """Rewrite a config with the names of transformers 4 for what transformers 5 keeps in `rope_parameters`: the converter reads both."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rope = config.get("rope_parameters") or {}
+    if "partial_rotary_factor" in rope:
+        config.setdefault("rotary_pct", rope["partial_rotary_factor"])
+        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    if "rope_theta" in rope:
+        config.setdefault("rope_theta", rope["rope_theta"])
+    write_json(path, config)
+
+
+def convert(source: Path, out: Path, kind: str, contract, pooling: str, llama_cpp: Path, python: str) -> None:
+    """Write a causal language model as GGUF, by llama.cpp's converter. Raises RuntimeFailed with its message."""
+    tokens = (str(int(contract.bos)), str(int(contract.eos)))
+    command = [python, HERE / "gguf_converter.py", llama_cpp.resolve(), source, out, kind, pooling, *tokens]
+    run_program(command, f"llama.cpp's converter cannot write {kind}")
+
+
+def write_gguf_folder(encoder: "Encoder", folder: Path, kind: str, llama_cpp: Path, python: str) -> list[tuple[str, Path]]:
+    """Write the folder of an encoder whose adapter is merged, and of its queries where they differ -> each role and its folder.
+
+    kind    of the weights, one of GGUF_TYPES
+    Raises RuntimeFailed.
+    """
+    source, folders = folder / ".transformers", folders_of(encoder.contract, folder)
+    write_causal_model(encoder, source)
+    pooling = {"mean": "mean", "lasttoken": "last"}[built_in_pooling(encoder.contract)]
+    convert(source, folder / "model.gguf", kind, encoder.contract, pooling, llama_cpp, python)
+    shutil.rmtree(source)
+    for role, path in folders:
+        path.mkdir(exist_ok=True)
+        if path != folder:
+            os.link(folder / "model.gguf", path / "model.gguf")
+        write_tokenizer_file(encoder, role, path, pad=False)
+        write_text(path / CONTRACT_FILE, encoder.contract.to_json())
+    return folders
+
+
+REPACK_NOTE = "Where it was verified llama.cpp crashed with the weights that it repacks for the CPU, and ran with `--no-repack`."
+
+
+def plain_text_note(encoder: "Encoder", texts: list[str], same: np.ndarray) -> str:
+    """What the card says of text sent without ids. same: for each text whether llama.cpp makes the same ids of it by itself (N,)."""
+    same = same[text_lengths(encoder, texts) <= encoder.contract.max_tokens]  # it cuts nothing, so that longer ones must differ
+    if same.all():
+        return f"llama-server makes the same tokens of plain text (checked on {len(same)} texts), which it does not cut: send text or ids."
+    return f"llama-server makes other tokens of plain text (of {(~same).sum()} of {len(same)} texts): send ids, as above."
