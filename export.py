@@ -87,6 +87,12 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(
             f"--{contract_flags[0].replace('_', '-')}: a run is exported under the contract of its training: leave the flag out"
         )
+    check_runtime_flags(args)
+    check_push_flags(args)
+
+
+def check_runtime_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for flags of another runtime, and where a program or package that this one needs is missing."""
     if args.vllm_python and args.to != "vllm":
         raise InputError("--vllm-python takes part in the verification of --to vllm: add that, or leave it out")
     if args.vllm_python and not shutil.which(args.vllm_python):
@@ -100,7 +106,6 @@ def check_flags(args: argparse.Namespace) -> None:
         check_gguf(args.llama_cpp, args.llama_python)
     if args.to == "onnx":
         check_onnx(args.merge_dtype)
-    check_push_flags(args)
 
 
 def check_push_flags(args: argparse.Namespace) -> None:
@@ -157,7 +162,10 @@ def vectors_by_runtime(
     elif args.to == "gguf":
         size = context_tokens(truth.encoder)
         vectors, same, as_stored = runtimes.llama_cpp_vectors(args.llama_python, folder, truth.texts, size)
-        notes += [plain_text_note(truth.encoder, truth.texts, same), *[REPACK_NOTE] * as_stored]
+        notes.append(plain_text_note(truth.encoder, truth.texts, same))
+        if as_stored:
+            warn(REPACK_NOTE)
+            notes.append(REPACK_NOTE)
         yield "llama.cpp", vectors
     else:
         yield "sentence-transformers", runtimes.sentence_transformers_vectors(folder, truth.texts)

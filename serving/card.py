@@ -9,7 +9,7 @@ from encoder.contract import SUMMARY_FILE
 from encoder.names import is_run
 from files.console import InputError
 from serving.folder import QUERY_FOLDER, built_in_pooling, token_limit
-from serving.gguf_folder import context_tokens
+from serving.gguf_folder import context_tokens, llama_server_flags
 from serving.runtimes import vllm_flags
 
 if TYPE_CHECKING:
@@ -25,8 +25,7 @@ def how_to_load(runtime: str, encoder: "Encoder", role: str, folder: str, dtype:
         pooling = {"mean": "mean", "lasttoken": "last-token"}[built_in_pooling(encoder.contract, role)]
         return shlex.join(["text-embeddings-router", "--model-id", folder, "--pooling", pooling, "--dtype", dtype, "--auto-truncate"])
     if runtime == "gguf":
-        size = str(context_tokens(encoder))
-        return shlex.join(["llama-server", "-m", f"{folder}/model.gguf", "--embedding", "-c", size, "-b", size, "-ub", size])
+        return shlex.join(["llama-server", "-m", f"{folder}/model.gguf", *llama_server_flags(context_tokens(encoder))])
     if runtime == "onnx":
         return f"onnxruntime.InferenceSession({json.dumps(folder + '/model.onnx')}): {folder}/README.md has the lines"
     code = "" if built_in_pooling(encoder.contract, role) else ", trust_remote_code=True"  # for contract_pooling.py

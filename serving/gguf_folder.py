@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 CONVERTER = "convert_hf_to_gguf.py"
+REPACK_NOTE = "Where this was verified, llama.cpp crashed with weights that it repacks for the CPU, and ran without: `--no-repack`."
 SEQUENCES = 256  # llama.cpp's most of one batch: a context of another multiple crashes its mean pooling
 
 
@@ -48,6 +49,15 @@ def context_tokens(encoder: "Encoder") -> int:
     """Tokens that a context of llama.cpp has to hold."""
     longest = max(token_limit(encoder, role) for role in encoder.contract.prompts)
     return -(-longest // SEQUENCES) * SEQUENCES
+
+
+def llama_server_flags(n_tokens: int, slots: int = 4) -> list[str]:
+    """What serves a folder as it is: each slot has room for the longest text, and no text is divided.
+
+    A cache that is not shared by the slots would divide texts of one batch, and a mean would be that of a text's end.
+    """
+    size = str(n_tokens)
+    return ["--embedding", "-np", str(slots), "--kv-unified", "-c", str(slots * n_tokens), "-b", size, "-ub", size]
 
 
 def write_causal_model(encoder: "Encoder", folder: Path) -> None:
@@ -113,9 +123,6 @@ def write_gguf_folder(encoder: "Encoder", folder: Path, kind: str, llama_cpp: Pa
         write_tokenizer_file(encoder, role, path, pad=False)
         write_text(path / CONTRACT_FILE, encoder.contract.to_json())
     return folders
-
-
-REPACK_NOTE = "Where it was verified llama.cpp crashed with the weights that it repacks for the CPU, and ran with `--no-repack`."
 
 
 def plain_text_note(encoder: "Encoder", texts: list[str], same: np.ndarray) -> str:

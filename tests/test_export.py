@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_run, randomize_adapter
+from exported import CONTRACTS, QUERY, TOKEN_FAULTS, Exported, edit_json
 from safetensors.torch import load_file, save_file
 
 import export
@@ -23,11 +24,10 @@ from files.console import InputError
 from serving import folder as folders
 from serving import runtimes, verification
 from serving.card import how_to_load
-from serving.folder import check_expressible, roles_of, runtimes_for, write_folder
+from serving.folder import check_expressible, runtimes_for, write_folder
 from serving.verification import Truth, VerificationFailed, cosines, embed_sequences, known_fault, sample_texts, token_faults
 
 ROOT = Path(__file__).resolve().parent.parent
-QUERY = "question: {text}"
 WORKER = runtimes.sentence_transformers_vectors  # in a fresh process
 
 
@@ -47,42 +47,15 @@ def run(*flags) -> None:
     export.main(export.build_parser().parse_args([str(flag) for flag in flags]))
 
 
-class Exported:
-    """A run, what its vectors must be, and its exported folder."""
-
-    def __init__(self, run: str, folder: Path, dtype: str = "float32", **contract):
-        encoder = Encoder.load(run, dtype="float32", **contract)
-        self.truth, self.dtype = Truth(encoder, roles_of(encoder.contract)), dtype
-        encoder.merge()
-        self.folders = write_folder(encoder, folder, dtype)
-        self.folder = folder
-
-    def verify(self) -> list[float]:
-        """The smallest cosine of each role and way."""
-        lowest = []
-        for role, path in self.folders:
-            self.truth.check_tokens(role, path)
-            for way, vectors in runtimes.sentence_transformers_vectors(path, self.truth.texts).items():
-                lowest.append(self.truth.check(role, way, vectors, self.dtype).cosine)
-        return lowest
-
-
-CONTRACTS = [
-    {"prompt": "cluster", "pooling": "last"},
-    {"prompt": "cluster", "pooling": "mean", "scope": "all", "keep_bos": True},
-    {"prompt": "none", "pooling": "mean", "scope": "text"},
-    {"prompt": "cluster", "pooling": "position-mean", "scope": "all"},
-    {"prompt": "cluster", "pooling": "position-mean", "scope": "text", "max_tokens": 9},
-    {"prompt": "cluster", "pooling": "last", "scope": "text", "normalize": False, "bos": False},
-    {"prompt": "prompt-eol", "query_prompt": QUERY, "pooling": "last", "dims": 12, "max_tokens": 20, "eos": True},
-]
+def exported_folder(run: str, folder: Path, dtype: str = "float32", **contract) -> Exported:
+    return Exported(run, folder, dtype, write_folder, lambda *given: runtimes.sentence_transformers_vectors(*given), **contract)
 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: " ".join(map(str, c.values())))
 def test_an_exported_folder_gives_our_vectors(model, tmp_path, contract):
     if "keep_bos" in contract and not Encoder.load(model).contract.bos:
         contract = {name: value for name, value in contract.items() if name != "keep_bos"}
-    exported = Exported(make_run(model, tmp_path / "run", **contract), tmp_path / "out")
+    exported = exported_folder(make_run(model, tmp_path / "run", **contract), tmp_path / "out")
     assert min(exported.verify()) > 1 - 1e-5
 
 
@@ -123,7 +96,11 @@ def test_the_weights_keep_the_dtype_of_the_base(llama, tmp_path):
         ({"pooling": "attention"}, "sentence-transformers", "cannot serve pooling attention: it has poolings mean, last, position-mean"),
         ({"pooling": "mean", "layers": (-2,)}, "sentence-transformers", r"cannot serve layers -2: it has the last layer"),
         ({"pooling": "mean", "attention": "bidirectional"}, "vllm", "cannot serve bidirectional attention"),
-        ({"pooling": "position-mean", "scope": "all"}, "vllm", "it has last and mean over all tokens; sentence-transformers can serve"),
+        (
+            {"pooling": "position-mean", "scope": "all"},
+            "vllm",
+            "it has last and mean over all tokens; sentence-transformers and onnx can serve",
+        ),
         ({"pooling": "mean", "scope": "text"}, "tei", "cannot serve pooling mean over some of the tokens"),
     ],
 )
@@ -163,30 +140,6 @@ def test_bad_arguments(llama, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- faults
 
 
-def edit_json(path: Path, change) -> None:
-    value = json.loads(path.read_text())
-    path.write_text(json.dumps(change(value) or value))
-
-
-def template(change):
-    """Changes the template around every text in tokenizer.json."""
-    return lambda exported: edit_json(exported.folder / "tokenizer.json", lambda t: change(t["post_processor"]))
-
-
-def without_suffix(processor: dict) -> None:
-    processor["single"] = [part for part in processor["single"] if part.get("SpecialToken", {}).get("id") != "<after>"]
-
-
-def without_bos(processor: dict) -> None:
-    for name in ("ids", "tokens"):
-        del processor["special_tokens"]["<before>"][name][0]
-
-
-def with_two_bos(processor: dict) -> None:
-    for name in ("ids", "tokens"):
-        processor["special_tokens"]["<before>"][name].insert(0, processor["special_tokens"]["<before>"][name][0])
-
-
 def without_adapter(exported: Exported) -> None:
     base = load_file(Path(exported.truth.encoder.source) / "model.safetensors")
     weights = {name.removeprefix("model."): w for name, w in base.items() if name.startswith("model.")}
@@ -212,20 +165,13 @@ def with_limit(limit: int):
     return change
 
 
-def with_queries_prompt(exported: Exported) -> None:
-    shutil.copy(exported.folder / "query" / "tokenizer.json", exported.folder)
-
-
 FAULTS = {
-    "suffix": (template(without_suffix), "prompt: its suffix is missing"),
-    "BOS dropped": (template(without_bos), "BOS: it is missing"),
-    "BOS doubled": (template(with_two_bos), "BOS: it stands there twice"),
+    **TOKEN_FAULTS,
     "adapter": (without_adapter, "weights: they are those of the untuned base"),
     "pooling": (with_mean, "pooling: it is mean over all tokens"),
     "normalization": (without_normalization, "normalization: vectors are"),
     "low limit": (with_limit(45), "cut: long texts are cut at another limit"),
     "high limit": (with_limit(150), "cut: long texts are cut at another limit"),
-    "query": (with_queries_prompt, "prompt: it is that of a query"),
 }
 
 
@@ -234,7 +180,7 @@ def test_a_fault_is_named(llama, tmp_path, fault):
     """Both by the folder's tokenizer, where it is one of tokens, and by the runtime's vectors alone."""
     inject, name = FAULTS[fault]
     source = make_run(llama, tmp_path / "run", prompt="cluster", query_prompt=QUERY, pooling="last", max_tokens=60)
-    exported = Exported(source, tmp_path / "out")
+    exported = exported_folder(source, tmp_path / "out")
     assert min(exported.verify()) > 1 - 1e-5
     inject(exported)
     with pytest.raises(VerificationFailed, match=re.escape(name)):
@@ -265,9 +211,9 @@ def test_half_precision_of_a_large_adapter_is_noticed(llama, tmp_path):
     encoder.add_adapter(4)
     randomize_adapter(encoder, 1.0)
     encoder.save(tmp_path / "run")
-    assert min(Exported(str(tmp_path / "run"), tmp_path / "exact").verify()) > 1 - 1e-4
+    assert min(exported_folder(str(tmp_path / "run"), tmp_path / "exact").verify()) > 1 - 1e-4
     with pytest.raises(VerificationFailed, match="bfloat16 may be too coarse for this adapter"):
-        Exported(str(tmp_path / "run"), tmp_path / "half", "bfloat16").verify()
+        exported_folder(str(tmp_path / "run"), tmp_path / "half", "bfloat16").verify()
 
 
 def test_an_adapter_that_changes_nothing_is_refused(llama, tmp_path):
@@ -305,7 +251,7 @@ def test_a_runtime_may_refuse_empty_texts_alone(llama):
     vectors = truth.vectors["document"].copy()
     vectors[0] = np.nan
     check = truth.check("document", "a server", vectors, "float32")
-    assert check.n_refused == 1 and check.line().endswith("smallest cosine 1.000000, 1 empty text refused")
+    assert check.n_refused == 1 and check.line().endswith("smallest cosine 1.000000 (needs 0.999), 1 empty text refused")
     vectors[4] = np.nan
     with pytest.raises(VerificationFailed, match="a server: 1 texts are refused, the first is 'Cat'"):
         truth.check("document", "a server", vectors, "float32")

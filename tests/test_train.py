@@ -270,7 +270,7 @@ def test_a_closed_standard_output_ends_no_training(small, tmp_path, monkeypatch)
 def test_the_next_commands_are_the_users_own(small, llama, tmp_path, capsys):
     run(*small("run", "--steps", 1))
     said = capsys.readouterr().out
-    assert "pooling last, scope all: can be exported to sentence-transformers, vllm, tei\n" in said
+    assert "pooling last, scope all: can be exported to sentence-transformers, vllm, tei, onnx, gguf\n" in said
     *_, first, second, third = said.splitlines()
     command = f"python evaluate.py --model {tmp_path / 'run'} {llama}"
     assert f"{command} --data labelled.csv" in first and f"{command} --texts texts.csv" in second
