@@ -45,10 +45,14 @@ def check_gguf(llama_cpp: Path | None, python: str | None) -> None:
         raise InputError(f"--llama-python {python}: no such program")
 
 
+def longest_sequence(encoder: "Encoder") -> int:
+    """Tokens of the longest text with its prompt."""
+    return max(token_limit(encoder, role) for role in encoder.contract.prompts)
+
+
 def context_tokens(encoder: "Encoder") -> int:
     """Tokens that a context of llama.cpp has to hold."""
-    longest = max(token_limit(encoder, role) for role in encoder.contract.prompts)
-    return -(-longest // SEQUENCES) * SEQUENCES
+    return -(-longest_sequence(encoder) // SEQUENCES) * SEQUENCES
 
 
 def llama_server_flags(n_tokens: int, slots: int = 4) -> list[str]:
@@ -76,7 +80,6 @@ def write_causal_model(encoder: "Encoder", folder: Path) -> None:
         weights |= {f"{name}.{part}": torch.zeros(w.shape) for part, w in head.state_dict().items()}
     setattr(model, prefix, encoder.decoder)
     model.save_pretrained(folder, state_dict=weights)
-    write_config(folder / "config.json")
     encoder.tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     config = json.loads(path.read_text(encoding="utf-8")) | {"tokenizer_class": "PreTrainedTokenizerFast"}
@@ -86,21 +89,11 @@ def write_causal_model(encoder: "Encoder", folder: Path) -> None:
         shutil.copy(model_file, folder)
 
 
-def write_config(path: Path) -> None:
-    """Rewrite a config with the names of transformers 4 for what transformers 5 keeps in `rope_parameters`: the converter reads both."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    rope = config.get("rope_parameters") or {}
-    if "partial_rotary_factor" in rope:
-        config.setdefault("rotary_pct", rope["partial_rotary_factor"])
-        config.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
-    if "rope_theta" in rope:
-        config.setdefault("rope_theta", rope["rope_theta"])
-    write_json(path, config)
-
-
-def convert(source: Path, out: Path, kind: str, contract, pooling: str, llama_cpp: Path, python: str) -> None:
+def convert(encoder: "Encoder", source: Path, out: Path, kind: str, llama_cpp: Path, python: str) -> None:
     """Write a causal language model as GGUF, by llama.cpp's converter. Raises RuntimeFailed with its message."""
-    tokens = (str(int(contract.bos)), str(int(contract.eos)))
+    contract = encoder.contract
+    pooling = {"mean": "mean", "lasttoken": "last"}[built_in_pooling(contract)]
+    tokens = (int(contract.bos), int(contract.eos), longest_sequence(encoder))
     command = [python, HERE / "gguf_converter.py", llama_cpp.resolve(), source, out, kind, pooling, *tokens]
     run_program(command, f"llama.cpp's converter cannot write {kind}")
 
@@ -113,8 +106,7 @@ def write_gguf_folder(encoder: "Encoder", folder: Path, kind: str, llama_cpp: Pa
     """
     source, folders = folder / ".transformers", folders_of(encoder.contract, folder)
     write_causal_model(encoder, source)
-    pooling = {"mean": "mean", "lasttoken": "last"}[built_in_pooling(encoder.contract)]
-    convert(source, folder / "model.gguf", kind, encoder.contract, pooling, llama_cpp, python)
+    convert(encoder, source, folder / "model.gguf", kind, llama_cpp, python)
     shutil.rmtree(source)
     for role, path in folders:
         path.mkdir(exist_ok=True)

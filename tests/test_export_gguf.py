@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_run
-from exported import QUERY, TOKEN_FAULTS, Exported, with_truncation
+from exported import QUERY, TOKEN_FAULTS, Exported, edit_json, with_truncation
 from safetensors.torch import load_file
 
 import export
@@ -82,8 +82,7 @@ def test_the_converter_gets_a_causal_model(models_dir, tmp_path, architecture, p
     write_causal_model(encoder, tmp_path / "out")
     written, base = load_file(tmp_path / "out" / "model.safetensors"), load_file(Path(models_dir[architecture]) / "model.safetensors")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["architectures"][0].endswith("ForCausalLM") and config["rope_theta"] > 0 if "rope_theta" in config else True
-    assert ("rotary_pct" in config) == (architecture == "gpt-neox")
+    assert config["architectures"][0].endswith("ForCausalLM")
     heads = [name for name in written if not name.startswith(prefix)]
     assert bool(heads) != tied and not any(written[name].any() for name in heads)
     changed = [name for name in written if name not in heads and not torch.equal(written[name], base[name])]
@@ -98,49 +97,73 @@ from conversion.base import TextModel
 
 def main():
     folder, out, kind = sys.argv[1], sys.argv[3], sys.argv[5]
-    writer = TextModel()
-    writer.prepare_metadata(vocab_only=False)
+    model = TextModel(folder)
     if "unknown" in folder:
         print("ERROR:hf-to-gguf:Model NewForCausalLM is not supported", file=sys.stderr)
         sys.exit(1)
-    json.dump({"type": kind, "pre": writer.get_vocab_base_pre(None), **writer.gguf_writer.__dict__}, open(out, "w"))
+    model.prepare_metadata(vocab_only=False)
+    del model.gguf_writer.kv_data
+    rotary = model.hparams.get("rotary_pct")
+    json.dump({"type": kind, "pre": model.get_vocab_base_pre(None), "rotary": rotary, **model.gguf_writer.__dict__}, open(out, "w"))
 """
 FAKE_BASE = """
+import json
+
 class Writer:
+    def __init__(self): self.kv_data = [{"fake.block_count": 3}]
     def add_pooling_type(self, value): self.pooling = value
     def add_add_bos_token(self, value): self.bos = value
     def add_add_eos_token(self, value): self.eos = value
 
-class TextModel:
-    def __init__(self): self.gguf_writer = Writer()
+class ModelBase:
+    @staticmethod
+    def load_hparams(folder): return json.load(open(folder + "/config.json"))
+
+class TextModel(ModelBase):
+    def __init__(self, folder): self.gguf_writer, self.hparams = Writer(), ModelBase.load_hparams(folder)
     def prepare_metadata(self, vocab_only): pass
     def get_vocab_base_pre(self, tokenizer): raise NotImplementedError("BPE pre-tokenizer was not recognized")
 """
 
 
 @pytest.fixture
-def fake_llama_cpp(tmp_path) -> Path:
-    """Modules of the names that the converter has, which write the metadata as JSON."""
+def fake_convert(tmp_path, llama):
+    """Called with a config: what the converter's driver adds to it, by modules of the names that the converter has."""
     folder = tmp_path / "llama.cpp"
     (folder / "conversion").mkdir(parents=True)
     (folder / gguf_folder.CONVERTER).write_text(FAKE_CONVERTER)
     (folder / "conversion" / "__init__.py").touch()
     (folder / "conversion" / "base.py").write_text(FAKE_BASE)
     (folder / "gguf.py").write_text("PoolingType = {'MEAN': 1, 'LAST': 3}\n")
-    return folder
+    encoder = Encoder.load(llama, prompt="none", pooling="last", max_tokens=29)
+
+    def fake_convert(config: dict, name: str = "source") -> dict:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+        convert(encoder, tmp_path / name, tmp_path / "out.gguf", "q8_0", folder, sys.executable)
+        return json.loads((tmp_path / "out.gguf").read_text())
+
+    return fake_convert
 
 
-def test_the_metadata_say_pooling_and_tokens(fake_llama_cpp, tmp_path, llama):
-    contract = Encoder.load(llama, prompt="none").contract
-    convert(tmp_path, tmp_path / "out.gguf", "q8_0", contract, "last", fake_llama_cpp, sys.executable)
-    expected = {"type": "q8_0", "pre": "default", "pooling": 3, "bos": True, "eos": False}
-    assert json.loads((tmp_path / "out.gguf").read_text()) == expected
+def test_the_metadata_say_pooling_and_tokens(fake_convert):
+    metadata = {"type": "q8_0", "pre": "default", "pooling": 3, "bos": True, "eos": False}
+    assert fake_convert({"rope_parameters": {"partial_rotary_factor": 0.25}}) == metadata | {"rotary": 0.25}
 
 
-def test_a_class_that_the_converter_does_not_know_is_one_line(fake_llama_cpp, tmp_path, llama):
-    contract = Encoder.load(llama, prompt="none").contract
-    with pytest.raises(runtimes.RuntimeFailed, match=r"llama.cpp's converter cannot write f16: .*Model NewForCausalLM is not supported$"):
-        convert(tmp_path / "unknown", tmp_path / "out.gguf", "f16", contract, "last", fake_llama_cpp, sys.executable)
+def test_a_class_that_the_converter_does_not_know_is_one_line(fake_convert):
+    with pytest.raises(runtimes.RuntimeFailed, match=r"llama.cpp's converter cannot write q8_0: .*Model NewForCausalLM is not supported$"):
+        fake_convert({}, "unknown")
+
+
+def test_a_sliding_window_that_would_be_left_out_is_refused(fake_convert):
+    """30 tokens with BOS fit into a window of 30."""
+    assert fake_convert({"sliding_window": 30}, "fits")["pooling"] == 3
+    assert fake_convert({"sliding_window": 12, "use_sliding_window": False}, "unused")["pooling"] == 3
+    with pytest.raises(
+        runtimes.RuntimeFailed, match=r"leaves out the sliding window of 29 tokens that this class has, and 30 have to be read"
+    ):
+        fake_convert({"sliding_window": 29}, "short")
 
 
 CRASHING = """#!{python}
@@ -213,7 +236,10 @@ def test_every_contract_gives_our_vectors(llama, tmp_path, contract):
 @needs_llama_cpp
 @pytest.mark.parametrize("architecture", ["mistral", "qwen3", "gpt-neox"])
 def test_every_class_gives_our_vectors(models_dir, tmp_path, architecture):
-    source = make_run(models_dir[architecture], tmp_path / "run", prompt="cluster", pooling="last", max_tokens=60)
+    base = tmp_path / "base"
+    shutil.copytree(models_dir[architecture], base)
+    edit_json(base / "config.json", lambda config: config | {"sliding_window": 256} if "sliding_window" in config else config)
+    source = make_run(str(base), tmp_path / "run", prompt="cluster", pooling="last", max_tokens=60)
     assert min(exported_folder(source, tmp_path / "out", "f32").verify()) > 1 - 1e-5
 
 
