@@ -103,10 +103,12 @@ def licence_of_base(encoder: "Encoder") -> str | None:
 
 def score_facts(model: str) -> list[str]:
     """What the run in a folder is known to score; nothing for a base."""
-    path = Path(model) / SUMMARY_FILE
-    summary = json.loads(path.read_text(encoding="utf-8")) if is_run(model) and path.is_file() else {}
+    try:
+        summary = json.loads((Path(model) / SUMMARY_FILE).read_text(encoding="utf-8")) if is_run(model) else {}
+    except (OSError, ValueError):  # of a run that has not ended, or damaged: a card may do without
+        summary = {}
     facts = []
-    if validation := summary.get("validation"):
+    if (validation := summary.get("validation")) and validation["kept"] is not None:
         facts.append(f"Validation during training: {validation['what']} {validation['kept']:.3f}.")
     if against := summary.get("against_base_without_labels"):
         interval = f"ratio {against['ratio']:.2f}, 95 % interval {against['low']:.2f} to {against['high']:.2f}"

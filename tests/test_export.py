@@ -1,12 +1,15 @@
 """`export.py`: the exported folder gives our vectors, what cannot be expressed is refused, and every fault is named."""
 
 import contextlib
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -23,7 +26,7 @@ from encoder.contract import Contract
 from files.console import InputError
 from serving import folder as folders
 from serving import runtimes, verification
-from serving.card import how_to_load
+from serving.card import how_to_load, licence_of_base
 from serving.folder import check_expressible, runtimes_for, write_folder
 from serving.verification import Truth, VerificationFailed, cosines, embed_sequences, known_fault, sample_texts, token_faults
 
@@ -330,3 +333,61 @@ def test_the_folder_is_verified_in_a_fresh_process(llama, tmp_path):
     edit_json(tmp_path / "out" / "1_Pooling" / "config.json", lambda config: config | {"pooling": "no such"} | {"unknown": 1})
     with pytest.raises(runtimes.RuntimeFailed, match="sentence-transformers cannot load"):
         WORKER(tmp_path / "out", ["a"])
+
+
+# ------------------------------------------------------------------------------------------- what is left, what is said
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8"])
+def test_a_quantized_base_is_refused_by_every_runtime(llama, quantize):
+    contract = replace(Encoder.load(llama, prompt="cluster", pooling="last").contract, quantize=quantize)
+    assert not runtimes_for(contract)
+    for runtime in folders.RUNTIMES:
+        with pytest.raises(
+            InputError, match=f"{runtime} cannot serve a base in {quantize}, .*: it has runs on a base that is not quantized$"
+        ):
+            check_expressible(contract, runtime)
+
+
+def test_what_a_killed_export_left_goes_with_the_next_one(llama, tmp_path):
+    """Of the same folder alone, and not while the other process runs."""
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    gone = tmp_path / f".out.{dead.pid}.tmp"
+    kept = [tmp_path / name for name in (f".out.{os.getppid()}.tmp", f".other.{dead.pid}.tmp", f".out.more.{dead.pid}.tmp", ".out.x.tmp")]
+    for folder in (gone, *kept):
+        (folder / "query").mkdir(parents=True)
+    run(llama, "--prompt", "cluster", "--out", tmp_path / "out", "--no-verify")
+    assert not gone.exists() and all(folder.exists() for folder in kept)
+
+
+def test_the_card_says_scores_and_licence(llama, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(llama, base)
+    source = make_run(str(base), tmp_path / "run", prompt="cluster", pooling="last")
+    against = {"ratio": 1.256, "low": 1.1, "high": 1.4, "verdict": "better"}
+    summary = {"validation": {"what": "V-measure", "best": 0.7, "kept": 0.6543}, "against_base_without_labels": against}
+    (Path(source) / "summary.json").write_text(json.dumps(summary))
+    run(source, "--out", tmp_path / "plain", "--no-verify")
+    (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")
+    run(source, "--out", tmp_path / "out", "--no-verify")
+    card, plain = ((tmp_path / name / "README.md").read_text() for name in ("out", "plain"))
+    assert "Validation during training: V-measure 0.654." in card
+    assert "Against its base, measured without labels: better (ratio 1.26, 95 % interval 1.10 to 1.40)." in card
+    assert "\nlicense: apache-2.0\n" in card and "The base's licence is apache-2.0" in card
+    assert "license:" not in plain and "The licence is that of the base and of the data." in plain
+
+
+@pytest.mark.parametrize("header", ["---\nlicense: [broken\n---\n", "---\n- a list\n---\n", "no header", "---\nlicense: 3\n---\n"])
+def test_a_base_without_a_readable_licence_has_none(llama, tmp_path, header):
+    shutil.copytree(llama, tmp_path / "base")
+    (tmp_path / "base" / "README.md").write_text(header)
+    assert licence_of_base(Encoder.load(str(tmp_path / "base"))) is None
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_package_is_one_line_before_anything_is_loaded(tmp_path, monkeypatch, missing):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None if name == missing else object())
+    with pytest.raises(InputError, match=rf"^--to onnx needs the package {missing}: pip install -r requirements-extras.txt$"):
+        run(tmp_path / "no model", "--to", "onnx", "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
