@@ -27,7 +27,7 @@ def package(name: str):
 @pytest.fixture
 def run(llama, tmp_path) -> str:
     """Queries have another prompt than documents."""
-    return make_run(llama, tmp_path / "run", prompt="cluster", query_prompt=QUERY, pooling="last", max_tokens=20)
+    return make_run(llama, tmp_path / "run", prompt="cluster", query_prompt=QUERY, pooling="last", max_tokens=8)
 
 
 @pytest.fixture
