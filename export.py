@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder.contract import POOLINGS, SCOPES
+from encoder.contract import POOLING_PRESETS, POOLINGS, SCOPES
 from encoder.names import DTYPES, PRESETS, is_run
 from files.console import InputError, run_script, say, short_path, warn
 from files.writing import check_absent, errors_of_writing, write_json, write_text
@@ -63,7 +63,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--prompt", help=f"of an untuned base: {', '.join(PROMPTS)}, or a string with {{text}} (default none)")
     add("--query-prompt", metavar="PROMPT", help="of its queries, beside --prompt for documents (default: that of --prompt)")
-    add("--pooling", choices=[p for p in POOLINGS if p != "query"], help="of an untuned base (default by its prompt)")
+    poolings = [*(p for p in POOLINGS if p != "query"), *POOLING_PRESETS]
+    add("--pooling", choices=poolings, help="of an untuned base (default by its prompt)")
     add("--scope", choices=SCOPES, help="of an untuned base: which tokens are pooled (default by its pooling)")
     add("--dims", type=int, help="keep the first numbers of a vector, such as a run was trained for with --matryoshka (default: all)")
     add("--vllm-python", metavar="PATH", help="Python of an environment with vLLM, which then takes part in the verification")
