@@ -20,6 +20,10 @@ LAYERS = [
     {"encoder.states", "encoder.streaming"},
     {"encoder.encoder", "encoder"},
     {"tasks", "tasks.mteb_tasks", "tasks.draw", "tasks.unlabelled"},
+    {"evaluation", "evaluation.mteb_model", "evaluation.task_choice"},
+    {"evaluation.baselines"},
+    {"evaluation.rows"},
+    {"evaluation.scores", "evaluation.without_labels"},
     {"training", "training.own_texts", "training.pair_data", "training.optimization"},
     {"training.losses"},
     {"training.gradients"},
@@ -49,7 +53,7 @@ LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 def modules() -> dict[str, Path]:
     paths = [
         p
-        for folder in (".", "files", "pair_engines", "encoder", "tasks", "training", "serving", "models", "bench")
+        for folder in (".", "files", "pair_engines", "encoder", "tasks", "evaluation", "training", "serving", "models", "bench")
         for p in (ROOT / folder).glob("*.py")
     ]
     names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths}

@@ -1,0 +1,1 @@
+"""What evaluate.py is made of: which tasks, the rows of the table, their scores."""
