@@ -16,8 +16,9 @@ by module, none of which is in the docstring pairs. Vectors are normalized befor
 --task classification) or `text1,text2,score` (STS), or a folder with corpus.jsonl, queries.jsonl (`_id`, `text`) and qrels.tsv (retrieval).
 
 --out FILE.json: {"results": [{"task", "type", "metric", "score" in 0..1, "splits": {split: score}, "ami" (clustering),
-"bootstrap_scores": [...] or null, "std" of these or null, "model", "fingerprint", "contract", "computed": dtype and device, "seconds"}],
-"versions": {...}}
+"bootstrap_scores": [...] or null, "std" of these or null, "rests_on": texts behind the score, "model", "fingerprint", "contract",
+"computed": dtype and device, "seconds"}], "differences": [{"model" "less" another, "task" (or the mean), "difference", "interval",
+"sd_rows", "sd_algorithm", "verdict"}], "chosen_on_halves": [...], "versions": {...}}; evaluation/differences.py says what they mean
 
 Legend: N texts, D numbers of a vector.
 """
@@ -29,7 +30,7 @@ from pathlib import Path
 from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run
 from evaluation.rows import changes_to_run
-from evaluation.scores import check_out, partial, score_all, table, write_results
+from evaluation.scores import Scores, check_out, partial, score_all, table, write_results
 from evaluation.task_choice import BENCHMARK, TYPES, choose_tasks
 from evaluation.without_labels import compare_on_texts, read_unlabelled
 from files.console import InputError, process_rank, run_script, say
@@ -72,7 +73,12 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     # what is scored, on what
     add("--model", nargs="+", help=f"runs, folders, hub ids or {', '.join(PRESETS)} (default: the newest run and its base, else tiny)")
-    add("--baselines", nargs="+", metavar="NAME", help="reference rows: tfidf, or a sentence-transformers model (default: none)")
+    add(
+        "--baselines",
+        nargs="+",
+        metavar="NAME",
+        help="reference rows: tfidf, side-by-side (each model beside TF-IDF), or a sentence-transformers model (default: none)",
+    )
     add("--task", nargs="+", help=f"{', '.join(TYPES)}, or names of mteb's tasks or of those in tasks/ (default: clustering)")
     add("--benchmark", nargs="?", const=BENCHMARK, help=f"an mteb benchmark; without --task all its tasks (default: {BENCHMARK})")
     add("--bundled", action="store_true", help="run the bundled clustering tasks, without trying the network first (default: off)")
@@ -123,7 +129,7 @@ def main(args: argparse.Namespace) -> None:
     check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    cells, failures = [], []
+    scores, failures = Scores(), []
     if args.texts:
         rows = compare_on_texts(args, splits, failures)
         if out:
@@ -131,19 +137,20 @@ def main(args: argparse.Namespace) -> None:
         end_with(failures)
         return
     try:
-        for cell in score_all(args, tasks, failures):
-            cells.append(cell)
+        score_all(args, tasks, failures, scores)
     except BaseException:  # Ctrl-C, or a task whose download fails after hours: the scores so far are kept
-        if cells:
-            say(table(cells) + "\n(incomplete)")
+        if scores.cells:
+            say(table(scores.cells) + "\n(incomplete)")
             if out:
-                write_results(cells, partial(out))
+                write_results(scores, partial(out))
         raise
-    if not cells:
+    if not scores.cells:
         raise InputError("; ".join(failures))
-    say(table(cells))
+    say(table(scores.cells))
+    for line in scores.compare():
+        say(line)
     if out:
-        write_results(cells, out)
+        write_results(scores, out)
     end_with(failures)
 
 

@@ -1,29 +1,83 @@
-"""Rows of the table that are no decoder of ours: TF-IDF, and models of sentence-transformers."""
+"""Rows of the table that are no decoder of ours: TF-IDF, alone and beside a model's vectors, and models of sentence-transformers.
+
+TF-IDF has two settings, and neither is the better one everywhere (V-measure of 1,200 texts: all words 76.0 and without stop words 67.4 on
+SNIPS, 34.7 and 50.3 on Cooking StackExchange). What tells without labels did not see it, and so labels choose: both are scored, and the
+table shows the one with the better mean over its tasks, by its name, and says so. It flatters the baseline a little.
+
+Legend: N texts, D numbers of a vector.
+"""
 
 from pathlib import Path
 
 import numpy as np
 
-from evaluation.mteb_model import MtebModel
+from evaluation.mteb_model import EncodeTexts, MtebModel
 from files.console import InputError
 
+DIMENSIONS = 100  # of TF-IDF after SVD
+SETTINGS = {"TF-IDF": {}, "TF-IDF without stop words": {"stop_words": "english", "min_df": 2}}  # name -> what differs from scikit-learn's
+FITTED = ("tfidf", "side-by-side")  # baselines that are fitted on the texts that they embed, and so can score clustering alone
 
-def tfidf(texts: list[str], role: str) -> np.ndarray:
-    """TF-IDF reduced to 100 dimensions by SVD, fitted on `texts` themselves (scikit-learn's defaults otherwise)."""
+
+def tfidf(texts: list[str], setting: str = "TF-IDF") -> np.ndarray:
+    """TF-IDF reduced to 100 dimensions by SVD, fitted on N `texts` themselves: vectors (N, D).
+
+    Where the setting leaves no words, all words count. Raises InputError where there are none at all.
+    """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     try:
-        counts = TfidfVectorizer().fit_transform(texts)
+        counts = TfidfVectorizer(**SETTINGS[setting]).fit_transform(texts)
     except ValueError:
+        if SETTINGS[setting]:
+            return tfidf(texts)
         raise InputError("--baselines tfidf finds no words of two letters or more in these texts: leave it out") from None
-    return TruncatedSVD(min(100, *(n - 1 for n in counts.shape)), random_state=0).fit_transform(counts).astype(np.float32)
+    return TruncatedSVD(max(1, min(DIMENSIONS, *(n - 1 for n in counts.shape))), random_state=0).fit_transform(counts).astype(np.float32)
 
 
-def baseline(name: str) -> MtebModel:
-    """`tfidf`, or a sentence-transformers model by its folder or hub id, with that model's own settings."""
+def beside(encode_texts: EncodeTexts, setting: str) -> EncodeTexts:
+    """Model and TF-IDF side by side: each centred, of norm 1, and concatenated, so that both have the same say in every cosine."""
+    from encoder.nearest import unit
+
+    def encode(texts: list[str], role: str) -> np.ndarray:
+        return np.hstack([unit(vectors - vectors.mean(0)) for vectors in (encode_texts(texts, role), tfidf(texts, setting))])
+
+    return encode
+
+
+def side_by_side(row: MtebModel) -> list[MtebModel]:
+    """A row's vectors beside TF-IDF, one row for each setting of it, of which the table shows the better."""
+    return [
+        MtebModel(
+            f"{row.label} + {setting}",
+            f"{row.fingerprint}+{slug(setting)}",
+            None,
+            beside(row.encode_texts, setting),
+            row.computed,
+            better_of=f"{row.fingerprint}+tfidf",
+        )
+        for setting in SETTINGS
+    ]
+
+
+def slug(setting: str) -> str:
+    return setting.lower().replace("tf-idf", "tfidf").replace(" ", "-")
+
+
+def baseline(name: str) -> list[MtebModel]:
+    """`tfidf`, one row for each setting, or a sentence-transformers model by its folder or hub id, with that model's own settings."""
     if name == "tfidf":
-        return MtebModel("TF-IDF, SVD 100", "tfidf-svd-100", None, tfidf)
+        return [
+            MtebModel(
+                f"{setting}, SVD {DIMENSIONS}",
+                f"{slug(setting)}-svd-{DIMENSIONS}",
+                None,
+                lambda texts, role, setting=setting: tfidf(texts, setting),
+                better_of="tfidf",
+            )
+            for setting in SETTINGS
+        ]
     from sentence_transformers import SentenceTransformer
 
     from encoder.base_models import hub_answers
@@ -32,5 +86,6 @@ def baseline(name: str) -> MtebModel:
         model = SentenceTransformer(name, local_files_only=not (Path(name).is_dir() or hub_answers()))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:150]
-        raise InputError(f"--baselines: {name!r} is neither tfidf nor a sentence-transformers model that loads ({reason})") from None
-    return MtebModel(name, f"sentence-transformers:{name}", None, lambda texts, role: model.encode(texts, show_progress_bar=False))
+        known = "neither tfidf nor a sentence-transformers model that loads"
+        raise InputError(f"--baselines: {name!r} is {known} ({reason})") from None
+    return [MtebModel(name, f"sentence-transformers:{name}", None, lambda texts, role: model.encode(texts, show_progress_bar=False))]

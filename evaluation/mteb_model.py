@@ -21,14 +21,27 @@ class MtebModel:
     contract               the embedding contract as JSON values; None for baselines
     encode_texts           how the row's vectors are made
     computed               dtype and device of the vectors, None where unknown
+    grid                   rows with the same are settings of one untuned base; None for others
+    better_of              of rows with the same the table shows the one with the better mean; None for others
     """
 
-    def __init__(self, label: str, fingerprint: str, contract: dict | None, encode_texts: EncodeTexts, computed: str | None = None):
+    def __init__(
+        self,
+        label: str,
+        fingerprint: str,
+        contract: dict | None,
+        encode_texts: EncodeTexts,
+        computed: str | None = None,
+        *,
+        grid: str | None = None,
+        better_of: str | None = None,
+    ):
         from mteb.models.model_meta import ModelMeta
         from mteb.similarity_functions import cos_sim, pairwise_cos_sim
 
         self.label, self.fingerprint, self.contract = label, fingerprint, contract
         self.encode_texts, self.computed = encode_texts, computed
+        self.grid, self.better_of = grid, better_of
         self.similarity, self.similarity_pairwise = cos_sim, pairwise_cos_sim
         self.mteb_model_meta = ModelMeta.create_empty({"name": f"local/{fingerprint}", "revision": fingerprint})
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from encoder.contract import Contract, default_scope, trained_dims
 from encoder.names import is_run, newest_run
-from evaluation.baselines import baseline
+from evaluation.baselines import FITTED, baseline, side_by_side
 from evaluation.mteb_model import MtebModel, warn_once
 from files.console import InputError, say, short_path, warn
 from prompts import TASK_PROMPTS, get_prompt, prompt_label
@@ -43,7 +43,8 @@ class EncodingCache:
         contract, pooling = json.loads(encoder.contract.to_json()), encoder.contract.pooling_config()
         self.poolings.append(pooling)
         computed = f"{str(encoder.dtype).removeprefix('torch.')} on {encoder.device.type}"
-        return MtebModel(label, encoder.fingerprint, contract, lambda texts, role: self.encode(texts, role)[pooling], computed)
+        grid = contract["base"] if encoder.adapter_hash is None else None
+        return MtebModel(label, encoder.fingerprint, contract, lambda texts, role: self.encode(texts, role)[pooling], computed, grid=grid)
 
     def encode(self, texts: list[str], role: str) -> dict:
         """Vectors (N, D) for each pooling configuration."""
@@ -91,10 +92,18 @@ def table_rows(args: argparse.Namespace, task_type: str, failures: list[str]) ->
 
     Why a model could not be loaded is added to `failures`.
     """
-    if args.baselines:
-        if task_type != "Clustering" and "tfidf" in args.baselines:
-            raise InputError(f"--baselines tfidf is fitted on the texts that it embeds: it can score clustering, not {task_type}")
-        yield from ([baseline(name)] for name in args.baselines)
+    fitted = [name for name in args.baselines or [] if name in FITTED]
+    if fitted and task_type != "Clustering":
+        raise InputError(f"--baselines {fitted[0]} is fitted on the texts that it embeds: it can score clustering, not {task_type}")
+    yield from (baseline(name) for name in args.baselines or [] if name != "side-by-side")
+    for rows in model_rows(args, task_type, failures):
+        yield rows
+        if "side-by-side" in fitted:  # with the first of a grid's rows
+            yield side_by_side(rows[0])
+
+
+def model_rows(args: argparse.Namespace, task_type: str, failures: list[str]) -> Iterator[list[MtebModel]]:
+    """The rows of --model, see `table_rows`."""
     newest = None if args.model else newest_run(RUNS)
     beside_its_base = newest is not None or args.texts is not None
     for spec in args.model or [str(newest or "tiny")]:

@@ -8,27 +8,47 @@ import platform
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 
+from evaluation import differences
+from evaluation.differences import Row, Table
 from evaluation.mteb_model import MtebModel
+from evaluation.observing import observed
 from evaluation.rows import other_rows_go_on, table_rows
 from files.console import InputError, say
 from files.writing import check_absent, write_json
 
 
-def score(task, model: MtebModel) -> dict:
-    """One cell of the table. mteb runs a fresh copy of the task, so that every row sees the same bootstrap samples."""
+class Scores:
+    """The table's cells, and what is known of their rows."""
+
+    def __init__(self):
+        self.cells: list[dict] = []
+        self.evidence: Table = {}
+
+    def tasks(self) -> list[str]:
+        return list(dict.fromkeys(cell["task"] for cell in self.cells))
+
+    def compare(self) -> list[str]:
+        """Lines on which rows differ."""
+        return differences.lines(self.evidence, self.tasks())
+
+
+def score(task, model: MtebModel, evidence: Table | None = None) -> dict:
+    """One cell of the table. mteb runs a fresh copy of the task, so that every row sees the same bootstrap samples.
+
+    What is known of the rows behind the score is put into `evidence`.
+    """
     import mteb
 
-    began = time.perf_counter()
-    with warnings.catch_warnings():
+    began, about = time.perf_counter(), task.metadata
+    fresh = copy.deepcopy(task)
+    with warnings.catch_warnings(), observed(fresh) as seen:
         warnings.simplefilter("ignore")
-        result = mteb.evaluate(model, copy.deepcopy(task), cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
-    about = task.metadata
+        result = mteb.evaluate(model, fresh, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
     subsets = [scores for split in result.scores.values() for scores in split]
     cell = {
         "task": about.name,
@@ -38,28 +58,39 @@ def score(task, model: MtebModel) -> dict:
         "splits": {name: float(np.mean([scores["main_score"] for scores in split])) for name, split in result.scores.items()},
         "bootstrap_scores": None,
         "std": None,
+        "rests_on": seen.rests_on(),
         "model": model.label,
         "fingerprint": model.fingerprint,
         "contract": model.contract,
         "computed": model.computed,
         "seconds": round(time.perf_counter() - began, 2),
-    }
-    bootstraps = []  # a list for each subset and level
-    if all("v_measures" in scores for scores in subsets):
-        bootstraps = [level for scores in subsets for level in scores["v_measures"].values()]
-        cell["ami"] = float(np.mean([scores["ami"] for scores in subsets]))
-    elif all("scores_per_experiment" in scores for scores in subsets):
-        name = about.main_score
-        bootstraps = [[run[name] for run in scores["scores_per_experiment"] if name in run] for scores in subsets]
-    if any(bootstraps):
-        cell["bootstrap_scores"] = [value for values in bootstraps for value in values]
-    if bootstraps and all(len(values) > 1 for values in bootstraps):
-        cell["std"] = float(np.mean([np.std(values, ddof=1) for values in bootstraps]))
+    } | repetitions(subsets, about.main_score)
+    found = seen.evidence()
+    if evidence is not None and found:
+        row = Row(model.label, model.fingerprint, model.grid, model.contract is None)
+        evidence.setdefault(row, {})[about.name] = found
     return cell
 
 
-def score_all(args: argparse.Namespace, tasks: list, failures: list[str]) -> Iterator[dict]:
-    """The table's cells, one type of task after the other, each announced on standard error as soon as it is there.
+def repetitions(subsets: list[dict], metric: str) -> dict:
+    """Fields of a cell that mteb's repetitions of a score give: "bootstrap_scores", "std", and of clustering "ami"."""
+    bootstraps, fields = [], {}  # a list for each subset and level
+    if all("v_measures" in scores for scores in subsets):
+        levels = [scores["v_measures"] for scores in subsets]
+        bootstraps = [values for of_subset in levels for values in (of_subset.values() if isinstance(of_subset, dict) else [of_subset])]
+    elif all("scores_per_experiment" in scores for scores in subsets):
+        bootstraps = [[run[metric] for run in scores["scores_per_experiment"] if metric in run] for scores in subsets]
+    if subsets and all("ami" in scores for scores in subsets):
+        fields["ami"] = float(np.mean([scores["ami"] for scores in subsets]))
+    if any(bootstraps):
+        fields["bootstrap_scores"] = [value for values in bootstraps for value in values]
+    if bootstraps and all(len(values) > 1 for values in bootstraps):
+        fields["std"] = float(np.mean([np.std(values, ddof=1) for values in bootstraps]))
+    return fields
+
+
+def score_all(args: argparse.Namespace, tasks: list, failures: list[str], scores: Scores) -> None:
+    """Fill `scores`, one type of task after the other; each cell is announced on standard error as soon as it is there.
 
     Why a cell is missing is added to `failures`.
     """
@@ -68,14 +99,29 @@ def score_all(args: argparse.Namespace, tasks: list, failures: list[str]) -> Ite
         tasks_of_type[task.metadata.type].append(task)
     for task_type, same_type in tasks_of_type.items():
         for rows in table_rows(args, task_type, failures):
+            n_before = len(scores.cells)
             for task, model in itertools.product(same_type, rows):
-                cell = None
                 with other_rows_go_on(args, failures):
-                    cell = score(task, model)
-                if cell is None:
-                    continue
-                say("{task}, {model}: {metric} {percent:.1f} ({seconds:.0f} s)".format(percent=100 * cell["score"], **cell), error=True)
-                yield cell
+                    cell = score(task, model, scores.evidence)
+                    scores.cells.append(cell)
+                    say("{task}, {model}: {metric} {percent:.1f} ({seconds:.0f} s)".format(percent=100 * cell["score"], **cell), error=True)
+            keep_better(scores, n_before, {model.fingerprint for model in rows if model.better_of})
+
+
+def keep_better(scores: Scores, start: int, settings: set[str]) -> None:
+    """Of the cells from `start` on, leave those of the better of these settings of one baseline (fingerprints), and say of what it is."""
+    means = {fingerprint: [c["score"] for c in scores.cells[start:] if c["fingerprint"] == fingerprint] for fingerprint in settings}
+    means = {fingerprint: float(np.mean(values)) for fingerprint, values in means.items() if values}
+    if len(means) < 2:
+        return
+    best = max(sorted(means), key=means.get)
+    labels = {cell["fingerprint"]: cell["model"] for cell in scores.cells[start:]}
+    kept = [cell for cell in scores.cells[start:] if cell["fingerprint"] == best]
+    for cell in kept:
+        cell["better_than"] = {labels[other]: means[other] for other in means if other != best}
+    scores.cells[start:] = kept
+    for row in [row for row in scores.evidence if row.fingerprint in set(means) - {best}]:
+        del scores.evidence[row]
 
 
 def table(cells: list[dict]) -> str:
@@ -84,14 +130,10 @@ def table(cells: list[dict]) -> str:
     models = list(dict.fromkeys((cell["model"], cell["fingerprint"]) for cell in cells))
     by_place = {(cell["model"], cell["fingerprint"], cell["task"]): cell for cell in cells}
     metrics = {cell["task"]: cell["metric"].replace("_", "-") + (" (AMI)" if "ami" in cell else "") for cell in cells}
-
-    def show(cell: dict | None) -> str:
-        if cell is None:
-            return "-"
-        spread = "" if cell["std"] is None else f" ± {100 * cell['std']:.1f}"
-        return f"{100 * cell['score']:.1f}{spread}" + (f" ({100 * cell['ami']:.1f})" if "ami" in cell else "")
-
+    rests_on = {cell["task"]: cell["rests_on"] for cell in cells}
     lines = [["model", *tasks, "mean", "fingerprint"], ["", *(metrics[task] for task in tasks), "", ""]]
+    lines += [["", *(rests_on[task] for task in tasks), "", ""]] if any(rests_on.values()) else []
+    n_head = len(lines)
     for model, fingerprint in models:
         row = [by_place.get((model, fingerprint, task)) for task in tasks]
         mean = f"{100 * np.mean([cell['score'] for cell in row]):.1f}" if all(row) else "-"
@@ -103,10 +145,25 @@ def table(cells: list[dict]) -> str:
         for line in lines
     ]
     text = ["  ".join(line).rstrip() for line in aligned]
+    return "\n".join([*text[:n_head], "-" * max(map(len, text)), *text[n_head:], *notes(cells)])
+
+
+def show(cell: dict | None) -> str:
+    if cell is None:
+        return "-"
+    spread = "" if cell["std"] is None else f" ± {100 * cell['std']:.1f}"
+    return f"{100 * cell['score']:.1f}{spread}" + (f" ({100 * cell['ami']:.1f})" if "ami" in cell else "")
+
+
+def notes(cells: list[dict]) -> list[str]:
+    """Lines below the table."""
     computed = ", ".join(dict.fromkeys(cell["computed"] for cell in cells if cell["computed"]))
-    notes = [f"vectors computed in {computed}"] * bool(computed)
-    notes += ["±: standard deviation over mteb's bootstraps or repetitions"] * any(cell["std"] is not None for cell in cells)
-    return "\n".join([*text[:2], "-" * max(map(len, text)), *text[2:], *notes])
+    lines = [f"vectors computed in {computed}"] * bool(computed)
+    lines += ["±: standard deviation over mteb's bootstraps or repetitions"] * any(cell["std"] is not None for cell in cells)
+    better = {cell["model"]: cell["better_than"] for cell in cells if "better_than" in cell}
+    for model, others in better.items():
+        lines.append(f"{model}: chosen by these scores, " + ", ".join(f"{other} has {100 * mean:.1f}" for other, mean in others.items()))
+    return lines
 
 
 def check_out(path: Path) -> None:
@@ -126,9 +183,10 @@ def partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
-def write_results(cells: list[dict], path: Path) -> None:
+def write_results(scores: Scores, path: Path) -> None:
     """Write every cell and the versions of what computed it, in the format described at the top."""
     packages = ("mteb", "torch", "transformers", "peft", "scikit-learn", "numpy")
     versions = {package: version(package) for package in packages} | {"python": platform.python_version()}
-    write_json(path, {"results": cells, "versions": versions}, indent=1)
-    say(f"{path}: {len(cells)} scores")
+    compared = differences.as_json(scores.evidence, scores.tasks())
+    write_json(path, {"results": scores.cells, **compared, "versions": versions}, indent=1)
+    say(f"{path}: {len(scores.cells)} scores")

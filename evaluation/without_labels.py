@@ -30,8 +30,8 @@ def compare_on_texts(args: argparse.Namespace, splits: list[unlabelled.HiddenWor
     rows, scores = [], {}
     for models in table_rows(args, "Clustering", failures):
         for model in models:
-            if model.fingerprint in scores:
-                continue
+            if model.fingerprint in scores or (model.better_of and model is not models[0]):
+                continue  # which setting of a baseline is the better one labels would tell
             scores[model.fingerprint] = [unlabelled.scores(model.encode_texts(split.texts, "document"), split) for split in splits]
             row = {"model": model.label, "fingerprint": model.fingerprint, "contract": model.contract, "computed": model.computed}
             rows.append(row | {"score": float(np.mean(np.concatenate(scores[model.fingerprint])))})

@@ -74,11 +74,11 @@ def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeyp
     path, calls = labelled(tmp_path / "mine.csv"), []
     score = scores.score
 
-    def failing(task, model):
+    def failing(task, model, evidence):
         calls.append(model)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score(task, model)
+        return score(task, model, evidence)
 
     monkeypatch.setattr(scores, "score", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -113,9 +113,9 @@ def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     labels = [c["model"] for c in results]
     grid_rows = [f"llama, cluster, {p}, {s}" for p in ("mean", "last") for s in ("all", "text")]
     assert labels[:-1] == ["TF-IDF, SVD 100", "llama, none, mean", "llama, none, last", *grid_rows]
-    keys = {"task", "type", "metric", "score", "ami", "splits", "bootstrap_scores", "std"}
+    keys = {"task", "type", "metric", "score", "ami", "splits", "bootstrap_scores", "std", "rests_on"}
     keys |= {"model", "fingerprint", "contract", "computed", "seconds"}
-    assert all(set(c) == keys and 0 <= c["score"] <= 1 for c in results)
+    assert all(set(c) == keys | ({"better_than"} if c["contract"] is None else set()) and 0 <= c["score"] <= 1 for c in results)
     assert len({c["fingerprint"] for c in results}) == len(labels)
     assert results[-1]["fingerprint"] == Encoder.load(model).fingerprint
     assert results[-1]["contract"]["pooling"] == "last"
@@ -123,7 +123,10 @@ def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     assert {"mteb", "torch", "python"} <= set(written["versions"])
     printed, errors = capsys.readouterr()
     assert "vectors computed in float32 on cpu" in printed and "adapter merged into the base" in errors
-    assert printed.count("llama, ") == 6 and f"{100 * results[0]['score']:.1f}" in printed
+    assert (
+        sum(line.startswith("llama, ") for line in printed.split("±: ")[0].splitlines()) == 6
+        and f"{100 * results[0]['score']:.1f}" in printed
+    )
     with pytest.raises(InputError, match="exists already"):
         run("--data", path, "--model", llama, "--out", out)
     with pytest.raises(InputError, match=r"pooling is 'last' in .*'mean', 'position-mean'.* were asked for"):

@@ -1,0 +1,125 @@
+"""What mteb's tasks do not tell: the rows behind a score, seen while mteb computes it.
+
+The four types of task whose score can be taken apart are watched: clustering (labels and vectors of the sample that mteb drew),
+classification by accuracy (right or wrong, for each test text and draw of training texts), STS by Spearman's correlation (similarity of
+each pair) and retrieval (score of each query). Every other cell has no evidence, and so no interval.
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator
+
+import numpy as np
+
+from evaluation import evidence
+from evaluation.evidence import Evidence
+
+UNITS = {"Clustering": "texts", "Classification": "texts", "STS": "pairs", "Retrieval": "queries"}
+
+
+class Observation:
+    """What was seen of one cell: its parts, and how many rows of how many its score rests on."""
+
+    def __init__(self, unit: str):
+        self.unit, self.parts = unit, []
+        self.used = self.whole = 0
+
+    def evidence(self) -> Evidence | None:
+        return evidence.joined(self.parts)
+
+    def rests_on(self) -> str:
+        """Such as "960 texts" or "81 of 2,048 texts"; "" where it was not seen."""
+        if not self.used:
+            return ""
+        return f"{self.used:,} {self.unit}" if self.used >= self.whole else f"{self.used:,} of {self.whole:,} {self.unit}"
+
+
+def digest(*values) -> str:
+    """Tells rows of a task apart."""
+    return hashlib.sha256(json.dumps(values, default=str).encode()).hexdigest()[:16]
+
+
+@contextlib.contextmanager
+def observed(task) -> Iterator[Observation]:
+    """Watch `task`, which must be a copy that runs once, while mteb scores a row of the table with it."""
+    import mteb.abstasks.clustering as clustering
+    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
+
+    seen, metric = Observation(UNITS.get(task.metadata.type, "rows")), task.metadata.main_score
+    original = clustering._evaluate_clustering_bootstrapped
+    if isinstance(task, AbsTaskClustering):
+        watch_clustering(task, seen, clustering, original)
+    elif isinstance(task, AbsTaskClassification) and metric == "accuracy":
+        watch_classification(task, seen)
+    elif isinstance(task, AbsTaskSTS) and metric == "cosine_spearman":
+        watch_sts(task, seen)
+    elif isinstance(task, AbsTaskRetrieval) and task.metadata.type == "Retrieval" and metric.startswith("ndcg_at_"):
+        watch_retrieval(task, seen, metric.replace("_at_", "_cut_"))
+    try:
+        yield seen
+    finally:
+        clustering._evaluate_clustering_bootstrapped = original
+
+
+def watch_clustering(task, seen: Observation, module, bootstrapped) -> None:
+    evaluate_subset = task._evaluate_subset
+
+    def subset(model, data_split, **options):
+        seen.whole += len(data_split)
+        return evaluate_subset(model, data_split, **options)
+
+    def cluster(embeddings, labels, *, max_depth, **options):
+        seen.used += len(labels)
+        for level in range(min(max(map(len, labels)), max_depth or len(embeddings))):
+            of_level = [row[level] if len(row) > level else -1 for row in labels]
+            there = np.array([label != -1 for label in of_level])
+            values = np.array([str(label) for label in of_level])[there]
+            seen.parts.append(evidence.of_clustering(np.asarray(embeddings)[there], values, digest(values.tolist())))
+        return bootstrapped(embeddings, labels, max_depth=max_depth, **options)
+
+    task._evaluate_subset, module._evaluate_clustering_bootstrapped = subset, cluster
+
+
+def watch_classification(task, seen: Observation) -> None:
+    run_experiment, evaluate_subset = task._run_experiment, task._evaluate_subset
+    right, tested = [], []
+
+    def experiment(train_split, eval_split, *vectors, **options):
+        scores, predicted = run_experiment(train_split, eval_split, *vectors, **options)
+        answers = eval_split[task.label_column_name]
+        right.append(np.array([a == b for a, b in zip(answers, predicted, strict=True)], np.float64))
+        tested.append(list(answers))
+        return scores, predicted
+
+    def subset(*args, **options):
+        right.clear(), tested.clear()
+        scores = evaluate_subset(*args, **options)
+        seen.used += len(right[0])
+        seen.parts.append(evidence.of_means(np.stack(right), digest(tested[0])))
+        return scores
+
+    task._run_experiment, task._evaluate_subset = experiment, subset
+
+
+def watch_sts(task, seen: Observation) -> None:
+    calculate = task._calculate_scores
+
+    def scores(similarities, gold):
+        seen.used += len(gold)
+        seen.parts.append(evidence.of_correlation(np.asarray(similarities["cosine_scores"]), np.asarray(gold), digest(list(gold))))
+        return calculate(similarities, gold)
+
+    task._calculate_scores = scores
+
+
+def watch_retrieval(task, seen: Observation, metric: str) -> None:
+    specific_scores = task.task_specific_scores
+
+    def scores(of_query, *args, **options):
+        ids = sorted(of_query)
+        seen.used += len(ids)
+        seen.parts.append(evidence.of_means(np.array([[of_query[i][metric] for i in ids]]), digest(ids)))
+        return specific_scores(of_query, *args, **options)
+
+    task.task_specific_scores = scores
