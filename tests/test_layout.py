@@ -44,7 +44,15 @@ LAYERS = [
     {"serving.card", "serving.server"},
     {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
     {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.encode_worker"},
-    {"bench.bench_own_texts", "bench.bench_rewrite", "bench.bench_server", "bench.gpu", "bench.bench_index", "bench.bench_parity", "bench.bench_intervals"},
+    {
+        "bench.bench_own_texts",
+        "bench.bench_rewrite",
+        "bench.bench_server",
+        "bench.gpu",
+        "bench.bench_index",
+        "bench.bench_parity",
+        "bench.bench_intervals",
+    },
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
