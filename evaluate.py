@@ -3,6 +3,7 @@
     python evaluate.py                                         # the newest run beside its untuned base, clustering
     python evaluate.py --model tiny runs/tiny --baselines tfidf        # side by side
     python evaluate.py --model tiny --prompt none cluster --pooling mean last --scope all text    # a grid for a base
+    python evaluate.py --model tiny --sweep pooling=mean,last,max layers=-1,80%,-2..-3 prompt=none,cluster    # the same, layers too
     python evaluate.py --data mine.csv                         # columns text,label (or text1,text2,score; or a folder)
     python evaluate.py --model runs/mine --texts mine.txt      # without labels: is the run better than its base, or worse?
     python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
@@ -27,12 +28,15 @@ import argparse
 import logging
 from pathlib import Path
 
-from encoder.contract import POOLINGS, QUANTIZATIONS, SCOPES
+from encoder.contract import QUANTIZATIONS, SCOPES
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run
+from evaluation.finished import FinishedCells, partial
 from evaluation.rows import changes_to_run
-from evaluation.scores import Scores, check_out, partial, score_all, table, write_results
+from evaluation.scores import Scores, check_out, score_all, table, write_results
+from evaluation.sweep import AXES, UNTUNED, axis, spread
 from evaluation.task_choice import BENCHMARK, TYPES, choose_tasks
 from evaluation.without_labels import compare_on_texts, read_unlabelled
+from files.arguments import layer, share
 from files.console import InputError, process_rank, run_script, say
 from files.writing import write_json
 from prompts import PROMPTS, get_prompt
@@ -93,16 +97,24 @@ def build_parser() -> argparse.ArgumentParser:
     add("--column", help="column of --texts that holds the text (default: guessed, and printed)")
     # how texts become vectors: for untuned bases; a run has its contract
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them (default: by type of task)")
-    poolings = [p for p in POOLINGS if p != "query"]  # which is learned: an untuned base has none
     add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
     add(
         "--pooling",
         nargs="+",
-        choices=poolings,
+        choices=UNTUNED,
         help="how tokens become a vector (default: last for a prompt that continues after the text, else mean)",
     )
     add("--scope", nargs="+", choices=SCOPES, help="which tokens are pooled (default: all for last, else text)")
-    add("--layers", nargs="+", type=int, help="layers to average: -1 is after the final norm, k after block k (default: -1)")
+    add("--layers", nargs="+", type=layer, help="layers to average: -1 (after the final norm), 9 (after block 9), 80%% (default: -1)")
+    add("--attention-layer", type=layer, metavar="LAYER", help="of --pooling attention: whose attention weighs the tokens (default: -1)")
+    add("--embed-filter", type=share, metavar="SHARE", help="drop this share of the unembedding matrix's directions (default: none)")
+    add(
+        "--sweep",
+        nargs="+",
+        type=axis,
+        metavar="AXIS=VALUES",
+        help=f"a grid of untuned bases: {', '.join(AXES)}, each with values between commas, such as layers=-1,80%%,-2..-5 (default: none)",
+    )
     add("--keep-bos", action="store_true", help="pool the BOS token as well, with --scope all (default: off)")
     add("--max-tokens", type=int, help="longer texts are truncated to this many tokens (default: 512, or what the model allows)")
     add("--dims", type=int, help="keep the first so many numbers of a vector; of a run, those of its --matryoshka (default: all)")
@@ -121,6 +133,7 @@ def main(args: argparse.Namespace) -> None:
     out = args.out if process_rank() == 0 else None  # under torchrun all processes have the same scores, and the first one writes them
     if out:
         check_out(out)
+    spread(args)
     check_flags(args)
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -136,13 +149,14 @@ def main(args: argparse.Namespace) -> None:
             write_json(out, rows)
         end_with(failures)
         return
+    finished = FinishedCells(partial(args.out) if args.out else None, writes=out is not None)
+    if finished.known:
+        say(f"{finished.path}: {len(finished.known)} cells were finished before", error=True)
     try:
-        score_all(args, tasks, failures, scores)
-    except BaseException:  # Ctrl-C, or a task whose download fails after hours: the scores so far are kept
+        score_all(args, tasks, failures, scores, finished)
+    except BaseException:  # Ctrl-C, or a task whose download fails after hours
         if scores.cells:
-            say(table(scores.cells) + "\n(incomplete)")
-            if out:
-                write_results(scores, partial(out))
+            say(table(scores.cells) + "\n(incomplete)" + (f": the same command goes on with {finished.path}" if out else ""))
         raise
     if not scores.cells:
         raise InputError("; ".join(failures))
@@ -151,6 +165,7 @@ def main(args: argparse.Namespace) -> None:
         say(line)
     if out:
         write_results(scores, out)
+        finished.remove()
     end_with(failures)
 
 

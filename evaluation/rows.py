@@ -9,21 +9,27 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from encoder.contract import Contract, default_scope, trained_dims
+import numpy as np
+
+from encoder.contract import POOLING_PRESETS, Contract, default_scope, trained_dims
 from encoder.names import is_run, newest_run
 from evaluation.baselines import FITTED, baseline, side_by_side
 from evaluation.mteb_model import MtebModel, warn_once
-from files.console import InputError, say, short_path, warn
+from files.console import InputError, Progress, say, short_path, warn
 from prompts import TASK_PROMPTS, get_prompt, prompt_label
 
 if TYPE_CHECKING:  # torch and transformers are imported where they are used: what is wrong with the flags is said at once
     from encoder import Encoder
 
+OF_BASES = ("max_tokens", "dims", "layers", "embed_filter", "quantize")  # flags that are fields of an untuned base's contract
+WITH_OTHER_TOKENS = [name for name, fields in POOLING_PRESETS.items() if "eos" in fields]  # they cannot share forward passes
 RUNS = Path(__file__).resolve().parent.parent / "runs"
 
 
@@ -53,11 +59,28 @@ class EncodingCache:
         digest = hashlib.sha256(json.dumps(texts).encode()).digest()
         if self.vectors.get(role, (None,))[0] != digest:
             report = EncodingReport()
-            arrays = self.encoder.encode(texts, role, poolings=self.poolings, progress=True, report=report)
+            self.vectors.pop(role, None)  # makes room
+            arrays, at = self.allocate(len(texts)), 0
+            with Progress(len(texts), "encoding", "text") as bar:
+                for windows in self.encoder.stream(texts, role, poolings=self.poolings, report=report, done=bar.update):
+                    for array, window in zip(arrays, windows, strict=True):
+                        array[at : at + len(window)] = window
+                    at += len(windows[0])
             self.vectors[role] = digest, dict(zip(self.poolings, arrays, strict=True))
             for line in report.warnings():
                 warn(line)
         return self.vectors[role][1]
+
+    def allocate(self, n: int) -> list[np.ndarray]:
+        """An array (N, D) for each pooling configuration; on disk, in files that are gone with the arrays, where memory is short."""
+        from encoder.runtime import free_memory, pick_device
+
+        shapes = [(n, self.encoder.width_of(pooling.pooling)) for pooling in self.poolings]
+        size, free = 4 * sum(map(math.prod, shapes)), free_memory(pick_device("cpu"))
+        if free is None or size < free / 4:
+            return [np.empty(shape, np.float32) for shape in shapes]
+        say(f"{size / 2**30:,.1f} GiB of vectors go to {tempfile.gettempdir()}, as memory is short", error=True)
+        return [np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape) for shape in shapes]
 
 
 def load_encoder(spec: str, args: argparse.Namespace, **contract_fields) -> "Encoder":
@@ -111,8 +134,12 @@ def model_rows(args: argparse.Namespace, task_type: str, failures: list[str]) ->
             with other_rows_go_on(args, failures):
                 if prompt is None:
                     yield from run_rows(spec, args, beside_its_base=beside_its_base)
-                else:
+                    continue
+                ending = [pooling for pooling in args.pooling or [] if pooling in WITH_OTHER_TOKENS]
+                if not args.pooling or len(ending) < len(args.pooling):
                     yield base_rows(spec, prompt, args)
+                for pooling in ending:
+                    yield base_rows(spec, prompt, args, pooling)
 
 
 def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = False) -> Iterator[list[MtebModel]]:
@@ -129,21 +156,36 @@ def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = Fal
     yield [EncodingCache(encoder).row(short_path(spec))]
 
 
-def base_rows(spec: str, prompt: str, args: argparse.Namespace) -> list[MtebModel]:
-    """Rows of an untuned base under one prompt, for every --pooling x --scope. Combinations that pool the same tokens are one row."""
-    fields = {name: getattr(args, name) for name in ("max_tokens", "dims", "layers", "quantize")}
+def base_rows(spec: str, prompt: str, args: argparse.Namespace, ending: str | None = None) -> list[MtebModel]:
+    """Rows of an untuned base under one prompt, for every --pooling x --scope x layers of --sweep.
+
+    Combinations that pool the same states are one row. ending: the one of WITH_OTHER_TOKENS that they are, None for the other poolings.
+    """
+    fields = {name: getattr(args, name) for name in OF_BASES}
+    if ending:
+        fields["eos"] = POOLING_PRESETS[ending]["eos"]
     encoder = load_encoder(spec, args, prompt=prompt, query_prompt=args.query_prompt, **fields)
     if args.compile:
         encoder.compile()
     cache, variants = EncodingCache(encoder), {}
-    for pooling, scope in itertools.product(args.pooling or [encoder.contract.pooling], args.scope or [None]):
+    poolings = [ending] if ending else [name for name in args.pooling or [encoder.contract.pooling] if name not in WITH_OTHER_TOKENS]
+    scopes = ["all"] if ending else args.scope or [None]
+    for name, scope, layers in itertools.product(poolings, scopes, getattr(args, "layer_sets", [None])):
+        preset = POOLING_PRESETS.get(name, {})
+        if layers and "layers" in preset:  # it has its own
+            layers = None
+        pooling, layers = preset.get("pooling", name), layers or preset.get("layers") or encoder.contract.layers
         scope, bare = scope or default_scope(pooling), encoder.contract.is_bare()
-        keep_bos = bool(args.keep_bos and scope == "all")
+        keep_bos = bool(args.keep_bos and scope == "all" and not ending)
         if bare and not keep_bos:
             scope = "text"  # nothing stands around the text: both scopes are the same tokens
-        variant = encoder.with_contract(pooling=pooling, scope=scope, keep_bos=keep_bos)
+        attention_layer = args.attention_layer if pooling == "attention" and args.attention_layer is not None else -1
+        changes = {"pooling": pooling, "scope": scope, "keep_bos": keep_bos, "layers": layers, "attention_layer": attention_layer}
+        variant = encoder.with_contract(**changes)
         queries = f" / {args.query_prompt}" if args.query_prompt else ""
-        label = f"{encoder.contract.base}, {prompt}{queries}, {pooling}" + ("" if bare and scope == "text" else f", {scope}")
+        label = f"{encoder.contract.base}, {prompt}{queries}, {name}" + ("" if bare and scope == "text" else f", {scope}")
+        if layers not in ((-1,), preset.get("layers")):
+            label += f", layer {' '.join(map(str, layers))}"
         variants.setdefault(variant.fingerprint, (label + (" with BOS" if keep_bos else ""), variant))
     return [cache.row(label, variant) for label, variant in variants.values()]
 
@@ -155,7 +197,7 @@ def changes_to_run(spec: str, args: argparse.Namespace) -> dict:
     A single other value is a change. Raises InputError for several other values, and for a change without --override-contract.
     """
     contract = Contract.read(spec)
-    changes = {name: getattr(args, name) for name in ("max_tokens", "dims", "layers", "quantize") if getattr(args, name) is not None}
+    changes = {name: getattr(args, name) for name in (*OF_BASES, "attention_layer") if getattr(args, name) is not None}
     if args.keep_bos:
         changes["keep_bos"] = True
     fields = dict(changes)

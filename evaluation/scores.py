@@ -15,6 +15,7 @@ import numpy as np
 
 from evaluation import differences
 from evaluation.differences import Row, Table
+from evaluation.finished import FinishedCells, partial
 from evaluation.mteb_model import MtebModel
 from evaluation.observing import observed
 from evaluation.rows import other_rows_go_on, table_rows
@@ -67,9 +68,12 @@ def score(task, model: MtebModel, evidence: Table | None = None) -> dict:
     } | repetitions(subsets, about.main_score)
     found = seen.evidence()
     if evidence is not None and found:
-        row = Row(model.label, model.fingerprint, model.grid, model.contract is None)
-        evidence.setdefault(row, {})[about.name] = found
+        evidence.setdefault(row_of(model), {})[about.name] = found
     return cell
+
+
+def row_of(model: MtebModel) -> Row:
+    return Row(model.label, model.fingerprint, model.grid, model.contract is None)
 
 
 def repetitions(subsets: list[dict], metric: str) -> dict:
@@ -89,10 +93,10 @@ def repetitions(subsets: list[dict], metric: str) -> dict:
     return fields
 
 
-def score_all(args: argparse.Namespace, tasks: list, failures: list[str], scores: Scores) -> None:
+def score_all(args: argparse.Namespace, tasks: list, failures: list[str], scores: Scores, finished: FinishedCells) -> None:
     """Fill `scores`, one type of task after the other; each cell is announced on standard error as soon as it is there.
 
-    Why a cell is missing is added to `failures`.
+    What is in `finished` is not computed again. Why a cell is missing is added to `failures`.
     """
     tasks_of_type = defaultdict(list)
     for task in tasks:
@@ -102,10 +106,21 @@ def score_all(args: argparse.Namespace, tasks: list, failures: list[str], scores
             n_before = len(scores.cells)
             for task, model in itertools.product(same_type, rows):
                 with other_rows_go_on(args, failures):
-                    cell = score(task, model, scores.evidence)
-                    scores.cells.append(cell)
+                    scores.cells.append(cell := finished_or_new(task, model, scores.evidence, finished))
                     say("{task}, {model}: {metric} {percent:.1f} ({seconds:.0f} s)".format(percent=100 * cell["score"], **cell), error=True)
             keep_better(scores, n_before, {model.fingerprint for model in rows if model.better_of})
+
+
+def finished_or_new(task, model: MtebModel, evidence: Table, finished: FinishedCells) -> dict:
+    """A cell that was finished by an earlier call, or else a new one, which is then kept for a later call."""
+    if known := finished.get(task, model):
+        cell, row, found = known
+        if found:
+            evidence.setdefault(row, {})[cell["task"]] = found
+        return cell
+    cell = score(task, model, evidence)
+    finished.add(task, cell, row_of(model), evidence.get(row_of(model), {}).get(cell["task"]))
+    return cell
 
 
 def keep_better(scores: Scores, start: int, settings: set[str]) -> None:
@@ -171,16 +186,11 @@ def check_out(path: Path) -> None:
     if path.is_dir():
         raise InputError(f"--out {path} is a folder: name a file, such as {path / 'results.json'}")
     check_absent(path)
-    check_absent(partial(path))
+    FinishedCells(partial(path), writes=False)
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         why = "may not be written to" if folder.is_dir() else "is a file"
         raise InputError(f"--out {path}: {folder} {why}, choose another place")
-
-
-def partial(out: Path) -> Path:
-    """Where the scores of a run that fails are kept."""
-    return out.with_name(out.name + ".partial")
 
 
 def write_results(scores: Scores, path: Path) -> None:

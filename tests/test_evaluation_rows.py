@@ -73,8 +73,8 @@ def test_queries_may_have_a_prompt_of_their_own(llama, tmp_path):
 
 def test_rows_that_share_forward_passes_equal_separate_ones(llama, monkeypatch):
     made = rows.base_rows(llama, "cluster", parse("--pooling", "mean", "last", "attention", "--scope", "all", "text"))
-    texts, calls, encode = ["The cat sat.", "a", "Rates rose again."], [], Encoder.encode
-    monkeypatch.setattr(Encoder, "encode", lambda self, *args, **options: calls.append(args) or encode(self, *args, **options))
+    texts, calls, stream = ["The cat sat.", "a", "Rates rose again."], [], Encoder.stream
+    monkeypatch.setattr(Encoder, "stream", lambda self, *args, **options: calls.append(args) or stream(self, *args, **options))
     vectors = [row.encode([{"text": texts}]) for row in made]
     assert len(made) == 6 and calls == [(texts, "document")]
     for row, shared in zip(made, vectors, strict=True):

@@ -55,11 +55,11 @@ def test_the_spread_is_that_within_a_subset(monkeypatch):
 
 def test_a_place_for_the_scores_is_refused_before_anything_is_scored(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    (tmp_path / "r.json.partial").write_text("old")
+    (tmp_path / "r.json.partial").write_text("old\n")
     for out, message in (
         (tmp_path, rf"--out {tmp_path} is a folder: name a file, such as {tmp_path}/results.json"),
         (tmp_path / "file", "file exists already"),
-        (tmp_path / "r.json", r"r\.json\.partial exists already"),
+        (tmp_path / "r.json", r"r\.json\.partial exists already and holds no cells of a table: move it away"),
         (tmp_path / "file" / "r.json", "file is a file, choose another place"),
     ):
         with pytest.raises(InputError, match=message):
@@ -84,7 +84,7 @@ def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeyp
     with pytest.raises(KeyboardInterrupt):
         run("--data", path, "--model", llama, "--prompt", "none", "cluster", "--out", tmp_path / "r.json")
     assert "(incomplete)" in capsys.readouterr().out and not (tmp_path / "r.json").exists()
-    assert len(json.loads((tmp_path / "r.json.partial").read_text())["results"]) == 1
+    assert len((tmp_path / "r.json.partial").read_text().splitlines()) == 1
 
 
 def test_a_model_that_fails_does_not_cost_the_rows_of_the_others(llama, tmp_path, capsys, monkeypatch):

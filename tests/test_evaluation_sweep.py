@@ -1,0 +1,135 @@
+"""The grid of `--sweep`: its axes, its rows from shared forward passes, and how it goes on after an interruption."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+from short_evaluations import (
+    labelled,
+    offline,  # noqa: F401, a fixture that every test uses
+    parse,
+    run,
+)
+
+import evaluate
+from encoder import Encoder, runtime
+from evaluation import rows, scores
+from evaluation.sweep import axis, spread
+from files.console import InputError
+
+SWEEP = ("--sweep", "prompt=none,cluster", "pooling=mean,last,eos,first-last,max,last+mean", "layers=-1,60%,-2..-3")
+
+
+def test_axes_and_their_values():
+    assert axis("layers=-1,80%,-2..-4,0..1") == ("layers", [-1, "80%", -2, -3, -4, 0, 1])
+    assert axis("pooling=mean,eos") == ("pooling", ["mean", "eos"])
+    for text, message in (
+        ("depth=1", "'depth=1' is not one of prompt=VALUES, pooling=VALUES"),
+        ("pooling=", "is not one of"),
+        ("pooling=mean,median", "pooling 'median': take of mean, last"),
+        ("layers=last", "layers 'last': take numbers, shares such as 80%, or A..B"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError, match=message):
+            axis(text)
+
+
+def test_an_axis_stands_in_one_place(llama):
+    for flags in (("pooling=mean", "pooling=last"), ("pooling=mean", "--pooling", "last"), ("layers=1", "--layers", "1")):
+        with pytest.raises(InputError, match=f"--sweep {flags[0].partition('=')[0]} is given twice, or beside --"):
+            run("--model", llama, "--bundled", "--sweep", *flags)
+    with pytest.raises(SystemExit):
+        parse("--sweep", "pooling=median")
+
+
+def test_rows_of_a_grid_are_those_of_single_calls(llama):
+    args = parse(*SWEEP)
+    spread(args)
+    made = [row for prompt in args.prompt for ending in (None, "eos") for row in rows.base_rows(llama, prompt, args, ending)]
+    texts = ["The cat sat.", "a", "rates rose again"]
+    by_label = {row.label: row.encode([{"text": texts}]) for row in made}
+    assert len(by_label) == len(made) == 2 * (4 * 4 + 1 + 4)
+    for label, settings in (
+        ("llama, none, mean, layer -2", {"layers": [-2]}),
+        ("llama, none, max, layer 60%", {"pooling": "max", "layers": ["60%"]}),
+        ("llama, cluster, first-last, text", {"prompt": "cluster", "pooling": "first-last"}),
+        ("llama, cluster, eos, all", {"prompt": "cluster", "pooling": "eos"}),
+        ("llama, cluster, eos, all, layer -3", {"prompt": "cluster", "pooling": "eos", "layers": [-3]}),
+        ("llama, cluster, last+mean, all", {"prompt": "cluster", "pooling": "last+mean"}),
+    ):
+        alone = Encoder.load(llama, **settings)
+        vectors = alone.encode(texts)
+        expected = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        np.testing.assert_allclose(by_label[label], expected, atol=1e-5, err_msg=label)
+        assert alone.fingerprint == next(row.fingerprint for row in made if row.label == label)
+
+
+def test_one_forward_pass_gives_every_pooling_and_layer_of_a_prompt(llama, tmp_path, monkeypatch):
+    calls, stream = [], Encoder.stream
+    monkeypatch.setattr(Encoder, "stream", lambda self, texts, *a, **k: calls.append(len(k["poolings"])) or stream(self, texts, *a, **k))
+    path = labelled(tmp_path / "mine.csv")
+    run("--data", path, "--model", llama, "--sweep", "prompt=none,cluster", "pooling=mean,last,max", "layers=-1,1..2")
+    assert calls == [9, 9]
+
+
+def test_vectors_go_to_disk_where_memory_is_short(llama, monkeypatch, capsys):
+    args = parse("--prompt", "cluster", "--pooling", "mean", "last+mean")
+    spread(args)
+    texts = ["The cat sat.", "a", "rates rose again"]
+    in_memory = [row.encode([{"text": texts}]) for row in rows.base_rows(llama, "cluster", args)]
+    monkeypatch.setattr(runtime, "free_memory", lambda device: 1)
+    made = rows.base_rows(llama, "cluster", args)
+    on_disk = [row.encode([{"text": texts}]) for row in made]
+    assert "GiB of vectors go to" in capsys.readouterr().err
+    for a, b in zip(in_memory, on_disk, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_an_interrupted_grid_goes_on_and_ends_the_same(llama, tmp_path, capsys, monkeypatch):
+    path, flags = labelled(tmp_path / "mine.csv"), ("--model", llama, "--sweep", "prompt=none,cluster", "pooling=mean,max")
+    run("--data", path, *flags, "--out", tmp_path / "whole.json")
+    whole, computed, score = capsys.readouterr().out, [], scores.score
+
+    def failing(task, model, evidence):
+        computed.append(model.label)
+        if len(computed) == 3:
+            raise KeyboardInterrupt
+        return score(task, model, evidence)
+
+    monkeypatch.setattr(scores, "score", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run("--data", path, *flags, "--out", tmp_path / "r.json")
+    partial = tmp_path / "r.json.partial"
+    assert len(partial.read_text().splitlines()) == 2 and "the same command goes on" in capsys.readouterr().out
+    with open(partial, "a") as f:
+        f.write('{"cell": {"task"')  # killed while it wrote
+    run("--data", path, *flags, "--out", tmp_path / "r.json")
+    assert computed[3:] == ["llama, cluster, mean, text", "llama, cluster, max, text"]
+    assert capsys.readouterr().out.replace("r.json", "whole.json") == whole and not partial.exists()
+    results = [json.loads((tmp_path / name).read_text()) for name in ("whole.json", "r.json")]
+    for result in results:
+        for cell in result["results"]:
+            del cell["seconds"]
+    assert results[0]["results"] == results[1]["results"]
+    for a, b in zip(*(result["differences"] for result in results), strict=True):
+        assert a["verdict"] == b["verdict"] and a["interval"] == pytest.approx(b["interval"], abs=1e-4)
+
+
+def test_a_cell_of_other_data_is_computed_again(llama, tmp_path, monkeypatch):
+    path, flags = labelled(tmp_path / "mine.csv"), ("--model", llama, "--prompt", "none", "cluster", "--out", tmp_path / "r.json")
+    score, interrupted = scores.score, []
+
+    def failing(task, model, evidence):
+        interrupted.append(model.label)
+        if len(interrupted) == 2:
+            raise KeyboardInterrupt
+        return score(task, model, evidence)
+
+    monkeypatch.setattr(scores, "score", failing)
+    with pytest.raises(KeyboardInterrupt):
+        run("--data", path, *flags)
+    labelled(path, 90)
+    run("--data", path, *flags)
+    assert len(interrupted) == 4
+    assert {cell["rests_on"] for cell in json.loads((tmp_path / "r.json").read_text())["results"]} == {"90 texts"}
+    assert evaluate.partial(tmp_path / "r.json").exists() is False
