@@ -30,11 +30,11 @@ class IdsToVectors(nn.Module):
 
 
 def main(folder: str, out: str, code: str) -> None:
-    model = SentenceTransformer(folder, device="cpu", trust_remote_code=code == "1", local_files_only=True).eval()
+    model = SentenceTransformer(folder, device="cpu", trust_remote_code=code == "1", local_files_only=True)
     batch = model.tokenizer(["a text", "another one that is longer"], padding=True, return_tensors="pt")
     shape = {0: "batch", 1: "length"}
     program = torch.onnx.export(
-        IdsToVectors(model),
+        IdsToVectors(model).eval(),
         (batch["input_ids"], batch["attention_mask"]),
         dynamo=True,
         dynamic_shapes=(shape, shape),
