@@ -347,7 +347,8 @@ class Encoder:
             implementation=self.attention_implementation,
         )
         if not len(batch.ids):  # sequences without a token
-            return HiddenStates({index: torch.zeros(0, self.decoder.config.hidden_size, device=self.device) for index in numbers}, packed)
+            empty = torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
+            return HiddenStates(dict.fromkeys(numbers, empty), packed, False, {})
         with self._forward_lock, recorded_states(self.blocks, set(numbers.values())) as states, contextlib.ExitStack() as stack:
             if trim:
                 stack.callback(self.blocks[-1].register_forward_pre_hook(trim_hook(packed), with_kwargs=True).remove)
@@ -368,7 +369,7 @@ class Encoder:
                 packed.release()
                 raise
         rows = {number: state[0, : len(batch.ids)] if self.packed else state[places] for number, state in states.items()}
-        return HiddenStates({index: rows[number] for index, number in numbers.items()}, packed, trim)
+        return HiddenStates({index: rows[number] for index, number in numbers.items()}, packed, trim, {})
 
     def pool(self, states: HiddenStates, batch: PackedBatch, pooling: PoolingConfig | None = None) -> Tensor:
         """States -> (B, D) float32 by `pooling` (default: the contract's), cut to dims and normalized as the contract says."""

@@ -24,7 +24,17 @@ class HiddenStates(NamedTuple):
 
     layers: dict[Layer, Tensor]  # layer -> (T, D), a state for each token of the row
     attention: PackedAttention  # has kept what the attention scores of the layers asked for are computed from
-    last_only: bool = False  # the states are those of each sequence's last token alone, (B, D)
+    last_only: bool  # the states are those of each sequence's last token alone, (B, D)
+    chosen: dict  # what poolings of the same tokens and layers share, see `choose`
+
+
+class ChosenTokens(NamedTuple):
+    """The tokens that take part in a pooling, and their states."""
+
+    first: np.ndarray  # (B,) of each sequence, its first
+    located: tuple[np.ndarray, np.ndarray, np.ndarray]  # what `PackedBatch.locate` returned, (M,) each
+    cu_seqlens: Tensor  # (B+1,)
+    values: Tensor  # (M, D)
 
 
 def check_layer(index: Layer, n_layers: int) -> int:
@@ -74,30 +84,42 @@ def pooled_width(pooling: str, width: int) -> int:
     return 2 * width if pooling == "last+mean" else width
 
 
+def choose(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, device: torch.device) -> ChosenTokens:
+    """The tokens that a pooling takes, from the layers that it reads; the same for all poolings of these tokens and layers."""
+    key = config.pooling == "last", config.scope, config.keep_bos, config.layers
+    if key not in states.chosen:
+        first, end = batch.pooled_range(config)
+        if config.pooling == "last":
+            first = np.maximum(end - 1, 0)
+        located = batch.locate(first, end)
+        takes_all = states.last_only or (len(located[0]) == len(batch.ids) and not batch.prefix_length)
+        layers = [states.layers[i] if takes_all else select_tokens(states.layers[i], batch.prefix_length, *located) for i in config.layers]
+        values = layers[0] if len(layers) == 1 else torch.stack([x.float() for x in layers]).mean(0)
+        if not values.requires_grad and not values.is_cuda:
+            values = values.to(torch.promote_types(values.dtype, torch.float32))  # once, not in every pooling; a GPU's kernels read any
+        cu_seqlens = to_device(np.concatenate([[0], np.cumsum(end - first)]), device)
+        states.chosen[key] = ChosenTokens(first, located, cu_seqlens, values)
+    return states.chosen[key]
+
+
 def pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query: Tensor, n_layers: int, device: torch.device) -> Tensor:
     """States -> (B, `pooled_width`) float32, neither cut nor normalized."""
     if config.pooling == "last+mean":
         parts = [pool(states, batch, config._replace(pooling=part), query, n_layers, device) for part in ("last", "mean")]
         return torch.cat([F.normalize(part, dim=-1) for part in parts], -1)
-    first, end = batch.pooled_range(config)
     if states.last_only and config.pooling != "last":
         raise ValueError(f"these states are those of last tokens only: give {config} to `forward` as well")
-    if config.pooling == "last":
-        first = np.maximum(end - 1, 0)
-    places, positions, sequence = chosen = batch.locate(first, end)
-    cu_seqlens = to_device(np.concatenate([[0], np.cumsum(end - first)]), device)
-    takes_all = states.last_only or (len(places) == len(batch.ids) and not batch.prefix_length)
-    layers = [states.layers[i] if takes_all else select_tokens(states.layers[i], batch.prefix_length, *chosen) for i in config.layers]
-    values = layers[0] if len(layers) == 1 else torch.stack([x.float() for x in layers]).mean(0)  # (M, D)
+    first, located, cu_seqlens, values = choose(states, batch, config, device)
     if config.pooling == "mean":
         return mean_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "position-mean":  # weight i for the i-th token of the scope: SGPT, Muennighoff 2022, arXiv 2202.08904
+        _, positions, sequence = located
         weights = to_device((positions - first[sequence] + 1).astype(np.float32), device)
         return mean_pool(values, cu_seqlens=cu_seqlens, weights=weights)
     if config.pooling == "last":
         return last_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "attention":
-        scores = states.attention.scores(scored_block(config.attention_layer, n_layers), *chosen)
+        scores = states.attention.scores(scored_block(config.attention_layer, n_layers), *located)
         return attention_pool(values, scores, cu_seqlens=cu_seqlens)[0].mean(1)
     if config.pooling == "max":
         return max_pool(values, cu_seqlens=cu_seqlens)

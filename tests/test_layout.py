@@ -51,6 +51,7 @@ LAYERS = [
         "bench.gpu",
         "bench.bench_index",
         "bench.bench_parity",
+        "bench.bench_sweep",
         "bench.bench_intervals",
     },
 ]
