@@ -100,6 +100,10 @@ def compared(one: dict[str, Evidence], other: dict[str, Evidence], tasks: list[s
     return found | {"mean": over_tasks(list(found.values())), "mean AMI": over_tasks(ami)}
 
 
+def with_evidence(table: Table, tasks: list[str]) -> list[str]:
+    return [task for task in tasks if any(task in cells for cells in table.values())]
+
+
 def reference(table: Table) -> Row:
     """The row that the others are compared with: the first that is no baseline."""
     return next((row for row in table if not row.baseline), next(iter(table)))
@@ -166,7 +170,7 @@ def aligned(lines: list[list[str]]) -> list[str]:
 
 def lines(table: Table, tasks: list[str]) -> list[str]:
     """What is printed below the table; [] where there is nothing to compare."""
-    tasks = [task for task in tasks if any(task in cells for cells in table.values())]
+    tasks = with_evidence(table, tasks)
     if len(table) < 2 or not tasks:
         return []
     first = reference(table)
@@ -211,6 +215,7 @@ def show_choice(choice: dict) -> str:
 
 def as_json(table: Table, tasks: list[str]) -> dict:
     """Everything that was compared, for --out."""
+    tasks = with_evidence(table, tasks)
     if len(table) < 2:
         return {"differences": [], "chosen_on_halves": []}
     differences = [

@@ -141,6 +141,15 @@ def test_the_first_row_that_is_no_baseline_is_what_the_others_are_compared_with(
     assert labels == [("TF-IDF", "setting 0"), ("setting 1", "setting 0"), ("setting 2", "setting 0"), ("setting 1", "setting 2")]
 
 
+def test_a_task_that_could_not_be_seen_does_not_cost_the_others_their_intervals():
+    table = made_up([0.5, 0.7], 0.0)
+    written = differences.as_json(table, ["task", "summarization"])["differences"]
+    assert [(d["task"], d["verdict"]) for d in written] == [("task", "better"), ("mean", "better"), ("mean AMI", "better")]
+    assert differences.lines(table, ["summarization"]) == [] == differences.lines(dict(list(table.items())[:1]), ["task"])
+    table[Row("late", "l")] = {}  # failed on this task
+    assert any(line.split() == ["late", "no", "interval", "no", "interval"] for line in differences.lines(table, ["task"]))
+
+
 @pytest.mark.parametrize("kind", ["Clustering", "Classification", "STS", "Retrieval"])
 def test_what_is_seen_of_a_task_gives_its_score(kind, tmp_path):
     """Every type's evidence has the score that mteb computes, or, of k-means on other draws, one like it."""

@@ -49,6 +49,7 @@ def test_the_spread_is_that_within_a_subset(monkeypatch):
 
     cell = of(v_measures={"level 0": [0.1, 0.2], "level 1": [0.8, 0.9]})
     assert cell["bootstrap_scores"] == [0.1, 0.2, 0.8, 0.9] and cell["std"] == pytest.approx(0.1 / math.sqrt(2))
+    assert of(v_measures=[0.1, 0.3])["std"] == pytest.approx(0.2 / math.sqrt(2))  # as the tasks of MTEB(eng, v1) have it
     cell = of()
     assert cell["bootstrap_scores"] is None and cell["std"] is None and "±" not in scores.table([cell])
 
