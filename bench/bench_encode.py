@@ -9,8 +9,8 @@
 Sides: ours; sentence-transformers on the same weights, at its best (the same dtype, the fastest of several batch sizes, its
 unpadding where it has it), at its defaults (32 texts a batch, the dtype of the stored weights) and on a CPU in float32;
 `AutoModelForCausalLM` as published evaluation loops have it (32 texts a batch in the order given, padding, every hidden state
-kept, logits computed); with --vllm-python vLLM's offline engine on the exported folder, in a process of its own (encode_worker.py), with
---compile compiled as well.
+kept, logits computed); with --vllm-python vLLM's offline engine (with --compile compiled as well) and with --llama-python llama.cpp's
+library on the exported folder, in processes of their own (encode_worker.py).
 
 Texts are drawn from the bundled tasks and cut to length: `short` 10 to 20 tokens, `long` 150 to 300, `mixed` half of each.
 Prompts: none, 8 or 30 tokens before the text, and `cluster` of prompts.py, before and behind it. Every side's vectors must agree
@@ -216,6 +216,16 @@ class Sides:
 
         return encode
 
+    def llama_cpp(self, python: str, scratch: str, source: Path, kind: str, texts: list[str]) -> Encode:
+        from serving.gguf_folder import SEQUENCES, write_gguf_folder
+
+        longest = max(map(len, self.encoder.tokenize(texts).ids))
+        n_tokens = -(-longest // SEQUENCES) * SEQUENCES  # of larger contexts it computes the attention as well, and is slower
+        encoder, exported = self.load_encoder(torch.float32), Path(tempfile.mkdtemp(dir=scratch)) / "exported"
+        exported.mkdir()
+        write_gguf_folder(encoder, exported, kind, source, python)
+        return Worker(python, scratch, "llama.cpp", exported, n_tokens)
+
     def vllm(self, python: str, scratch: str, *compiled: str) -> Encode:
         exported, dtype = Path(tempfile.mkdtemp(dir=scratch)) / "exported", str(self.dtype).removeprefix("torch.")
         write_folder(self.load_encoder(self.dtype), exported, dtype)
@@ -259,6 +269,9 @@ def make_sides(sides: Sides, args: argparse.Namespace, texts: list[str]) -> tupl
         made["vLLM"] = sides.vllm(args.vllm_python, args.scratch)
         if args.compile:
             made["vLLM, compiled"] = sides.vllm(args.vllm_python, args.scratch, "compiled")
+    if args.llama_python:
+        for kind in ("f16", "q8_0"):
+            made[f"llama.cpp, {kind}"] = sides.llama_cpp(args.llama_python, args.scratch, args.llama_cpp, kind, texts)
     if args.no_rivals:
         return made, out_of_memory
     if importlib.util.find_spec("sentence_transformers"):
@@ -418,6 +431,8 @@ def main() -> None:
     add("--no-rivals", action="store_true", help="ours alone, for --ablate and --compile (default: beside the others)")
     add("--compile", action="store_true", help="ours with compiled layers as well")
     add("--vllm-python", metavar="PATH", help="Python of an environment with vLLM, as a further side")
+    add("--llama-python", metavar="PATH", help="Python of an environment with llama-cpp-python, as further sides: f16 and q8_0")
+    add("--llama-cpp", type=Path, metavar="DIR", help="llama.cpp's source, beside --llama-python")
     add("--stream", type=int, metavar="N", help="only: N lines through one layer, and memory")
     add("--json", type=Path)
     args = parser.parse_args()

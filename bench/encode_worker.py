@@ -1,13 +1,11 @@
 """Another runtime as a side of bench_encode.py, in a process and an environment of its own.
 
-    VLLM_PYTHON bench/encode_worker.py vllm FOLDER DTYPE [compiled]            # vLLM's offline engine
-    LLAMA_PYTHON bench/encode_worker.py llama.cpp MODEL.gguf THREADS           # its library, given token ids
+    VLLM_PYTHON bench/encode_worker.py vllm FOLDER DTYPE [compiled]       # vLLM's offline engine, on what export.py --to vllm writes
+    LLAMA_PYTHON bench/encode_worker.py llama.cpp FOLDER N_TOKENS         # llama.cpp's library, on what export.py --to gguf writes
 
-Reads lines of JSON, {"texts": [...]} or {"ids": [[...], ...]}, with "out": a path, to which it writes the vectors as an array (N, D);
-answers each with a line.
+Reads lines of JSON, {"texts": [...], "out": a path}, writes the vectors to that path as an array (N, D), and answers each with a line.
 """
 
-import ctypes
 import json
 import os
 import sys
@@ -21,32 +19,25 @@ def vllm(folder: str, dtype: str, compiled: str = ""):
 
     settings = {"max_num_batched_tokens": 8192, "max_num_seqs": 512, "disable_log_stats": True}
     model = LLM(folder, runner="pooling", dtype=dtype, enforce_eager=not compiled, **settings)
-    return lambda job: [row.outputs.embedding for row in model.embed(job["texts"], use_tqdm=False)]
+    return lambda texts: [row.outputs.embedding for row in model.embed(texts, use_tqdm=False)]
 
 
-def llama_cpp(path: str, threads: str, sequences: int = 64, tokens: int = 2048):
+def llama_cpp(folder: str, n_tokens: str):
     import llama_cpp
 
-    settings = {"n_ctx": tokens, "n_batch": tokens, "n_ubatch": tokens, "n_threads": int(threads), "n_threads_batch": int(threads)}
-    model = llama_cpp.Llama(path, embedding=True, n_seq_max=sequences, kv_unified=True, verbose=False, **settings)
-    width = model.n_embd()
+    sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), os.pardir, "serving"))
+    from llama_cpp_worker import FileTokenizer, read_weights_as_stored
 
-    def embed(job: dict) -> list:
-        rows, order = [None] * len(job["ids"]), sorted(range(len(job["ids"])), key=lambda i: -len(job["ids"][i]))
-        while order:
-            some, used = [], 0
-            while order and len(some) < sequences and used + len(job["ids"][order[0]]) <= tokens:
-                some.append(order.pop(0))
-                used += len(job["ids"][some[-1]])
-            model._batch.reset()
-            for number, row in enumerate(some):
-                model._batch.add_sequence(job["ids"][row], number, False)
-            llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(model._ctx.ctx), True)
-            model._ctx.decode(model._batch)
-            for number, row in enumerate(some):
-                pointer = llama_cpp.llama_get_embeddings_seq(model._ctx.ctx, number)
-                rows[row] = np.ctypeslib.as_array(ctypes.cast(pointer, ctypes.POINTER(ctypes.c_float)), (width,)).copy()
-        return rows
+    read_weights_as_stored()  # it crashes with repacked weights where a CPU has AMX
+    threads = len(os.sched_getaffinity(0))
+    size = dict.fromkeys(("n_ctx", "n_batch", "n_ubatch"), int(n_tokens)) | dict.fromkeys(("n_threads", "n_threads_batch"), threads)
+    tokenizer = FileTokenizer(f"{folder}/tokenizer.json")
+    model = llama_cpp.Llama(f"{folder}/model.gguf", embedding=True, tokenizer=tokenizer, verbose=False, **size)
+
+    def embed(texts: list[str]) -> list[list[float]]:
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+        rows = model.embed([texts[i] for i in order])
+        return [row for _, row in sorted(zip(order, rows, strict=True), key=lambda pair: pair[0])]
 
     return embed
 
@@ -58,7 +49,7 @@ def main(engine: str, *arguments: str) -> None:
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         job = json.loads(line)
-        np.save(job["out"], np.asarray(embed(job), np.float32))
+        np.save(job["out"], np.asarray(embed(job["texts"]), np.float32))
         print("done", file=answers, flush=True)
 
 
