@@ -186,6 +186,10 @@ def base_rows(spec: str, prompt: str, args: argparse.Namespace, ending: str | No
         label = f"{encoder.contract.base}, {prompt}{queries}, {name}" + ("" if bare and scope == "text" else f", {scope}")
         if layers not in ((-1,), preset.get("layers")):
             label += f", layer {' '.join(map(str, layers))}"
+        if attention_layer != -1:
+            label += f", attention of layer {attention_layer}"
+        if args.embed_filter is not None:
+            label += f", embed filter {args.embed_filter:g}"
         variants.setdefault(variant.fingerprint, (label + (" with BOS" if keep_bos else ""), variant))
     return [cache.row(label, variant) for label, variant in variants.values()]
 

@@ -64,6 +64,19 @@ def test_rows_of_a_grid_are_those_of_single_calls(llama):
         assert alone.fingerprint == next(row.fingerprint for row in made if row.label == label)
 
 
+def test_flags_that_change_vectors_are_in_the_label(llama):
+    args = parse("--pooling", "attention", "mean", "--attention-layer", 1, "--embed-filter", 0.5)
+    spread(args)
+    made = rows.base_rows(llama, "none", args)
+    assert [row.label for row in made] == [
+        "llama, none, attention, attention of layer 1, embed filter 0.5",
+        "llama, none, mean, embed filter 0.5",
+    ]
+    alone = Encoder.load(llama, pooling="attention", attention_layer=1, embed_filter=0.5)
+    assert made[0].fingerprint == alone.fingerprint
+    np.testing.assert_allclose(made[0].encode([{"text": ["a cat"]}]), alone.encode(["a cat"]), atol=1e-5)
+
+
 def test_one_forward_pass_gives_every_pooling_and_layer_of_a_prompt(llama, tmp_path, monkeypatch):
     calls, stream = [], Encoder.stream
     monkeypatch.setattr(Encoder, "stream", lambda self, texts, *a, **k: calls.append(len(k["poolings"])) or stream(self, texts, *a, **k))
