@@ -1,13 +1,16 @@
 """Exported folders, and the faults that are put into them on purpose: shared by the tests of `export.py`."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from encoder import Encoder
 from serving.folder import roles_of
-from serving.verification import Truth
+from serving.verification import Truth, VerificationFailed
 
 QUERY = "question: {text}"
 CONTRACTS = [
@@ -43,6 +46,16 @@ class Exported:
             for way, vectors in self.vectors(path, self.truth.texts).items():
                 lowest.append(self.truth.check(role, way, vectors, self.dtype).cosine)
         return lowest
+
+
+def assert_named(exported: Exported, inject: Callable, name: str) -> None:
+    """A fault is named, by the folder's tokenizer where it is one of tokens, and by the runtime's vectors alone."""
+    inject(exported)
+    with pytest.raises(VerificationFailed, match=re.escape(name)):
+        exported.verify()
+    exported.truth.check_tokens = lambda *_: None
+    with pytest.raises(VerificationFailed, match=re.escape(name)):
+        exported.verify()
 
 
 def edit_json(path: Path, change: Callable) -> None:

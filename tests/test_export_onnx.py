@@ -13,14 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_run
-from exported import CONTRACTS, QUERY, TOKEN_FAULTS, Exported, with_truncation
+from exported import CONTRACTS, QUERY, TOKEN_FAULTS, Exported, assert_named, with_truncation
 
 import export
 from encoder import Encoder
 from files.console import InputError
 from serving import onnx_folder, runtimes
 from serving.folder import pooling_modules
-from serving.verification import VerificationFailed
 
 for package in onnx_folder.PACKAGES:
     pytest.importorskip(package)
@@ -141,12 +140,7 @@ def test_a_fault_is_named(faultless, tmp_path, fault):
     """Both by the folder's tokenizer, where it is one of tokens, and by the runtime's vectors alone."""
     inject, name = FAULTS[fault]
     exported = exported_folder(faultless, tmp_path / "out")
-    inject(exported)
-    with pytest.raises(VerificationFailed, match=re.escape(name)):
-        exported.verify()
-    exported.truth.check_tokens = lambda *_: None
-    with pytest.raises(VerificationFailed, match=re.escape(name)):
-        exported.verify()
+    assert_named(exported, inject, name)
 
 
 def test_bfloat16_is_refused(llama, tmp_path):
