@@ -55,12 +55,17 @@ def check_flags(args: argparse.Namespace) -> None:
         get_prompt(prompt, args.query_prompt)
     if args.keep_bos and "all" not in (args.scope or []):
         raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
+    runs = [spec for spec in args.model or [] if is_run(spec)]
+    if args.layer_sets != [None] and args.model and len(runs) == len(args.model):
+        raise InputError("--sweep layers is a grid of untuned bases, and every --model is a run: add its base, or leave it out")
+    if args.attention_layer is not None and not runs and "attention" not in (args.pooling or []):
+        raise InputError("--attention-layer works with --pooling attention: add that, or leave it out")
     for flag, value in (("--max-tokens", args.max_tokens), ("--dims", args.dims)):
         if value is not None and value < 1:
             raise InputError(f"{flag} must be 1 or more, not {value}")
+    for spec in runs:
+        changes_to_run(spec, args)
     for spec in args.model or []:
-        if is_run(spec):
-            changes_to_run(spec, args)
         find_base(base_of(spec))
 
 

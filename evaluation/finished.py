@@ -24,6 +24,9 @@ def partial(out: Path) -> Path:
     return out.with_name(out.name + ".partial")
 
 
+BEGINNING = '{"cell": {'  # of a line
+
+
 class FinishedCells:
     """Cells by task, data and row. Raises InputError for a file that holds something else.
 
@@ -35,11 +38,14 @@ class FinishedCells:
         self.path, self.writes, self.known = path, writes, {}
         if path is None or not path.exists():
             return
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
         whole = text[: text.rfind("\n") + 1]
-        if whole != text and whole and writes:  # the process was killed while it wrote the last line
-            write_text(path, whole)
-        for line in whole.splitlines():
+        begun = text[len(whole) :]  # by a process that was killed while it wrote
+        if begun and begun[: len(BEGINNING)] == BEGINNING[: len(begun)]:
+            if writes:
+                write_text(path, whole)
+            begun = ""
+        for line in [*whole.splitlines(), *([begun] if begun else [])]:
             try:
                 known = json.loads(line)
                 cell = known["cell"]
