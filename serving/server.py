@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
-from files.console import InputError
+from files.console import InputError, warn
 from prompts import ROLES
 
 if TYPE_CHECKING:
@@ -191,6 +191,12 @@ def answer(vectors: np.ndarray, encoding: str, name: str, n_tokens: int) -> dict
     return {"object": "list", "data": rows, "model": name, "usage": {"prompt_tokens": n_tokens, "total_tokens": n_tokens}}
 
 
+def refusal(error: Refused) -> Response:
+    kind = "invalid_request_error" if error.status < 500 else "server_error"
+    body = {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}
+    return JSONResponse(body, error.status, headers={"Retry-After": "1"} if error.status == 503 else None)
+
+
 def make_app(encoder: "Encoder", name: str, key: str | None, limits: Limits) -> Starlette:
     """The application; `app.state.batcher` runs the model.
 
@@ -217,9 +223,10 @@ def make_app(encoder: "Encoder", name: str, key: str | None, limits: Limits) -> 
         except ClientDisconnect:
             response = Response(status_code=499)  # nobody reads it
         except Refused as error:
-            kind = "invalid_request_error" if error.status < 500 else "server_error"
-            body = {"error": {"message": str(error), "type": kind, "param": None, "code": error.status}}
-            response = JSONResponse(body, error.status, headers={"Retry-After": "1"} if error.status == 503 else None)
+            response = refusal(error)
+        except Exception as error:  # memory that ran out, a fault of the model: the client and the metrics hear of it as well
+            warn(f"a request of {len(texts)} texts failed: {type(error).__name__}: {error}")
+            response = refusal(Refused(500, "the model failed on this request: its error is in the server's log"))
         metrics.add(response.status_code, len(texts), n_tokens, time.perf_counter() - began)
         return response
 

@@ -207,6 +207,20 @@ def test_a_fault_of_the_model_reaches_all_that_wait():
     batcher.close()
 
 
+def test_a_fault_of_the_model_is_answered_and_counted(served, encoder, monkeypatch, capsys):
+    def fail(*_):
+        raise RuntimeError("the model has no memory left")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(encoder, "encode", fail)
+        status, answer = served.post({"input": ["one", "two"]})
+    assert status == 500 and answer["error"]["message"].startswith("the model failed on this request")
+    assert "a request of 2 texts failed: RuntimeError: the model has no memory left" in capsys.readouterr().err
+    assert served.post({"input": "one"})[0] == 200
+    with urllib.request.urlopen(f"{served.url}/metrics", timeout=60) as response:
+        assert 'embed_requests_total{status="500"} 1' in response.read().decode()
+
+
 def test_metrics():
     metrics = Metrics()
     metrics.add(200, 3, 17, 0.5)
