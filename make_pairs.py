@@ -118,8 +118,9 @@ def build_parser() -> argparse.ArgumentParser:
     auto = engines.add_parser("auto", parents=[common, table], help="your own texts with a teacher that needs no label: see README")
     auto.add_argument(
         "--model",
-        default="tiny",
-        help="model whose vectors are part of the teacher, best the one to train: run, preset, folder, hub id, or none (default tiny)",
+        nargs="+",
+        default=["tiny"],
+        help="models whose vectors are part of the teacher, best the one to train and a run of it on general pairs; or none (default tiny)",
     )
     auto.add_argument(
         "--general", type=Path, help="file of pairs that keep general knowledge, or none (default: docstrings of the installed packages)"

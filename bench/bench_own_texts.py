@@ -13,7 +13,11 @@ five seeds of it):
     words          the teacher of make_pairs.py auto --model none: words and letter sequences, smoothed over neighbours
     teacher        what make_pairs.py auto makes of the corpus, the untuned model beside the words; neither can encode any other text
     auto           make_pairs.py auto, then train.py: the model has learned from the teacher
-    own only       the same without general pairs
+    two rounds     the same once more, from the untuned model, with the run of `auto` in its place in the teacher
+    with general   `auto` with the run `general` in the teacher beside the untuned model, and then also
+    from general   where training goes on with the run `general`
+    second teacher, teacher with general    the teachers of two of these; neither can encode any other text
+    own only       `auto` without general pairs
     half           auto on the first half of the corpus; scored on both halves, the second of which it never saw
     neighbours, same, crop, noise    train.py on pairs alone, one of each text and as many steps: the text and its nearest under the
                    teacher, the text twice (with dropout), two of its spans, it and a damaged copy; "no gate": what the gate would drop too
@@ -56,9 +60,11 @@ ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
     "columns": (["columns", "--columns", "title", "abstract"], []),
 }
 # of all recipes, those that encode any text
-ENCODERS = ("untuned", "general", "auto", "own only", "half", "neighbours", *ENGINES)
+ENCODERS = ("untuned", "general", "auto", "two rounds", "with general", "from general", "own only", "half", "neighbours", *ENGINES)
+# recipe of a teacher's vectors -> of its folder
+TEACHERS = {"words": "words", "teacher": "auto", "second teacher": "two rounds", "teacher with general": "with general"}
 DEFAULT = ("untuned", "LSA", "words", "general", "side by side", "teacher", "auto")
-RECIPES = (*DEFAULT, *ENCODERS[3:], "MiniLM")
+RECIPES = (*DEFAULT, *ENCODERS[3:], *list(TEACHERS)[2:], "MiniLM")
 POOLING = {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
 
 
@@ -114,6 +120,8 @@ class Corpus:
             return self.train(self.args.out / "general", self.general)
         if recipe == "neighbours":
             return self.train(self.folder / "neighbours", self.neighbour_pairs())
+        if recipe == "from general":
+            return self.train(self.folder / "from-general", self.pairs("with general"), "--model", self.run("general"))
         flags = ENGINES[recipe][1] if recipe in ENGINES else []
         return self.train(self.folder / recipe.replace(",", "").replace(" ", "-"), self.pairs(recipe), *flags)
 
@@ -126,11 +134,17 @@ class Corpus:
             rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
             write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
             general = ["--general", "none" if recipe in ("own only", "words") else self.general]
-            model = ["--model", "none" if recipe == "words" else "tiny"]
-            engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, *model]
+            models = self.teacher_models(recipe)
+            engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, "--model", *models]
             column = [] if recipe == "columns" else ["--column", "text"]
             call("make_pairs.py", *engine, "--input", source, *column, "--out", pairs, log=self.folder / "log.txt")
         return pairs
+
+    def teacher_models(self, recipe: str) -> list:
+        """What --model of `auto` names for a recipe."""
+        if recipe == "two rounds":
+            return [self.run("auto")]
+        return ["none"] if recipe == "words" else ["tiny", *([self.run("general")] if recipe == "with general" else [])]
 
     def train(self, out: Path, pairs: Path, *flags) -> Path:
         """The run OUT-SEED on these pairs. Those that are no folder of `auto` take --steps and the contract that `auto` takes."""
@@ -168,8 +182,8 @@ class Corpus:
             from sentence_transformers import SentenceTransformer
 
             return SentenceTransformer(self.args.sentence_transformer).encode(self.texts)
-        if recipe in ("teacher", "words"):
-            return self.teacher("auto" if recipe == "teacher" else recipe)
+        if recipe in TEACHERS:
+            return self.teacher(TEACHERS[recipe])
         return self.encoder(recipe)(self.texts)
 
 

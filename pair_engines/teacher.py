@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from encoder.names import base_of, find_base, is_run
 from files.console import InputError, say, warn
 from files.reading import left_out
 from files.writing import check_absent, errors_of_writing, write_atomic, write_json, write_text
@@ -51,16 +52,18 @@ class Corpus(NamedTuple):
 def auto(args: argparse.Namespace) -> None:
     """Write the folder of texts, teacher, general pairs and recipe (training/own_texts.py), and say what was chosen and why."""
     check_absent(args.out)
+    models = teacher_models(args.model)
     general = read_general(args)
     corpus = read_corpus(args)
     lexical = lexical_vectors(corpus)
     names = [name for name, _ in lexical]
     parts = [vectors for _, vectors in lexical]
-    fingerprint = None
-    if args.model != "none":
-        vectors, fingerprint = model_vectors(corpus.texts, args)
+    fingerprints = []
+    for model in models:
+        vectors, fingerprint = model_vectors(model, corpus.texts, args)
         parts.append(vectors)
-        names.append(f"vectors of {args.model}")
+        names.append(f"vectors of {model}")
+        fingerprints.append(fingerprint)
     say(f"teacher: {', '.join(names)}, side by side")
     teacher, neighbours = side_by_side(parts)
     steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
@@ -69,8 +72,8 @@ def auto(args: argparse.Namespace) -> None:
         "language": corpus.language,
         "median_words": corpus.words,
         "teacher": names,
-        "model": args.model,
-        "fingerprint": fingerprint,
+        "models": models,
+        "fingerprints": fingerprints,
         "general": str(args.general or "docstrings"),
         "train": {"steps": steps, "pooling": "position-mean", "scope": "all"},
     }
@@ -78,7 +81,8 @@ def auto(args: argparse.Namespace) -> None:
     say(f"{args.out}: {len(corpus.texts):,} texts with their neighbours, for example")
     for number in (0, 1):
         say(f"  {corpus.texts[number][:90]!r}\n  {corpus.texts[neighbours[number, 0]][:90]!r}")
-    say(f"next: python train.py --model {'tiny' if args.model == 'none' else args.model} --pairs {args.out} --out runs/{args.out.name}")
+    student = base_of(models[0]) if models else "tiny"
+    say(f"next: python train.py --model {student} --pairs {args.out} --out runs/{args.out.name}")
 
 
 # ------------------------------------------------------------------------------------------------------------ the corpus
@@ -172,15 +176,27 @@ def lexical_vectors(corpus: Corpus) -> list[tuple[str, np.ndarray]]:
     return vectors
 
 
-def model_vectors(texts: list[str], args: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """Vectors (N, at most MODEL_DIMS) of the model of --model, and its fingerprint; the mean over all tokens unless it is a run."""
+def teacher_models(specs: list[str]) -> list[str]:
+    """The models of --model. Raises InputError for what cannot be found, or beside "none", before anything slow begins."""
+    if "none" in specs:
+        if len(specs) > 1:
+            raise InputError("--model none means that no model takes part: leave it or the others out")
+        return []
+    if len(set(specs)) < len(specs):
+        raise InputError("--model names a model twice: each has one say")
+    for spec in specs:
+        find_base(base_of(spec))
+    return specs
+
+
+def model_vectors(model: str, texts: list[str], args: argparse.Namespace) -> tuple[np.ndarray, str]:
+    """Vectors (N, at most MODEL_DIMS) of a model of --model, and its fingerprint; the mean over all tokens unless it is a run."""
     from sklearn.decomposition import PCA
 
     from encoder import Encoder, EncodingReport
-    from encoder.names import is_run
 
-    contract = {} if is_run(args.model) else {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
-    encoder, report = Encoder.load(args.model, dtype=args.dtype, device=args.device, **contract), EncodingReport()
+    contract = {} if is_run(model) else {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
+    encoder, report = Encoder.load(model, dtype=args.dtype, device=args.device, **contract), EncodingReport()
     encoder.merge()
     vectors = encoder.encode(texts, progress=True, report=report)
     for line in [*encoder.notes, *report.warnings()]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import make_run
 from safetensors.numpy import load_file, save_file
 from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, summary, torchrun, word_rows, write_rows
 
@@ -88,8 +89,14 @@ def test_the_same_texts_give_the_same_folder_and_a_model_is_part_of_the_teacher(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     auto("--input", texts, "--model", llama, "--general", "none", "--out", tmp_path / "with model")
     recipe = json.loads((tmp_path / "with model" / RECIPE_FILE).read_text())
-    assert len(recipe["teacher"]) == 3 and recipe["fingerprint"] and not (tmp_path / "with model" / "general.jsonl").exists()
+    assert len(recipe["teacher"]) == 3 and recipe["fingerprints"] and not (tmp_path / "with model" / "general.jsonl").exists()
     assert "words, sequences of 3 to 5 letters, vectors of" in capsys.readouterr().out
+    run = make_run(llama, tmp_path / "run", prompt="cluster")
+    auto("--input", texts, "--model", llama, run, "--general", "none", "--out", tmp_path / "with run")
+    recipes = [json.loads((tmp_path / name / RECIPE_FILE).read_text()) for name in ("with model", "with run")]
+    assert (
+        len(recipes[1]["teacher"]) == 4 and recipes[1]["fingerprints"][0] == recipes[0]["fingerprints"][0] != recipes[1]["fingerprints"][1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,17 +130,19 @@ def test_copies_are_counted_and_more_texts_than_wanted_are_drawn(tmp_path, texts
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
-        (["one text"] * 50, (), r"holds 1 different texts: a teacher needs at least 32"),
-        ([chr(0x1D00 + i) * 9 for i in range(40)], (), "no two texts share a word"),
-        (topic_texts(), ("--general", "nowhere.jsonl"), "nowhere.jsonl"),
-        (topic_texts(), ("--model", "nowhere"), "no model 'nowhere'"),
+        (["one text"] * 50, {}, r"holds 1 different texts: a teacher needs at least 32"),
+        ([chr(0x1D00 + i) * 9 for i in range(40)], {}, "no two texts share a word"),
+        (topic_texts(), {"--general": ["nowhere.jsonl"]}, "nowhere.jsonl"),
+        (topic_texts(), {"--model": ["nowhere"]}, "no model 'nowhere'"),
+        (topic_texts(), {"--model": ["tiny", "none"]}, "--model none means that no model takes part"),
+        (topic_texts(), {"--model": ["tiny", "tiny"]}, "--model names a model twice"),
     ],
 )
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(tmp_path, texts, rows, flags, message):
     texts.write_text("\n".join(rows))
-    defaults = {"--model": "none", "--general": "none"} | dict(zip(flags[::2], flags[1::2], strict=True))
+    flags = {"--model": ["none"], "--general": ["none"]} | flags
     with pytest.raises((InputError, FileNotFoundError), match=message):
-        auto("--input", texts, "--out", tmp_path / "out", *(x for item in defaults.items() for x in item))
+        auto("--input", texts, "--out", tmp_path / "out", *(x for flag, values in flags.items() for x in (flag, *values)))
     assert {path.name for path in tmp_path.iterdir()} <= {"texts.txt"}
 
 
