@@ -2,6 +2,7 @@
 
     python bench/bench_parity.py --out results/parity.jsonl --models tiny --poolings "last, all"
     python bench/bench_parity.py --out results/parity.jsonl --to sentence-transformers vllm --vllm-python .vllm/bin/python
+    python bench/bench_parity.py --out results/parity.jsonl --to onnx gguf --llama-cpp ~/llama.cpp --llama-python ~/llama/bin/python
     python bench/bench_parity.py --out results/parity.jsonl --table
 
 A cell is a run with a random adapter, on the bundled model or on a small random one of the class behind a preset, whose 32 texts (some
@@ -46,9 +47,11 @@ POOLINGS = {
 }
 MODELS = ("tiny", "llama", "mistral", "qwen3", "gemma3", "gpt-neox")
 WITHOUT_BOS = ("qwen3", "gpt-neox")  # as their presets
+GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 MAX_TOKENS = 48
 HIDDEN = {"hidden_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 96, "max_position_embeddings": 512}
 WINDOW = 12  # of sliding attention: shorter than most texts
+GEMMA3 = {"num_hidden_layers": 7, "query_pre_attn_scalar": 32}  # as real ones: every sixth layer sees all, heads scale by their own width
 
 
 class Cell(NamedTuple):
@@ -82,19 +85,18 @@ def make_base(name: str, folder: Path) -> str:
     import transformers
 
     grouped = {"num_key_value_heads": 1, "head_dim": 32}
-    layers = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
     classes = {
         "llama": ("LlamaConfig", grouped),
         "mistral": ("MistralConfig", grouped | {"sliding_window": WINDOW}),
         "qwen3": ("Qwen3Config", grouped),
-        "gemma3": ("Gemma3TextConfig", grouped | {"sliding_window": WINDOW} | layers),
+        "gemma3": ("Gemma3TextConfig", grouped | {"sliding_window": WINDOW} | GEMMA3),
         "gpt-neox": ("GPTNeoXConfig", {}),
     }
     config, extra = classes[name]
     tokenizer = make_tokenizer(name not in WITHOUT_BOS)
     torch.manual_seed(0)
     sizes = {"vocab_size": len(tokenizer), "bos_token_id": 1, "eos_token_id": 2}
-    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**HIDDEN, **extra, **sizes))
+    model = transformers.AutoModelForCausalLM.from_config(getattr(transformers, config)(**(HIDDEN | extra), **sizes))
     with torch.no_grad():  # larger weights than at a usual start: differences must show
         for parameter in model.parameters():
             if parameter.dim() > 1:
@@ -124,6 +126,7 @@ def make_run(base: str, cell: Cell, folder: Path):
 def measure(cell: Cell, base: str, flags: list[str]) -> dict:
     """The cell's outcome: "cosines" of every runtime that took part, or why it was "refused" or has "failed"."""
     from serving.folder import check_expressible
+    from serving.verification import VerificationFailed
 
     with tempfile.TemporaryDirectory() as scratch:
         run, out = Path(scratch) / "run", Path(scratch) / "exported"
@@ -132,12 +135,15 @@ def measure(cell: Cell, base: str, flags: list[str]) -> dict:
             check_expressible(contract, cell.to)
         except InputError as error:
             return {"refused": str(error)}
-        command = [str(run), "--to", cell.to, "--merge-dtype", cell.dtype, "--out", str(out), *flags]
+        stored = ["--gguf-type", GGUF_TYPES[cell.dtype]] if cell.to == "gguf" else ["--merge-dtype", cell.dtype]
+        command = [str(run), "--to", cell.to, *stored, "--out", str(out), *flags]
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 export.main(export.build_parser().parse_args(command))
-        except InputError as error:
+        except VerificationFailed as error:
             return {"failed": str(error).replace(f"{scratch}/", "")}
+        except InputError as error:  # the converter cannot
+            return {"refused": str(error).replace(f"{scratch}/", "")}
         cosines = defaultdict(list)
         for check in json.loads((out / "verification.json").read_text(encoding="utf-8"))["checks"]:
             cosines[check["what"].partition(",")[0]].append(check["cosine"])
@@ -209,6 +215,8 @@ def main() -> None:
         "--to", nargs="+", choices=export.RUNTIMES, default=["sentence-transformers"], help="runtimes, as export.py names them"
     )
     parser.add_argument("--vllm-python", metavar="PATH", help="Python of an environment with vLLM, for --to vllm")
+    parser.add_argument("--llama-cpp", metavar="FOLDER", help="llama.cpp's source, for --to gguf")
+    parser.add_argument("--llama-python", metavar="PATH", help="Python of an environment with llama-cpp-python, for --to gguf")
     parser.add_argument("--merge-dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--table", action="store_true", help="compute nothing, print the table of --out")
     args = parser.parse_args()
@@ -218,6 +226,12 @@ def main() -> None:
     print(table(read_rows(args.out)))
     versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers")} | {"python": platform.python_version()}
     print(json.dumps({"rows": len(read_rows(args.out)), "date": str(date.today()), "versions": versions}))
+
+
+def runtime_flags(args: argparse.Namespace, to: str) -> list[str]:
+    """The flags of export.py that say where a runtime is."""
+    names = {"vllm": ("vllm_python",), "gguf": ("llama_cpp", "llama_python")}.get(to, ())
+    return [text for name in names if getattr(args, name) for text in (f"--{name.replace('_', '-')}", getattr(args, name))]
 
 
 def compute(args: argparse.Namespace) -> None:
@@ -234,8 +248,11 @@ def compute(args: argparse.Namespace) -> None:
             if cell.model not in bases:
                 bases[cell.model] = make_base(cell.model, Path(folder) / cell.model)
             began = time.perf_counter()
-            flags = ["--vllm-python", args.vllm_python] if cell.to == "vllm" and args.vllm_python else []
-            row = cell._asdict() | measure(cell, bases[cell.model], flags) | {"seconds": round(time.perf_counter() - began, 1)}
+            row = (
+                cell._asdict()
+                | measure(cell, bases[cell.model], runtime_flags(args, cell.to))
+                | {"seconds": round(time.perf_counter() - began, 1)}
+            )
             print(json.dumps(row), flush=True)
             append_row(args.out, row)
             done[cell] = row
