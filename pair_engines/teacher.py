@@ -81,7 +81,7 @@ def auto(args: argparse.Namespace) -> None:
     say(f"{args.out}: {len(corpus.texts):,} texts with their neighbours, for example")
     for number in (0, 1):
         say(f"  {corpus.texts[number][:90]!r}\n  {corpus.texts[neighbours[number, 0]][:90]!r}")
-    student = base_of(models[0]) if models else "tiny"
+    student = next((model for model in models if is_run(model)), models[0] if models else "tiny")  # a run is trained on
     say(f"next: python train.py --model {student} --pairs {args.out} --out runs/{args.out.name}")
 
 
