@@ -7,6 +7,7 @@ document, which is everything else). This module knows strings only: `encoder/` 
     get_prompt("cluster")                       # a preset
     get_prompt('The topic of "{text}" is:')     # any string with {text} in it
     get_prompt("none", query="query: {text}")   # another template for queries
+    get_prompt("cluster || classify")           # several, presets or templates: the vector is the mean of theirs
 """
 
 import itertools
@@ -15,11 +16,12 @@ from dataclasses import dataclass, replace
 from files.console import InputError
 
 ROLES = ("query", "document")
+BETWEEN = " || "  # stands between several prompts
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """`template` holds `{text}` once, or twice: the vector is then read from the second.
+    """`template` holds `{text}` once, or twice: the vector is then read from the second. Several templates stand apart by BETWEEN.
 
     query    where it differs, the template of the role "query"
     """
@@ -29,9 +31,23 @@ class Prompt:
     source: str
     query: str | None = None
 
-    def roles(self) -> dict[str, dict[str, str]]:
-        """{"query": {"prefix", "suffix"}, "document": {...}}, as the contract stores them; with "middle" for a text that is given twice."""
-        return {"query": split_template(self.query or self.template), "document": split_template(self.template)}
+    def roles(self) -> dict[str, dict[str, str] | list[dict[str, str]]]:
+        """{"query": {"prefix", "suffix"}, "document": {...}}, as the contract stores them; with "middle" for a text that is given twice.
+
+        Of several templates a role has the list.
+        """
+        return {"query": split_templates(self.query or self.template), "document": split_templates(self.template)}
+
+
+def split_templates(templates: str) -> dict[str, str] | list[dict[str, str]]:
+    """What `split_template` returns, or of several templates the list of it."""
+    parts = [split_template(template) for template in templates.split(BETWEEN)]
+    return parts[0] if len(parts) == 1 else parts
+
+
+def each_prompt(of_role: dict[str, str] | list[dict[str, str]]) -> list[dict[str, str]]:
+    """The prompts of a role, one or several, as a list."""
+    return of_role if isinstance(of_role, list) else [of_role]
 
 
 def split_template(template: str) -> dict[str, str]:
@@ -46,12 +62,24 @@ def split_template(template: str) -> dict[str, str]:
     return dict(zip(("prefix", "suffix") if len(parts) == 2 else ("prefix", "middle", "suffix"), parts, strict=True))
 
 
-def join_template(parts: dict[str, str]) -> str:
-    """What `split_template` was given."""
-    return "{text}".join(parts[name] for name in ("prefix", "middle", "suffix") if name in parts)
+def join_template(of_role: dict[str, str] | list[dict[str, str]]) -> str:
+    """What `split_templates` was given."""
+    names = ("prefix", "middle", "suffix")
+    return BETWEEN.join("{text}".join(parts[name] for name in names if name in parts) for parts in each_prompt(of_role))
 
 
 ROTH = "Roth et al. 2025, arXiv 2507.22729"
+# after MetaEOL's four tasks, two prompts each: classification, sentiment, paraphrase, information extraction
+META_EOL = (
+    'Texts are to be sorted by subject, such as science, business, sport, health or politics. In one word, this text: "{text}" is about:',
+    'Facts are to be told from opinions. In one word, what this text: "{text}" states is:',
+    'Reviews are to be rated, from very bad to very good. In one word, this text: "{text}" finds its subject:',
+    'The feeling behind a text is to be named, such as joy, anger, fear or grief. In one word, whoever wrote this text: "{text}" feels:',
+    'It is to be decided whether two texts say the same. In one word, this text: "{text}" says:',
+    'Expressions are to be replaced by others of the same meaning. In one word, this text: "{text}" could be replaced by:',
+    'The most important fact of a report is to be picked out. In one word, the key fact of this text: "{text}" is:',
+    'Who and what a text names is to be listed, and how they are related. In one word, this text: "{text}" is mainly about:',
+)
 
 PROMPTS = {
     p.name: p
@@ -76,6 +104,11 @@ PROMPTS = {
             "echo",
             "Rewrite the sentence: {text}\nThe rewritten sentence: {text}",
             "the text twice, the second read with the first in view: Springer et al. 2024, arXiv 2402.15449",
+        ),
+        Prompt(
+            "meta-eol",
+            BETWEEN.join(META_EOL),
+            "several tasks, the mean of their vectors: MetaEOL, Lei et al. 2024, arXiv 2402.18458; the wording is this project's",
         ),
         Prompt(
             "retrieve",
@@ -109,9 +142,10 @@ TASK_PROMPTS = {
 
 
 def get_prompt(prompt: str | Prompt, query: str | Prompt | None = None) -> Prompt:
-    """A preset by its exact name, or a template with `{text}` in it. Raises InputError and lists the choices.
+    """A preset by its exact name, a template with `{text}` in it, or several of either with BETWEEN between them.
 
     query    preset or template of the role "query", where it is to be another one
+    Raises InputError and lists the choices.
     """
     if query is not None:
         queries = get_prompt(query)
@@ -122,13 +156,17 @@ def get_prompt(prompt: str | Prompt, query: str | Prompt | None = None) -> Promp
         raise InputError(f"a prompt is a preset's name or a string with {{text}} in it, not {prompt!r}")
     if prompt in PROMPTS:
         return PROMPTS[prompt]
+    if BETWEEN in prompt:
+        several = [get_prompt(one) for one in prompt.split(BETWEEN)]
+        template, queries = (BETWEEN.join(texts) for texts in zip(*((p.template, p.query or p.template) for p in several), strict=True))
+        return Prompt("custom", template, "given on the command line", queries if queries != template else None)
     if "{text}" in prompt:
         split_template(prompt)
         return Prompt("custom", prompt, "given on the command line")
     raise InputError(f"unknown prompt {prompt!r}: take one of {', '.join(PROMPTS)}, or write a string with {{text}} in it")
 
 
-def prompt_label(roles: dict[str, dict[str, str]]) -> str:
+def prompt_label(roles: dict) -> str:
     """The name of the preset with these prefixes and suffixes, else the template; both templates where the roles differ."""
     for prompt in PROMPTS.values():
         if prompt.roles() == roles:
@@ -137,7 +175,7 @@ def prompt_label(roles: dict[str, dict[str, str]]) -> str:
     return document if query == document else f"{document} (queries: {query})"
 
 
-def contrast(one: dict[str, dict[str, str]], other: dict[str, dict[str, str]], length: int = 60) -> tuple[str, str]:
+def contrast(one: dict, other: dict, length: int = 60) -> tuple[str, str]:
     """The labels of two prompts, each cut to `length` characters around the first one that differs."""
     labels = prompt_label(one), prompt_label(other)
     same = sum(itertools.takewhile(bool, (a == b for a, b in zip(*labels, strict=False))))

@@ -45,7 +45,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from encoder.contract import ARGUMENTS_FILE, POOLING_PRESETS, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract
+from encoder.contract import ARGUMENTS_FILE, POOLING_PRESETS, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract, check_trainable
 from encoder.names import PRESETS, Preset, base_of, find_base, is_run, read_lora_settings
 from encoder.processes import all_reduce_number, distributed, end_distributed, wait_for_all
 from files.arguments import layer, share
@@ -297,6 +297,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     if args.batch_size and args.batch_size % world_size:
         raise InputError(f"--batch-size {args.batch_size} must be a multiple of the {world_size} processes")
     find_base(base_of(args.model))
+    if is_run(args.model):
+        check_trainable(Contract.read(args.model))
     if args.dtype == "float16":
         raise InputError("--dtype float16 cannot train (its gradients underflow): take bfloat16 or float32")
     check_pair_files([path for path in args.pairs if path != DEFAULT_PAIRS])
@@ -417,7 +419,7 @@ def step_metrics(run: "Run", step: int, batch: "PairBatch", result: "LossResult"
     row = {"step": step + 1, "loss": result.loss.item(), "accuracy": result.accuracy, "lr": run.optimizer.param_groups[0]["lr"]}
     row |= {"grad_norm": grad_norm.item(), "negatives": result.n_negatives, "spread": result.spread}
     row["pairs_per_second"] = run.args.batch_size / (time.perf_counter() - started)
-    row["tokens"] = sum(len(ids) for texts in batch.texts for ids in texts.ids)
+    row["tokens"] = sum(len(ids) for texts in batch.texts for prompt in (texts, *texts.more) for ids in prompt.ids)
     if result.divergence is not None:
         row["divergence"] = result.divergence
     if TEMPERATURE in run.trained:

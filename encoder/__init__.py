@@ -15,18 +15,21 @@ dtype, device, batch size and compilation are facts of the machine and no part o
     vectors = encoder.encode(["a text", "another"])                      # float32 (2, D)
     numbers, cosines = encoder.nearest(["a question"], texts, k=5)       # (1, 5) each
 
-contract.py      what decides a vector, its file and its fingerprint
-names.py         presets, folders, hub ids, runs: what a user may type (no torch)
-base_models.py   fetching and loading a base model
-processes.py     what torchrun starts (torch only where there are several)
-runtime.py       device, dtype, memory
-tokenization.py  texts to token ids, prompt included
-packing.py       token ids to batches; attention of packed rows
-embed_filter.py  directions of the unembedding matrix taken out of a vector
-lora.py          the adapter: add, load, save, a fused layer
-streaming.py     any number of texts in memory that does not grow
-nearest.py       the nearest of any number of vectors
-encoder.py       all of it together: load, tokenize, forward, pool, encode
+contract.py          what decides a vector, its file and its fingerprint
+names.py             presets, folders, hub ids, runs: what a user may type (no torch)
+base_models.py       fetching and loading a base model
+processes.py         what torchrun starts (torch only where there are several)
+runtime.py           device, dtype, memory
+tokenization.py      texts to token ids, prompt included
+packing.py           token ids to batches; attention of packed rows
+embed_filter.py      directions of the unembedding matrix taken out of a vector
+mean_direction.py    the direction of a mean taken out of vectors
+token_prepending.py  states that tokens before the text take from the last one
+checks.py            what shows only when a model runs
+lora.py              the adapter: add, load, save, a fused layer
+streaming.py         any number of texts in memory that does not grow
+nearest.py           the nearest of any number of vectors
+encoder.py           all of it together: load, tokenize, forward, pool, encode
 """
 
 import os

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from files.console import InputError
-from prompts import ROLES, contrast
+from prompts import ROLES, contrast, each_prompt
 
 CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.safetensors", "adapter_config.json"
 QUERY_FILE = "pooling.safetensors"  # the learned query of pooling `query`
+MEAN_FILE = "mean.safetensors"  # the direction of the mean that is removed
 ARGUMENTS_FILE, SUMMARY_FILE = "arguments.json", "summary.json"  # what train.py was asked for; what it left at the very end
 # the files of a model folder that decide its hidden states and its token ids
 MODEL_FILES = (
@@ -36,7 +37,7 @@ POOLING_PRESETS = {
 SCOPES = ("all", "text")
 QUANTIZATIONS = ("nf4", "int8")
 # fields that came later, with what runs saved before have; at these values they leave fingerprints as they were
-LATER_FIELDS = {"quantize": None, "attention_layer": -1, "embed_filter": None}
+LATER_FIELDS = {"quantize": None, "attention_layer": -1, "embed_filter": None, "token_prepending": None, "mean_removed": None}
 DEFAULT_MAX_TOKENS = 512  # as in the paper's evaluation; three quarters of the positions where a model has fewer than 683
 
 
@@ -51,6 +52,7 @@ class PoolingConfig(NamedTuple):
     layers: tuple[Layer, ...] = (-1,)
     keep_bos: bool = False
     attention_layer: Layer = -1
+    mean_removed: str | None = None  # hash of the texts whose mean it is
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Contract:
 
     base, revision       name of the base model; the hub's commit, or "sha256:..." of the files of a local folder
     prompts              {"query" | "document": {"prefix", "suffix"}}; with "middle" the text is given twice, that string between,
-                         and the second is the one that is read
+                         and the second is the one that is read. A role may have a list of prompts: its vector is the mean of
+                         theirs, before it is normalized
     bos, eos             whether the token is put before the prefix / after the suffix
     max_tokens           a text is truncated to this many tokens; the prompt never is
     pooling, scope       see POOLINGS; "text" = the tokens of the text, "all" = prompt and EOS too. "query" is attention with a
@@ -71,8 +74,12 @@ class Contract:
                          depth. Several layers are averaged.
     attention_layer      with pooling "attention", the layer whose last token's attention weighs the tokens
     attention            "causal" or "bidirectional"
+    token_prepending     (first, last): from which to which layer a placeholder before the text is given the state of the last token
+                         (encoder/token_prepending.py)
     embed_filter         drop this share of the unembedding matrix's directions from a vector (encoder/embed_filter.py), then
     normalize, dims      L2 norm 1; keep the first `dims` numbers only (before normalizing)
+    mean_removed         {"name", "sha256"} of the texts off the direction of whose mean vector every vector is projected, after it was
+                         cut and before it is normalized (encoder/mean_direction.py)
     quantize             how the base's weights are stored in memory: None as they are, "nf4" in 4 bits, "int8" in 8
     data                 {"name", "sha256"} of the training pairs, None for an untuned base
 
@@ -96,21 +103,29 @@ class Contract:
     quantize: str | None = None
     attention_layer: Layer = -1
     embed_filter: float | None = None
+    token_prepending: tuple[Layer, Layer] | None = None
+    mean_removed: dict | None = None
     version: int = 1
 
     def __post_init__(self):
-        if isinstance(self.layers, list):
-            object.__setattr__(self, "layers", tuple(self.layers))
+        for name in ("layers", "token_prepending"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         for name, is_valid, expected in _rules(self):
             if not is_valid:
                 raise InputError(f"{name} must be {expected}: got {getattr(self, name)!r}")
 
     def pooling_config(self) -> PoolingConfig:
-        return PoolingConfig(self.pooling, self.scope, self.layers, self.keep_bos, self.attention_layer)
+        mean_removed = self.mean_removed and self.mean_removed["sha256"]
+        return PoolingConfig(self.pooling, self.scope, self.layers, self.keep_bos, self.attention_layer, mean_removed)
 
     def is_bare(self) -> bool:
         """Whether the model is given nothing but the text and perhaps BOS."""
-        return not self.eos and not any(part for prompt in self.prompts.values() for part in prompt.values())
+        return not self.eos and not any(part for role in ROLES for prompt in self.prompts_of(role) for part in prompt.values())
+
+    def prompts_of(self, role: str) -> list[dict[str, str]]:
+        """The prompts of a role; several where its vectors are the mean of several."""
+        return each_prompt(self.prompts[role])
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
@@ -174,11 +189,18 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
     def is_layer(value):
         return is_number(value, -(10**6)) or (isinstance(value, str) and re.fullmatch(r"(100|[1-9]\d?)%", value) is not None)
 
+    def is_range(value):
+        return isinstance(value, tuple) and len(value) == 2 and all(map(is_layer, value))
+
     def is_texts(value, names):
         return isinstance(value, dict) and set(value) == set(names) and all(isinstance(text, str) for text in value.values())
 
-    around = "prefix", "suffix"
-    is_prompts = isinstance(c.prompts, dict) and set(c.prompts) == set(ROLES)
+    def is_prompt(value):
+        return is_texts(value, ("prefix", "suffix")) or is_texts(value, ("prefix", "suffix", "middle"))
+
+    def are_prompts(value):
+        return all(map(is_prompt, value)) and len(value) > 1 if isinstance(value, list) else is_prompt(value)
+
     return (
         ("version", c.version == 1, "1 (written by a newer version of this project?)"),
         ("base", isinstance(c.base, str), "a name"),
@@ -199,15 +221,19 @@ def _rules(c: Contract) -> tuple[tuple[str, bool, str], ...]:
         *((name, isinstance(getattr(c, name), bool), "true or false") for name in ("bos", "eos", "keep_bos", "normalize")),
         ("keep_bos", not c.keep_bos or (c.bos and c.scope == "all"), "left out unless BOS is added and the scope is all"),
         ("data", c.data is None or is_texts(c.data, ("name", "sha256")), "name and sha256 of the training pairs, or nothing"),
+        ("mean_removed", c.mean_removed is None or is_texts(c.mean_removed, ("name", "sha256")), "name and sha256 of texts, or nothing"),
+        ("token_prepending", c.token_prepending is None or is_range(c.token_prepending), PREPENDING),
+        ("token_prepending", c.token_prepending is None or c.attention == "causal", "left out where attention is bidirectional anyway"),
         (
             "prompts",
-            is_prompts and all(is_texts(p, around) or is_texts(p, (*around, "middle")) for p in c.prompts.values()),
-            "a prefix, a suffix and perhaps a middle for query and for document",
+            isinstance(c.prompts, dict) and set(c.prompts) == set(ROLES) and all(map(are_prompts, c.prompts.values())),
+            "a prefix, a suffix and perhaps a middle, or a list of several of these, for query and for document",
         ),
     )
 
 
 LAYERS = 'layer numbers, or shares of the depth such as "80%"'
+PREPENDING = 'two layers, the first and the last, such as 1 and "20%", or nothing'
 ATTENTION_LAYER = "left out unless the pooling is attention, and then a layer number or a share of the depth"
 
 
@@ -224,6 +250,14 @@ def expand_pooling(fields: dict) -> dict:
 def default_scope(pooling: str) -> str:
     """`last` reads the end of the whole sequence, where the prompt is answered; means are taken over the text itself."""
     return "all" if pooling in ("last", "last+mean") else "text"
+
+
+def check_trainable(contract: Contract) -> None:
+    """Raise InputError for a contract whose vectors are made of finished models only."""
+    if contract.token_prepending is not None:
+        raise InputError("token_prepending is a way to read a model as it is and cannot be trained with: leave it out")
+    if contract.mean_removed is not None:
+        raise InputError("mean_removed belongs to a finished run: train on the run that it was made from, and remove its mean after that")
 
 
 # ------------------------------------------------------------------------------- what else a run knows of its vectors
@@ -267,8 +301,8 @@ def adapter_hash(run: Path) -> str:
     config = json.loads((run / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     names = ("r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "rank_pattern", "alpha_pattern")
     applied = {k: sorted(v) if isinstance(v := config.get(k), list) else v for k in names}
-    query = file_hash(run / QUERY_FILE) if (run / QUERY_FILE).is_file() else ""
-    return hashlib.sha256((file_hash(run / ADAPTER_FILE) + json.dumps(applied, sort_keys=True) + query).encode()).hexdigest()
+    beside = "".join(file_hash(run / name) for name in (QUERY_FILE, MEAN_FILE) if (run / name).is_file())
+    return hashlib.sha256((file_hash(run / ADAPTER_FILE) + json.dumps(applied, sort_keys=True) + beside).encode()).hexdigest()
 
 
 def folder_hash(folder: Path) -> str:

@@ -25,27 +25,30 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from encoder import lora
-from encoder.base_models import PACKED_TYPES, RUNNING_ERRORS, find_blocks
+from encoder.base_models import PACKED_TYPES, find_blocks
+from encoder.checks import check_padded, refuse_non_finite
 from encoder.contract import (
     ARGUMENTS_FILE,
     CONTRACT_FILE,
+    MEAN_FILE,
     QUERY_FILE,
     SUMMARY_FILE,
     Contract,
     PoolingConfig,
     adapter_hash,
+    check_trainable,
     fingerprint,
     recorded_fingerprint,
 )
 from encoder.embed_filter import projection, unembedding
 from encoder.loading import LoadedBase, contract_fields, load_base
+from encoder.mean_direction import identity, load_direction, mean_directions, project_off, save_direction
 from encoder.nearest import Nearest, nearest
 from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, trim_hook
 from encoder.processes import distributed, shard_model
 from encoder.runtime import (
     default_batch_tokens,
     emulates_bfloat16,
-    is_out_of_memory,
     keep_freed_memory,
     memory_budget,
     pick_device,
@@ -53,6 +56,7 @@ from encoder.runtime import (
 )
 from encoder.states import HiddenStates, check_layer, pool, pooled_width, recorded_states, scored_block
 from encoder.streaming import EncodingReport, run_batch, tokenized_windows
+from encoder.token_prepending import prepended, replaced_layers
 from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list, readable_pieces
 from files.console import InputError, Progress
 from files.writing import write_atomic, write_text
@@ -99,6 +103,7 @@ class Encoder:
         self.decoder, self.blocks, self.tokenizer, self.contract = model, find_blocks(model), base.tokenizer, base.contract
         self.source, self.folder, self.base_hash, self.adapter_hash = base.source, base.folder, base.base_hash, None
         self.filters: dict[float, Tensor] = {}  # by the share of directions that they drop; shared by all that share the weights
+        self.mean_directions: dict[PoolingConfig, Tensor] = {}  # of poolings that remove a mean, (D,) each
         self.device, self.dtype = device, dtype
         self.peft, self.adapter_on = None, True  # the adapter's handle; its layers sit inside `decoder`
         # the learned query of pooling `query`; a query of zeros is the mean
@@ -120,6 +125,8 @@ class Encoder:
         config = self.decoder.config
         for index in self.contract.layers:
             check_layer(index, len(self.blocks))
+        if self.contract.token_prepending is not None:
+            replaced_layers(self.contract.token_prepending, len(self.blocks))
         width = pooled_width(self.contract.pooling, config.hidden_size)
         if self.contract.dims is not None and self.contract.dims > width:
             raise InputError(f"dims {self.contract.dims} is more than the {width} numbers of this model's vectors")
@@ -153,7 +160,7 @@ class Encoder:
         shard       leave the weights in the CPU's memory until `shard` divides them among the processes
         overrides   contract fields: prompt (preset name or template), query_prompt (another one for the role "query"), pooling,
                     scope, layers, attention_layer, max_tokens, bos, eos, keep_bos, attention, normalize, dims, embed_filter,
-                    quantize. None counts as not given.
+                    token_prepending, quantize. None counts as not given.
                     On a run, a value that contradicts its contract raises InputError unless `override_contract`; dims may be one
                     of those that it was trained for (`--matryoshka`).
         """
@@ -168,16 +175,32 @@ class Encoder:
         if is_default_dtype and emulates_bfloat16(device):
             encoder.notes.append(f"this GPU has no bfloat16 instructions: computing in {str(dtype).removeprefix('torch.')}")
         if not encoder.packed:
-            _check_padded(encoder)
+            check_padded(encoder)
         if base.run:
             encoder._load_adapter(base.run)
         return encoder
 
     def with_contract(self, **changes) -> "Encoder":
-        """The same weights in memory under a changed contract, for several ways to read one base."""
+        """The same weights in memory under a changed contract, for several ways to read one base. A mean is no longer removed."""
         other = copy.copy(self)
-        other.contract, other.notes = replace(self.contract, **changes), list(self.notes)
+        other.contract, other.notes = replace(self.contract, **{"mean_removed": None} | changes), list(self.notes)
+        other.mean_directions = {}
         other._apply_contract()
+        return other
+
+    def remove_mean(self, texts: Iterable[str], name: str = "texts", *, progress: bool = False) -> "Encoder":
+        """The same weights under the contract that takes the direction of these texts' mean out of every vector.
+
+        name    of the texts, which the contract keeps beside their hash
+        `save` writes the direction beside the adapter of a run; an untuned base has no folder for it.
+        Raises InputError where a mean is removed already, and for texts that have none.
+        """
+        if self.contract.mean_removed is not None:
+            raise InputError(f"the mean of {self.contract.mean_removed['name']} is removed already: load the run that it was made from")
+        texts = list(check_list(texts))
+        (direction,) = mean_directions(self, texts, [self.contract.pooling_config()], progress=progress).values()
+        other = self.with_contract(mean_removed=identity(texts, name))
+        other.mean_directions[other.contract.pooling_config()] = direction
         return other
 
     def compile(self) -> None:
@@ -210,6 +233,7 @@ class Encoder:
         targets     last names of the layers that get one, such as q_proj (default: all)
         options     peft's own, such as use_rslora and use_dora
         """
+        check_trainable(self.contract)
         self.peft = lora.add_lora(self.decoder, self.blocks, rank, alpha, dropout, targets, **options)
         if unreached := lora.unreached(self.blocks):
             self.notes.append(f"LoRA reaches linear layers only: the weights of {', '.join(unreached)} are not trained")
@@ -218,6 +242,7 @@ class Encoder:
 
     def unfreeze_adapter(self, dropout: float = 0.0) -> None:
         """Train the adapter of the run that was loaded on, instead of a fresh one."""
+        check_trainable(self.contract)
         lora.unfreeze(self.peft, dropout)
         self.query.requires_grad_(self.contract.pooling == "query")
 
@@ -241,7 +266,9 @@ class Encoder:
         self.sharded = True
 
     def save(self, folder: Path) -> None:
-        """Write adapter, its config and the contract, each complete or not at all."""
+        """Write adapter, its config and the contract, each complete or not at all. Raises InputError for an untuned base."""
+        if self.peft is None or not self.adapter_on:
+            raise InputError("an untuned base has no adapter to save: a run has one")
         folder.mkdir(parents=True, exist_ok=True)
         is_local = Path(self.source).is_dir()
         base, revision = (str(Path(self.source).resolve()), None) if is_local else (self.source, self.contract.revision)
@@ -249,6 +276,8 @@ class Encoder:
         if self.contract.pooling == "query":
             query = {"query": self.query.detach().cpu()}
             write_atomic(folder / QUERY_FILE, lambda path: lora.save_tensors(query, path))
+        if self.contract.mean_removed is not None:
+            save_direction(self.mean_directions[self.contract.pooling_config()], folder / MEAN_FILE)
         write_text(folder / CONTRACT_FILE, self.contract.to_json())
         self.adapter_hash = adapter_hash(folder)
 
@@ -259,6 +288,11 @@ class Encoder:
                 self.query.data.copy_(load_file(run / QUERY_FILE)["query"])
             except (OSError, SafetensorError, KeyError, RuntimeError) as error:
                 raise InputError(f"{run / QUERY_FILE} is missing or damaged ({' '.join(str(error).split())[:100]})") from None
+        if self.contract.mean_removed is not None:
+            if self.contract != Contract.read(run):
+                raise InputError(f"{run}: the mean that it removes is that of its vectors as they are: let its contract be")
+            direction = load_direction(run / MEAN_FILE, self.width)
+            self.mean_directions[self.contract.pooling_config()] = direction.to(self.device)
         self.adapter_hash = adapter_hash(run)
         recorded, present = recorded_fingerprint(run), fingerprint(Contract.read(run), self.base_hash, self.adapter_hash)
         if recorded is None and (run / ARGUMENTS_FILE).is_file():
@@ -308,9 +342,10 @@ class Encoder:
         return tokenized.prefix_length if can_share and tokenized.prefix_length >= MIN_SHARED_PREFIX else 0
 
     def collate(self, tokenized: TokenizedTexts, rows: list[int]) -> PackedBatch:
-        """The chosen rows as one packed batch on the device."""
+        """The chosen rows as one packed batch on the device; of several prompts one for each, the others in `more` of the first."""
         prefix_length = self._shared_prefix(tokenized) if len(rows) > 1 else 0
-        return collate(tokenized, rows, prefix_length, self.contract.bos, self.device)
+        batch = collate(tokenized, rows, prefix_length, self.contract.bos, self.device)
+        return batch._replace(more=tuple(self.collate(others, rows) for others in tokenized.more))
 
     def plan(self, tokenized: TokenizedTexts, rows: list[int], batch_tokens: int | None = None) -> list[list[int]]:
         """`rows` sorted by length, in batches of at most `batch_tokens` tokens (default: 2,048 on a CPU, else 32,768)."""
@@ -324,10 +359,14 @@ class Encoder:
             yield batch_rows, self.collate(tokenized, batch_rows)
 
     def costs(self, tokenized: TokenizedTexts, rows: list[int]) -> dict[int, int]:
-        """Tokens that each sequence adds to a batch: its own, and shares for what attention holds for it besides."""
-        shared = self._shared_prefix(tokenized)
+        """Tokens that each sequence adds to a batch: its own, and shares for what attention holds for it besides.
+
+        Of several prompts the longest counts; in training, which holds the graphs of all of them, their sum.
+        """
         backward = BACKWARD_COST if self.decoder.training and self.device.type == "cuda" else 0
-        return {row: len(tokenized.ids[row]) - shared + shared // 8 + backward for row in rows}
+        each = [(texts.ids, self._shared_prefix(texts)) for texts in (tokenized, *tokenized.more)]
+        total = sum if self.decoder.training else max
+        return {row: total(len(ids[row]) - shared + shared // 8 + backward for ids, shared in each) for row in rows}
 
     # ----------------------------------------------------------------------------------------------- forward and pool
 
@@ -350,6 +389,9 @@ class Encoder:
             empty = torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
             return HiddenStates(dict.fromkeys(numbers, empty), packed, False, {})
         with self._forward_lock, recorded_states(self.blocks, set(numbers.values())) as states, contextlib.ExitStack() as stack:
+            if batch.placeholder is not None:  # before the hook that trims, which reads all states
+                layers = replaced_layers(self.contract.token_prepending, len(self.blocks))
+                stack.enter_context(prepended(self.blocks, layers, batch, self.packed))
             if trim:
                 stack.callback(self.blocks[-1].register_forward_pre_hook(trim_hook(packed), with_kwargs=True).remove)
             if self.peft and not self.adapter_on:
@@ -373,22 +415,31 @@ class Encoder:
 
     def pool(self, states: HiddenStates, batch: PackedBatch, pooling: PoolingConfig | None = None) -> Tensor:
         """States -> (B, D) float32 by `pooling` (default: the contract's), cut to dims and normalized as the contract says."""
-        vectors = pool(states, batch, pooling or self.contract.pooling_config(), self.query, len(self.blocks), self.device)
+        pooling = pooling or self.contract.pooling_config()
+        return self._finish(pool(states, batch, pooling, self.query, len(self.blocks), self.device), pooling)
+
+    def _finish(self, vectors: Tensor, pooling: PoolingConfig) -> Tensor:
         if self.contract.embed_filter is not None:
             matrix = self.filters[self.contract.embed_filter]
             vectors = (vectors.unflatten(1, (-1, len(matrix))) @ matrix).flatten(1)  # of `last+mean` either half
         if self.contract.dims is not None:
             vectors = vectors[:, : self.contract.dims]
+        if pooling.mean_removed is not None:
+            vectors = project_off(vectors, self.mean_directions[pooling])
         return F.normalize(vectors, dim=-1) if self.contract.normalize else vectors
 
     def embed(self, batch: PackedBatch, poolings: list[PoolingConfig] | None = None) -> list[Tensor]:
-        """One forward pass -> vectors (B, D) for each pooling (default: the contract's alone), with gradients where they are on."""
+        """One forward pass a prompt -> vectors (B, D) for each pooling (default: the contract's), with gradients where they are on."""
         poolings = poolings or [self.contract.pooling_config()]
-        states = self.forward(batch, poolings)
-        try:
-            return [self.pool(states, batch, pooling) for pooling in poolings]
-        finally:
-            states.attention.release()
+        by_prompt = []
+        for part in (batch, *batch.more):
+            states = self.forward(part, poolings)
+            try:
+                by_prompt.append([pool(states, part, p, self.query, len(self.blocks), self.device) for p in poolings])
+            finally:
+                states.attention.release()
+        means = (of[0] if len(of) == 1 else torch.stack(of).mean(0) for of in zip(*by_prompt, strict=True))
+        return [self._finish(mean, pooling) for mean, pooling in zip(means, poolings, strict=True)]
 
     # -------------------------------------------------------------------------------------------------------- encode
 
@@ -420,7 +471,7 @@ class Encoder:
 
         n_texts = 0
         for tokenized in tokenized_windows(self, texts, role, report):
-            batches = self.plan(tokenized, [i for i, ids in enumerate(tokenized.ids) if ids], budget)
+            batches = self.plan(tokenized, tokenized.filled(), budget)
             results = []  # stay on the device until all batches are under way, so that a GPU need not wait
             for rows in batches[rank::world_size]:
                 results += run_batch(self, tokenized, rows, compute, report)
@@ -432,7 +483,7 @@ class Encoder:
                 for array, rows_vectors in zip(arrays, vectors, strict=True):
                     array[rows] = values = rows_vectors.cpu().numpy()
                     if not np.isfinite(values).all():
-                        _refuse_non_finite(array, n_texts, self.dtype)
+                        refuse_non_finite(array, n_texts, self.dtype)
             if world_size > 1:
                 for array in arrays:  # the sum of all: each has zeros where another process did the work
                     torch.distributed.all_reduce(torch.from_numpy(array), group=group)
@@ -506,6 +557,8 @@ class Encoder:
         report = EncodingReport() if report is None else report
         budget = batch_tokens or memory_budget(self.decoder.config, self.dtype, self.device)
         self.decoder.eval()
+        if len(self.contract.prompts_of(role)) > 1:
+            raise InputError("under several prompts a text has several last tokens: take one prompt to look at its attention")
 
         @torch.no_grad()
         def compute(batch: PackedBatch) -> list[np.ndarray]:
@@ -527,41 +580,6 @@ class Encoder:
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
-
-
-@torch.no_grad()
-def _check_padded(encoder: Encoder) -> None:
-    """Run a few tokens through a model that nothing here was written for. Raises InputError where its states cannot be read.
-
-    The model must be causal, also where texts are padded, and every state must be as wide as the config says.
-    """
-    model = encoder.decoder
-    name, width = f"{encoder.contract.base}, of type {model.config.model_type!r}", model.config.hidden_size
-    tokens = TokenizedTexts([[1, 2, 3, 4, 5], [1, 2, 3], [1, 2, 3, 5, 4]], [(0, 5), (0, 3), (0, 5)], 0, 0, 0)
-    batch = collate(tokens, [0, 1, 2], 0, False, next(model.parameters()).device)
-    try:
-        states = encoder.forward(batch, [PoolingConfig("mean", layers=(0, 1, -1))]).layers.values()
-    except RUNNING_ERRORS as error:
-        if isinstance(error, RuntimeError) and is_out_of_memory(error):
-            raise
-        raise InputError(f"{name}, cannot be run here: {' '.join(str(error).split())[:200]}") from None
-    for state in states:
-        if state.shape[1:] != (width,):
-            raise InputError(f"{name}: its states have {tuple(state.shape[1:])} numbers instead of {width}, which is not supported")
-        first, *others = (state[start : start + 3].float() for start in (0, 5, 8))
-        tolerance = torch.finfo(encoder.dtype).eps ** 0.5 * first.norm()
-        if any((first - other).norm() > tolerance for other in others):  # not where one is NaN: `encode` says what that may be
-            raise InputError(f"{name}: its states change with the tokens behind them, or with padding: it is no causal decoder")
-
-
-class NonFiniteError(InputError):
-    """A vector holds an infinity or a NaN."""
-
-
-def _refuse_non_finite(vectors: np.ndarray, first_number: int, dtype: torch.dtype) -> None:
-    number = first_number + int(np.flatnonzero(~np.isfinite(vectors).all(1))[0])
-    hint = "float16 overflows with this model: take float32 or bfloat16" if dtype == torch.float16 else "are the weights damaged?"
-    raise NonFiniteError(f"the vector of text {number} has numbers that are not finite, in {str(dtype).removeprefix('torch.')}: {hint}")
 
 
 def _can_trim(encoder: Encoder, batch: PackedBatch, poolings: list[PoolingConfig], numbers: dict[int, int]) -> bool:

@@ -11,7 +11,7 @@ from encoder.base_models import fetch, load_pretrained
 from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, expand_pooling, folder_hash, trained_dims
 from encoder.names import base_of_run, find_base, is_run
 from files.console import InputError
-from prompts import get_prompt
+from prompts import each_prompt, get_prompt
 
 
 class LoadedBase(NamedTuple):
@@ -61,7 +61,7 @@ def load_base(
 def contract_fields(overrides: dict) -> dict:
     """Keyword arguments of `Encoder.load` as fields of the contract, without those that are None."""
     overrides = {k: v for k, v in overrides.items() if v is not None}
-    settable = {f.name for f in fields(Contract)} - {"base", "revision", "version"} | {"prompt", "query_prompt"}
+    settable = {f.name for f in fields(Contract)} - {"base", "revision", "version", "mean_removed"} | {"prompt", "query_prompt"}
     if set(overrides) - settable:
         raise InputError(f"unknown settings {sorted(set(overrides) - settable)}: there are {', '.join(sorted(settable))}")
     query = overrides.pop("query_prompt", None)
@@ -80,7 +80,7 @@ def _default_contract(name: str, revision: str, overrides: dict, config, tokeniz
     prompts = overrides.get("prompts") or get_prompt("none").roles()
     added = tokenizer("a")["input_ids"]
     bos_id, eos_id = tokenizer.bos_token_id, tokenizer.eos_token_id
-    pooling = overrides.get("pooling") or ("last" if prompts["document"]["suffix"] else "mean")
+    pooling = overrides.get("pooling") or ("last" if any(p["suffix"] for p in each_prompt(prompts["document"])) else "mean")
     settings = {
         "prompts": prompts,
         "bos": bos_id is not None and added[:1] == [bos_id],
@@ -93,6 +93,6 @@ def _default_contract(name: str, revision: str, overrides: dict, config, tokeniz
             raise InputError(f"{special} was asked for, but the tokenizer of {name} has no such token")
     if "max_tokens" not in settings:
         positions = getattr(config, "max_position_embeddings", None) or 10**9
-        copies = 2 if any("middle" in prompt for prompt in prompts.values()) else 1
+        copies = 2 if any("middle" in prompt for of_role in prompts.values() for prompt in each_prompt(of_role)) else 1
         settings["max_tokens"] = min(DEFAULT_MAX_TOKENS, positions * 3 // 4 // copies)
     return Contract(base=name, revision=revision, **settings)

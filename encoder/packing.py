@@ -46,6 +46,8 @@ class PackedBatch(NamedTuple):
     starts: np.ndarray  # (B+1,) where in the row each sequence's rest starts, and T
     spans: np.ndarray  # (B, 2) where in its sequence each text starts and ends
     bos: int  # 1 where sequences begin with BOS
+    placeholder: int | None = None  # where in its sequence the placeholder of token prepending stands
+    more: tuple["PackedBatch", ...] = ()  # the same texts under the other prompts of their role
 
     @property
     def lengths(self) -> np.ndarray:
@@ -74,7 +76,7 @@ class PackedBatch(NamedTuple):
 
 
 def collate(tokenized: TokenizedTexts, rows: list[int], prefix_length: int, bos: bool, device: torch.device) -> PackedBatch:
-    """The chosen texts as one batch on the device; `prefix_length` tokens at their beginning are shared."""
+    """The chosen texts, under one prompt, as one batch on the device; `prefix_length` tokens at their beginning are shared."""
     rests = [tokenized.ids[i][prefix_length:] for i in rows]
     sizes = np.array([len(rest) for rest in rests])
     starts = prefix_length + np.concatenate([[0], np.cumsum(sizes)])
@@ -82,7 +84,8 @@ def collate(tokenized: TokenizedTexts, rows: list[int], prefix_length: int, bos:
     positions = np.arange(len(ids))
     positions[prefix_length:] += prefix_length - np.repeat(starts[:-1], sizes)
     on_device = (to_device(x, device) for x in (ids, positions))
-    return PackedBatch(*on_device, prefix_length, starts, np.array([tokenized.spans[i] for i in rows]), int(bos))
+    spans = np.array([tokenized.spans[i] for i in rows])
+    return PackedBatch(*on_device, prefix_length, starts, spans, int(bos), tokenized.placeholder)
 
 
 def plan_batches(cost: dict[int, int], budget: int, padded: bool) -> list[list[int]]:

@@ -1,8 +1,10 @@
 """From texts to token ids: [BOS | prefix | text, truncated | suffix | EOS], by a contract and a tokenizer.
 
 Where the contract's prompt has a middle, [BOS | prefix | text | middle | text | suffix | EOS], of which the second text is read.
+With token prepending a placeholder stands between prefix and text. Of several prompts each makes a sequence of every text.
 """
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -21,6 +23,20 @@ class TokenizedTexts(NamedTuple):
     prefix_length: int  # BOS and the prompt's prefix: the first ids, which are the same in all sequences
     n_empty: int
     n_truncated: int
+    placeholder: int | None = None  # where in every sequence that has a token the placeholder of token prepending stands
+    more: tuple["TokenizedTexts", ...] = ()  # the same texts under the other prompts of their role
+
+    def filled(self) -> list[int]:
+        """The numbers of the texts that have a token under some prompt."""
+        return [i for i, ids in enumerate(self.ids) if ids or any(others.ids[i] for others in self.more)]
+
+
+class PromptIds(NamedTuple):
+    """A prompt as token ids."""
+
+    prefix: list[int]
+    middle: list[int] | None
+    suffix: list[int]
 
 
 class PromptTokenizer:
@@ -31,11 +47,11 @@ class PromptTokenizer:
         self.backend, self.contract = tokenizer.backend_tokenizer, contract
         self.bos = [tokenizer.bos_token_id] if contract.bos else []
         self.eos = [tokenizer.eos_token_id] if contract.eos else []
-        self.prompt_ids = {role: self._ids([p["prefix"], p["suffix"]]) for role, p in contract.prompts.items()}
-        self.middle_ids = {role: self._ids([p["middle"]])[0] for role, p in contract.prompts.items() if "middle" in p}
-        for role in contract.prompts:
-            n_prompt = sum(map(len, (*self.around(role), self.middle_ids.get(role, []))))
-            copies = 2 if role in self.middle_ids else 1
+        self.prompt_ids = {role: list(map(self._prompt_ids, contract.prompts_of(role))) for role in contract.prompts}
+        for prompt in itertools.chain(*self.prompt_ids.values()):
+            n_prompt = sum(map(len, (self.bos, prompt.prefix, prompt.middle or [], prompt.suffix, self.eos)))
+            n_prompt += contract.token_prepending is not None
+            copies = 1 if prompt.middle is None else 2
             if positions and n_prompt + copies * contract.max_tokens > positions:
                 room = (positions - n_prompt) // copies
                 advice = f"take at most {room}" if room > 0 else "take a shorter prompt"
@@ -49,9 +65,12 @@ class PromptTokenizer:
         # the Python wrapper around the backend takes as long again
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
+    def _prompt_ids(self, prompt: dict[str, str]) -> PromptIds:
+        return PromptIds(*(self._ids([prompt[name]])[0] if name in prompt else None for name in PromptIds._fields))
+
     def around(self, role: str) -> tuple[list[int], list[int]]:
-        """The ids before every text of a role (BOS and prefix) and after it (suffix and EOS)."""
-        prefix, suffix = self.prompt_ids[role]
+        """The ids before every text of a role (BOS and prefix) and after it (suffix and EOS); of several prompts by the first."""
+        prefix, _, suffix = self.prompt_ids[role][0]
         return self.bos + prefix, suffix + self.eos
 
     def __call__(self, texts: list[str], role: str, first_number: int) -> TokenizedTexts:
@@ -65,17 +84,24 @@ class PromptTokenizer:
         for i, text in enumerate(texts, first_number):
             if not isinstance(text, str):
                 raise InputError(f"text {i} is {type(text).__name__} {text!r}, not a string")
-        (before, after), middle, max_tokens = self.around(role), self.middle_ids.get(role), self.contract.max_tokens
-        ids, spans, n_empty, n_truncated = [], [], 0, 0
-        for start in range(0, len(texts), CHUNK):
-            for text_ids in self._chunk_ids(texts[start : start + CHUNK], first_number + start):
-                n_empty += not text_ids
-                n_truncated += len(text_ids) > max_tokens
-                text_ids = text_ids[:max_tokens]
-                start_of_text = before if middle is None else before + text_ids + middle
-                ids.append(start_of_text + text_ids + after)
-                spans.append((len(start_of_text), len(start_of_text) + len(text_ids)))
-        return TokenizedTexts(ids, spans, len(before), n_empty, n_truncated)
+        chunks = (self._chunk_ids(texts[start : start + CHUNK], first_number + start) for start in range(0, len(texts), CHUNK))
+        whole, max_tokens = list(itertools.chain(*chunks)), self.contract.max_tokens
+        n_empty, n_truncated = sum(not ids for ids in whole), sum(len(ids) > max_tokens for ids in whole)
+        text_ids = [ids[:max_tokens] for ids in whole]
+        first, *more = (self._with_prompt(prompt, text_ids) for prompt in self.prompt_ids[role])
+        return first._replace(n_empty=n_empty, n_truncated=n_truncated, more=tuple(more))
+
+    def _with_prompt(self, prompt: PromptIds, text_ids: list[list[int]]) -> TokenizedTexts:
+        before, after = self.bos + prompt.prefix, prompt.suffix + self.eos
+        prepends, ids, spans = self.contract.token_prepending is not None, [], []
+        for text in text_ids:
+            rest = text + after if prompt.middle is None else text + prompt.middle + text + after
+            if prepends:
+                rest = (before + rest)[-1:] + rest  # a copy of the last token, whose states it will be given
+            ids.append(before + rest)
+            end = len(ids[-1]) - len(after)
+            spans.append((end - len(text), end))
+        return TokenizedTexts(ids, spans, len(before), 0, 0, len(before) if prepends else None)
 
     def _chunk_ids(self, texts: list[str], first_number: int) -> list[list[int]]:
         try:

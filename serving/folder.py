@@ -65,6 +65,12 @@ def obstacle(contract: Contract, runtime: str) -> tuple[str, str] | None:
         return f"layers {', '.join(map(str, contract.layers))}", "the last layer (-1)"
     if contract.attention != "causal":
         return f"{contract.attention} attention", "causal attention"
+    if any(len(contract.prompts_of(role)) > 1 for role in contract.prompts):
+        return "the mean of several prompts", "one prompt"
+    if contract.token_prepending is not None:
+        return "token_prepending", "every token's own states"
+    if contract.mean_removed is not None:
+        return "vectors whose mean is removed", "vectors as they are pooled"
     if any("middle" in prompt for prompt in contract.prompts.values()):
         return "a prompt that holds the text twice", "prompts around one text"
     if contract.embed_filter is not None:

@@ -204,7 +204,8 @@ def make_app(encoder: "Encoder", name: str, key: str | None, limits: Limits) -> 
     """
 
     def encode(texts: list[str], role: str) -> tuple[np.ndarray, int]:
-        return encoder.encode(texts, role), sum(map(len, encoder.tokenize(texts, role).ids))
+        tokenized = encoder.tokenize(texts, role)
+        return encoder.encode(texts, role), sum(len(ids) for under_prompt in (tokenized, *tokenized.more) for ids in under_prompt.ids)
 
     metrics, batcher = Metrics(), Batcher(encode, limits)
 

@@ -15,7 +15,7 @@ import torch
 from conftest import TEXTS, make_run, randomize_adapter
 
 from encoder import Encoder, processes
-from encoder.encoder import NonFiniteError
+from encoder.checks import NonFiniteError
 from encoder.packing import PackedAttention, select_tokens
 from encoder.runtime import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
 from files.console import InputError

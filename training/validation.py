@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from encoder import Encoder
-from encoder.encoder import NonFiniteError
+from encoder.checks import NonFiniteError
 from encoder.processes import all_reduce_number, distributed
 from files.console import InputError
 from files.reading import as_label, as_text, column_names, excerpt, read_column, read_rows
