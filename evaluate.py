@@ -4,6 +4,7 @@
     python evaluate.py --model tiny runs/tiny --baselines tfidf        # side by side
     python evaluate.py --model tiny --prompt none cluster --pooling mean last --scope all text    # a grid for a base
     python evaluate.py --model tiny --sweep pooling=mean,last,max layers=-1,80%,-2..-3 prompt=none,cluster    # the same, layers too
+    python evaluate.py --model tiny --sweep prompt=cluster,meta-eol token-prepending=none,1..20% --remove-mean texts.csv    # and more
     python evaluate.py --data mine.csv                         # columns text,label (or text1,text2,score; or a folder)
     python evaluate.py --model runs/mine --texts mine.txt      # without labels: is the run better than its base, or worse?
     python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
@@ -31,12 +32,12 @@ from pathlib import Path
 from encoder.contract import QUANTIZATIONS, SCOPES
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run
 from evaluation.finished import FinishedCells, partial
-from evaluation.rows import changes_to_run
+from evaluation.rows import changes_to_run, read_mean_texts
 from evaluation.scores import Scores, check_out, score_all, table, write_results
 from evaluation.sweep import AXES, UNTUNED, axis, spread
 from evaluation.task_choice import BENCHMARK, TYPES, choose_tasks
 from evaluation.without_labels import compare_on_texts, read_unlabelled
-from files.arguments import layer, share
+from files.arguments import layer, layer_range, share
 from files.console import InputError, process_rank, run_script, say
 from files.writing import write_json
 from prompts import PROMPTS, get_prompt
@@ -46,8 +47,8 @@ def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for what the flags alone, the names of the models and the contracts of runs show. It costs no slow import."""
     if args.texts and (args.task or args.data or args.bundled or args.benchmark):
         raise InputError("--texts compares models without labels: leave --task, --data, --bundled and --benchmark out")
-    if args.column and not args.texts:
-        raise InputError("--column names the column of --texts: of --data the columns are text and label")
+    if args.column and not args.texts and not args.remove_mean:
+        raise InputError("--column names the column of --texts and --remove-mean: of --data the columns are text and label")
     check_dtype(args.dtype)
     if args.query_prompt and not args.prompt:
         raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
@@ -99,7 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="your own labelled files or folders, see evaluate.py's first lines (default: off)",
     )
     add("--texts", type=Path, metavar="FILE", help="compare the models on texts without labels, see tasks/unlabelled.py (default: off)")
-    add("--column", help="column of --texts that holds the text (default: guessed, and printed)")
+    add("--column", help="column of --texts and --remove-mean that holds the text (default: guessed, and printed)")
     # how texts become vectors: for untuned bases; a run has its contract
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them (default: by type of task)")
     add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
@@ -113,6 +114,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--layers", nargs="+", type=layer, help="layers to average: -1 (after the final norm), 9 (after block 9), 80%% (default: -1)")
     add("--attention-layer", type=layer, metavar="LAYER", help="of --pooling attention: whose attention weighs the tokens (default: -1)")
     add("--embed-filter", type=share, metavar="SHARE", help="drop this share of the unembedding matrix's directions (default: none)")
+    add(
+        "--token-prepending",
+        nargs="+",
+        type=layer_range,
+        metavar="RANGE",
+        help="give a placeholder before the text the last token's state in layers such as 1..20%%, or none (default: none)",
+    )
+    add("--remove-mean", type=Path, metavar="FILE", help="beside each row one without the mean direction of these texts (default: none)")
     add(
         "--sweep",
         nargs="+",
@@ -144,6 +153,7 @@ def main(args: argparse.Namespace) -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
     tasks = [] if args.texts else choose_tasks(args)
     splits = read_unlabelled(args) if args.texts else []
+    args.mean_texts = read_mean_texts(args.remove_mean, args.column) if args.remove_mean else None
     check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)

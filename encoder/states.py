@@ -110,7 +110,7 @@ def pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query:
     if states.last_only and config.pooling != "last":
         raise ValueError(f"these states are those of last tokens only: give {config} to `forward` as well")
     first, located, cu_seqlens, values = choose(states, batch, config, device)
-    if config.pooling == "mean":
+    if config.pooling == "mean" or not len(values):  # without any token all are zeros
         return mean_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "position-mean":  # weight i for the i-th token of the scope: SGPT, Muennighoff 2022, arXiv 2202.08904
         _, positions, sequence = located

@@ -18,11 +18,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from encoder.contract import POOLING_PRESETS, Contract, default_scope, expand_pooling, trained_dims
+from encoder.contract import POOLING_PRESETS, Contract, Layer, default_scope, expand_pooling, trained_dims
 from encoder.names import is_run, newest_run
 from evaluation.baselines import FITTED, baseline, side_by_side
 from evaluation.mteb_model import MtebModel, warn_once
 from files.console import InputError, Progress, say, short_path, warn
+from files.reading import read_texts
 from prompts import TASK_PROMPTS, get_prompt, prompt_label
 
 if TYPE_CHECKING:  # torch and transformers are imported where they are used: what is wrong with the flags is said at once
@@ -31,6 +32,7 @@ if TYPE_CHECKING:  # torch and transformers are imported where they are used: wh
 OF_BASES = ("max_tokens", "dims", "layers", "embed_filter", "quantize")  # flags that are fields of an untuned base's contract
 WITH_OTHER_TOKENS = [name for name, fields in POOLING_PRESETS.items() if "eos" in fields]  # they cannot share forward passes
 RUNS = Path(__file__).resolve().parent.parent / "runs"
+FEW_TEXTS = 100  # whose mean is as much theirs as the model's
 
 
 class EncodingCache:
@@ -83,6 +85,34 @@ class EncodingCache:
         return [np.memmap(tempfile.TemporaryFile(), np.float32, "w+", shape=shape) for shape in shapes]
 
 
+def read_mean_texts(path: Path, column: str | None) -> tuple[str, list[str]]:
+    """Name and texts of --remove-mean, without labels, and a line that says what is done with them."""
+    rows, summary = read_texts(path, column)
+    say(f"{summary}; their mean is removed, as each model embeds them, and nothing else of the file is read", error=True)
+    if len(rows) < FEW_TEXTS:
+        warn(f"the mean of {len(rows)} texts says as much of them as of the model: take {FEW_TEXTS} or more")
+    return path.name, [text for _, text in rows]
+
+
+def without_mean(cache: EncodingCache, variants: "dict[str, Encoder]", args: argparse.Namespace) -> list[MtebModel]:
+    """A row beside each of the cache's rows, from the same forward passes, with the mean of --remove-mean removed; [] without it.
+
+    variants    the encoder of each row, by its label
+    """
+    if not getattr(args, "mean_texts", None):
+        return []
+    from encoder.mean_direction import identity, mean_directions
+
+    name, texts = args.mean_texts
+    poolings = [encoder.contract.pooling_config() for encoder in variants.values()]
+    directions, rows = mean_directions(cache.encoder, texts, poolings, progress=True), []
+    for (label, encoder), pooling in zip(variants.items(), poolings, strict=True):
+        removed = encoder.with_contract(mean_removed=identity(texts, name))
+        cache.encoder.mean_directions[removed.contract.pooling_config()] = directions[pooling]
+        rows.append(cache.row(f"{label}, mean of {name} removed", removed))
+    return rows
+
+
 def load_encoder(spec: str, args: argparse.Namespace, **contract_fields) -> "Encoder":
     """A run, or a base under the given contract fields, on the machine that the flags describe."""
     from encoder import Encoder
@@ -130,16 +160,18 @@ def model_rows(args: argparse.Namespace, task_type: str, failures: list[str]) ->
     newest = None if args.model else newest_run(RUNS)
     beside_its_base = newest is not None or args.texts is not None
     for spec in args.model or [str(newest or "tiny")]:
-        for prompt in [None] if is_run(spec) else args.prompt or [TASK_PROMPTS.get(task_type, "none")]:
+        if is_run(spec):
             with other_rows_go_on(args, failures):
-                if prompt is None:
-                    yield from run_rows(spec, args, beside_its_base=beside_its_base)
-                    continue
+                yield from run_rows(spec, args, beside_its_base=beside_its_base)
+            continue
+        prompts = args.prompt or [TASK_PROMPTS.get(task_type, "none")]
+        for prompt, prepending in itertools.product(prompts, args.token_prepending or [None]):
+            with other_rows_go_on(args, failures):
                 ending = [pooling for pooling in args.pooling or [] if pooling in WITH_OTHER_TOKENS]
                 if not args.pooling or len(ending) < len(args.pooling):
-                    yield base_rows(spec, prompt, args)
+                    yield base_rows(spec, prompt, args, prepending=prepending)
                 for pooling in ending:
-                    yield base_rows(spec, prompt, args, pooling)
+                    yield base_rows(spec, prompt, args, pooling, prepending)
 
 
 def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = False) -> Iterator[list[MtebModel]]:
@@ -147,24 +179,29 @@ def run_rows(spec: str, args: argparse.Namespace, *, beside_its_base: bool = Fal
     encoder = load_encoder(spec, args, **changes_to_run(spec, args))
     if beside_its_base:
         base = encoder.untuned()
-        yield [EncodingCache(base).row(f"{base.contract.base}, untuned, same contract")]
+        label = f"{base.contract.base}, untuned, same contract" + ("" if encoder.contract.mean_removed is None else ", mean kept")
+        cache = EncodingCache(base)
+        yield [cache.row(label), *without_mean(cache, {label: base}, args)]
     drift = encoder.merge()
     how = f"merged into the base, 1 - cosine {drift:.0e} at most" if encoder.merged else "not merged, because its base is quantized"
     (warn if drift > 1e-2 else functools.partial(say, error=True))(f"{short_path(spec)}: adapter {how}")
     if args.compile:
         encoder.compile()
-    yield [EncodingCache(encoder).row(short_path(spec))]
+    cache = EncodingCache(encoder)
+    yield [cache.row(short_path(spec)), *without_mean(cache, {short_path(spec): encoder}, args)]
 
 
-def base_rows(spec: str, prompt: str, args: argparse.Namespace, ending: str | None = None) -> list[MtebModel]:
-    """Rows of an untuned base under one prompt, for every --pooling x --scope x layers of --sweep.
+def base_rows(
+    spec: str, prompt: str, args: argparse.Namespace, ending: str | None = None, prepending: tuple[Layer, Layer] | None = None
+) -> list[MtebModel]:
+    """Rows of an untuned base under one prompt and one token_prepending, for every --pooling x --scope x layers of --sweep.
 
     Combinations that pool the same states are one row. ending: the one of WITH_OTHER_TOKENS that they are, None for the other poolings.
     """
     fields = {name: getattr(args, name) for name in OF_BASES}
     if ending:
         fields["eos"] = POOLING_PRESETS[ending]["eos"]
-    encoder = load_encoder(spec, args, prompt=prompt, query_prompt=args.query_prompt, **fields)
+    encoder = load_encoder(spec, args, prompt=prompt, query_prompt=args.query_prompt, token_prepending=prepending, **fields)
     if args.compile:
         encoder.compile()
     cache, variants = EncodingCache(encoder), {}
@@ -190,8 +227,11 @@ def base_rows(spec: str, prompt: str, args: argparse.Namespace, ending: str | No
             label += f", attention of layer {attention_layer}"
         if args.embed_filter is not None:
             label += f", embed filter {args.embed_filter:g}"
+        if prepending:
+            label += f", token prepending {prepending[0]}..{prepending[1]}"
         variants.setdefault(variant.fingerprint, (label + (" with BOS" if keep_bos else ""), variant))
-    return [cache.row(label, variant) for label, variant in variants.values()]
+    by_label = dict(variants.values())
+    return [*(cache.row(label, variant) for label, variant in by_label.items()), *without_mean(cache, by_label, args)]
 
 
 def changes_to_run(spec: str, args: argparse.Namespace) -> dict:
@@ -201,11 +241,13 @@ def changes_to_run(spec: str, args: argparse.Namespace) -> dict:
     A single other value is a change. Raises InputError for several other values, and for a change without --override-contract.
     """
     contract = Contract.read(spec)
+    if args.remove_mean and contract.mean_removed is not None:
+        raise InputError(f"{spec} is without the mean of {contract.mean_removed['name']} already: leave it or --remove-mean out")
     changes = {name: getattr(args, name) for name in (*OF_BASES, "attention_layer") if getattr(args, name) is not None}
     if args.keep_bos:
         changes["keep_bos"] = True
     fields = dict(changes)
-    for flag, name in (("prompt", "prompts"), ("pooling", "pooling"), ("scope", "scope")):
+    for flag, name in (("prompt", "prompts"), *((same, same) for same in ("pooling", "scope", "token_prepending"))):
         values, of_run = getattr(args, flag) or [], getattr(contract, name)
         meanings = [get_prompt(value, args.query_prompt).roles() for value in values] if flag == "prompt" else values
         if values and of_run not in meanings:

@@ -1,17 +1,18 @@
 """`--sweep pooling=mean,last layers=-1,80%,-2..-5 prompt=none,cluster`: the grid of an untuned base, each axis with its values.
 
-Values are separated by commas, so that templates are given by --prompt. A layer is one by itself; A..B are all from A to B.
+Values are separated by commas, so that templates are given by --prompt. A layer is one by itself; A..B are all from A to B, except for
+token-prepending, where they are one range of layers.
 """
 
 import argparse
 
 from encoder.contract import POOLING_PRESETS, POOLINGS, SCOPES, Layer
-from files.arguments import layer
+from files.arguments import layer, layer_range
 from files.console import InputError
 from prompts import PROMPTS
 
 UNTUNED = [*(p for p in POOLINGS if p != "query"), *POOLING_PRESETS]  # "query" is learned: an untuned base has none
-AXES = {"prompt": tuple(PROMPTS), "pooling": UNTUNED, "scope": SCOPES, "layers": None}
+AXES = {"prompt": tuple(PROMPTS), "pooling": UNTUNED, "scope": SCOPES, "layers": None, "token-prepending": None}
 
 
 def axis(text: str) -> tuple[str, list]:
@@ -22,6 +23,8 @@ def axis(text: str) -> tuple[str, list]:
     values = values.split(",")
     if name == "layers":
         return name, [number for value in values for number in layers(value)]
+    if name == "token-prepending":
+        return name, [layer_range(value) for value in values]
     if unknown := [value for value in values if value not in AXES[name]]:
         raise argparse.ArgumentTypeError(f"{name} {unknown[0]!r}: take of {', '.join(AXES[name])}")
     return name, values
@@ -46,10 +49,11 @@ def spread(args: argparse.Namespace) -> None:
     """
     args.layer_sets = [None]
     for name, values in args.sweep or []:
-        given = args.layers is not None or args.layer_sets != [None] if name == "layers" else getattr(args, name) is not None
+        flag = name.replace("-", "_")
+        given = args.layers is not None or args.layer_sets != [None] if name == "layers" else getattr(args, flag) is not None
         if given:
             raise InputError(f"--sweep {name} is given twice, or beside --{name}: leave one of them out")
         if name == "layers":
             args.layer_sets = [(value,) for value in values]
         else:
-            setattr(args, name, values)
+            setattr(args, flag, values)

@@ -29,6 +29,17 @@ def layer(text: str) -> int | str:
     return text if text.endswith("%") else int(text)
 
 
+def layer_range(text: str) -> tuple[int | str, int | str] | None:
+    """'1..20%' -> (1, "20%"), 'none' -> None: the contract checks the layers."""
+    if text == "none":
+        return None
+    first, dots, last = text.partition("..")
+    try:
+        return layer(first), layer(last if dots else first)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: take layers such as 1..20%, or none") from None
+
+
 def share(text: str) -> float:
     if not 0 < float(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
