@@ -268,7 +268,9 @@ class Encoder:
     def save(self, folder: Path) -> None:
         """Write adapter, its config and the contract, each complete or not at all. Raises InputError for an untuned base."""
         if self.peft is None or not self.adapter_on:
-            raise InputError("an untuned base has no adapter to save: a run has one")
+            raise InputError("an untuned base has no adapter to save: load a run")
+        if self.contract.mean_removed is not None and (folder / CONTRACT_FILE).exists():
+            raise InputError(f"{folder} holds a run already, which it would no longer be: name a new folder")
         folder.mkdir(parents=True, exist_ok=True)
         is_local = Path(self.source).is_dir()
         base, revision = (str(Path(self.source).resolve()), None) if is_local else (self.source, self.contract.revision)
