@@ -102,7 +102,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--texts", type=Path, metavar="FILE", help="compare the models on texts without labels, see tasks/unlabelled.py (default: off)")
     add("--column", help="column of --texts and --remove-mean that holds the text (default: guessed, and printed)")
     # how texts become vectors: for untuned bases; a run has its contract
-    add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them (default: by type of task)")
+    add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them; 'A || B' averages both (default: by type)")
     add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
     add(
         "--pooling",

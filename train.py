@@ -114,7 +114,7 @@ def add_data_arguments(add) -> None:
 
 
 def add_contract_arguments(add) -> None:
-    add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}} (default cluster, or that of the run in --model)")
+    add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}}; 'A || B' averages both (default cluster, or the run's own)")
     add("--query-prompt", metavar="PROMPT", help="of anchors, beside --prompt for positives (default: that of --prompt)")
     add("--pooling", choices=(*POOLINGS, *POOLING_PRESETS), help="default: last if the prompt goes on after the text, else mean")
     add("--scope", choices=SCOPES, help="which tokens are pooled: all, or those of the text alone (default: all for last, else text)")

@@ -265,8 +265,9 @@ class Encoder:
         shard_model(self.decoder, self.blocks, self.device)
         self.sharded = True
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write adapter, its config and the contract, each complete or not at all. Raises InputError for an untuned base."""
+        folder = Path(folder)
         if self.peft is None or not self.adapter_on:
             raise InputError("an untuned base has no adapter to save: load a run")
         if self.contract.mean_removed is not None and (folder / CONTRACT_FILE).exists():

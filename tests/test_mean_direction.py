@@ -78,6 +78,9 @@ def test_it_is_part_of_the_contract(llama):
     assert Contract.from_json(one.contract.to_json()) == one.contract
     again = one.with_contract(pooling="last")  # the mean was that of other vectors
     assert again.contract.mean_removed is None and again.fingerprint == plain.with_contract(pooling="last").fingerprint
+    before = one.encode(TEXTS)
+    plain.with_contract(dims=16).remove_mean(OTHERS)  # other vectors have another mean
+    np.testing.assert_array_equal(one.encode(TEXTS), before)
     for wrong in (lambda: Encoder.load(llama, mean_removed={"name": "a", "sha256": "b"}), lambda: plain.with_contract(mean_removed="a")):
         with pytest.raises(InputError, match=r"unknown settings \['mean_removed'\]|mean_removed must be name and sha256"):
             wrong()
@@ -150,7 +153,7 @@ def test_what_cannot_be_is_refused(without_mean, llama, tmp_path):
         train("--model", run, "--pairs", ShortRuns(run, tmp_path).pairs, "--out", tmp_path / "on")
     assert not (tmp_path / "on").exists()
     with pytest.raises(InputError, match="run holds a run already, which it would no longer be: name a new folder"):
-        without_mean.save(tmp_path / "run")
+        without_mean.save(str(tmp_path / "run"))
     base = Encoder.load(llama)
     with pytest.raises(InputError, match="an untuned base has no adapter to save"):
         base.remove_mean(OTHERS).save(tmp_path / "base")

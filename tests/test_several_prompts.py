@@ -60,6 +60,15 @@ def test_a_text_without_a_token_under_one_of_them(llama):
     assert not Encoder.load(llama, prompt="{text} || {text}", bos=False).encode([""]).any()
 
 
+def test_batches_are_filled_by_the_longest_prompt_and_in_training_by_all(llama):
+    encoder = Encoder.load(llama, prompt="{text} || {text} and the cat")
+    tokenized = encoder.tokenize(TEXTS)
+    short, long = len(tokenized.ids[0]), len(tokenized.more[0].ids[0])
+    assert encoder.costs(tokenized, [0]) == {0: long}
+    encoder.decoder.train()
+    assert encoder.costs(tokenized, [0]) == {0: short + long}
+
+
 def test_token_prepending_works_under_each(llama):
     settings = {"pooling": "last", "token_prepending": (1, 2)}
     several = Encoder.load(llama, prompt="cluster || classify", **settings).encode(TEXTS)
