@@ -11,12 +11,13 @@ document, which is everything else). This module knows strings only: `encoder/` 
 """
 
 import itertools
+import re
 from dataclasses import dataclass, replace
 
 from files.console import InputError
 
 ROLES = ("query", "document")
-BETWEEN = " || "  # stands between several prompts
+BETWEEN = " || "  # stands between several prompts, with spaces or without
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,13 @@ class Prompt:
 
 def split_templates(templates: str) -> dict[str, str] | list[dict[str, str]]:
     """What `split_template` returns, or of several templates the list of it."""
-    parts = [split_template(template) for template in templates.split(BETWEEN)]
+    parts = [split_template(template) for template in apart(templates)]
     return parts[0] if len(parts) == 1 else parts
+
+
+def apart(prompts: str) -> list[str]:
+    """Each of several prompts by itself."""
+    return re.split(rf" *{re.escape(BETWEEN.strip())} *", prompts)
 
 
 def each_prompt(of_role: dict[str, str] | list[dict[str, str]]) -> list[dict[str, str]]:
@@ -156,8 +162,8 @@ def get_prompt(prompt: str | Prompt, query: str | Prompt | None = None) -> Promp
         raise InputError(f"a prompt is a preset's name or a string with {{text}} in it, not {prompt!r}")
     if prompt in PROMPTS:
         return PROMPTS[prompt]
-    if BETWEEN in prompt:
-        several = [get_prompt(one) for one in prompt.split(BETWEEN)]
+    if len(apart(prompt)) > 1:
+        several = [get_prompt(one) for one in apart(prompt)]
         template, queries = (BETWEEN.join(texts) for texts in zip(*((p.template, p.query or p.template) for p in several), strict=True))
         return Prompt("custom", template, "given on the command line", queries if queries != template else None)
     if "{text}" in prompt:

@@ -89,6 +89,8 @@ def read_mean_texts(path: Path, column: str | None) -> tuple[str, list[str]]:
     """Name and texts of --remove-mean, without labels, and a line that says what is done with them."""
     rows, summary = read_texts(path, column)
     say(f"{summary}; their mean is removed, as each model embeds them, and nothing else of the file is read", error=True)
+    if len({text for _, text in rows}) < 2:
+        raise InputError(f"{path.name} holds one text over and over: a mean needs different ones")
     if len(rows) < FEW_TEXTS:
         warn(f"the mean of {len(rows)} texts says as much of them as of the model: take {FEW_TEXTS} or more")
     return path.name, [text for _, text in rows]

@@ -236,6 +236,8 @@ def test_bad_input_is_one_line(without_mean, llama, tmp_path, capsys):
         evaluate("--model", tmp_path / "run", "--data", data, "--token-prepending", "1..2")
     with pytest.raises(SystemExit):
         evaluate("--model", llama, "--data", data, "--token-prepending", "one")
+    with pytest.raises(InputError, match=r"same\.csv holds one text over and over: a mean needs different ones"):
+        evaluate("--model", llama, "--data", data, "--remove-mean", write_csv(tmp_path / "same.csv", "text", [("a",)] * 3))
     few = write_csv(tmp_path / "few.csv", "a,b", [(text, "c") for text in OTHERS if text])
     evaluate("--model", tmp_path / "run", "--data", data, "--remove-mean", few, "--column", "a")
     assert "the mean of 5 texts says as much of them as of the model" in capsys.readouterr().err

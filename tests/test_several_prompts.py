@@ -108,6 +108,7 @@ def test_presets_and_templates_may_be_mixed():
         *get_prompt("meta-eol").roles()["query"],
         get_prompt("cluster").roles()["query"],
     ]
+    assert get_prompt("{text} a||b {text}").roles() == get_prompt("{text} a || b {text}").roles()  # and no text given twice
     for wrong in ("cluster || ", "cluster || Cluster", "a || b", " || {text}"):
         with pytest.raises(InputError, match="unknown prompt"):
             get_prompt(wrong)

@@ -150,3 +150,16 @@ def test_what_makes_no_sense_is_refused(llama, tmp_path):
 def test_shares_are_those_of_the_depth():
     assert replaced_layers((1, "20%"), 32) == range(1, 7)  # the paper's layers of Llama 2 7B
     assert replaced_layers((1, "20%"), 5) == range(1, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [0, 1])
+def test_compiled_layers_take_the_states_as_well(llama, first):
+    """Whichever was compiled for: hooks come and go between calls."""
+    plain = Encoder.load(llama, prompt="cluster", pooling="last")
+    encoders = [plain, plain.with_contract(token_prepending=(1, 2))]
+    expected = [encoder.encode(TEXTS) for encoder in encoders]
+    for block in plain.blocks:
+        block.compile(dynamic=True, backend="eager")  # the same graphs without a compiler behind them
+    for i in (first, 1 - first, first):
+        np.testing.assert_allclose(encoders[i].encode(TEXTS), expected[i], atol=1e-5)
