@@ -12,7 +12,8 @@
 The loss is symmetric InfoNCE over the batch: each anchor must find its positive among all positives and hard negatives of the
 batch, and each positive its anchor; copies of either text do not count as negatives. Only the adapter is trained. A batch that
 does not fit into memory is run in chunks, with the same gradient (GradCache). Pairs stay on disk, in files of any size: JSONL, csv, tsv
-or parquet with columns anchor, positive and perhaps negative. --validation takes the same kinds, with columns text and label.
+or parquet with columns anchor, positive and perhaps negative, and `prompt` where pairs have prompts of their own (a preset or a string
+with {text}; the others are given --prompt). --validation takes the same kinds, with columns text and label.
 
 Leaves behind, in --out (default runs/MODEL):
 
@@ -52,7 +53,7 @@ from files.arguments import layer, share
 from files.console import InputError, Progress, run_script, say, short_path, warn
 from files.reading import file_kind
 from files.writing import WriteError, append_line, write_json
-from prompts import PROMPTS, prompt_label
+from prompts import PROMPTS, get_prompt, prompt_label
 from serving.folder import runtimes_for, serving_note
 from training.monitoring import EnergyMeter, catch_signals, collapse, draw_curve, make_tracker
 from training.optimization import MIN_TEMPERATURE, TEMPERATURE, learning_rate, n_warmup_steps
@@ -339,6 +340,9 @@ def announce(run: "Run", base_fingerprint: str) -> None:
     resumed = f", going on after step {done}" if done else ""
     epochs = f", {run.data.steps * args.batch_size / run.data.n_pairs:.3g} epochs" * (not run.data.pairs.taught)
     what = run.data.pairs.summary or f"{run.data.n_pairs:,} pairs"
+    of_pairs = [prompt_label(get_prompt(prompt).roles()) for prompt in run.data.pairs.prompts]
+    if of_pairs:
+        say(f"{len(of_pairs)} prompts of the pairs themselves: {', '.join(of_pairs[:6])}{', ...' * (len(of_pairs) > 6)}")
     say(f"{what} from {files}, {run.data.steps} steps of {args.batch_size}{epochs}{resumed}")
     for note in encoder.notes:
         warn(note)

@@ -17,6 +17,7 @@ CONTRACT_FILE, ADAPTER_FILE, ADAPTER_CONFIG = "embedding.json", "adapter_model.s
 QUERY_FILE = "pooling.safetensors"  # the learned query of pooling `query`
 MEAN_FILE = "mean.safetensors"  # the direction of the mean that is removed
 ARGUMENTS_FILE, SUMMARY_FILE = "arguments.json", "summary.json"  # what train.py was asked for; what it left at the very end
+PAIR_PROMPTS = "pair_prompts"  # of arguments.json: the prompts that the pairs themselves had
 # the files of a model folder that decide its hidden states and its token ids
 MODEL_FILES = (
     "model*.safetensors",
@@ -159,24 +160,24 @@ class Contract:
         except UnicodeDecodeError:
             raise InputError(f"{path} is damaged (not UTF-8): restore it from the run that wrote it") from None
 
-    def override(self, changes: dict, *, force: bool = False, trained_dims: tuple[int, ...] = ()) -> "Contract":
+    def override(self, changes: dict, *, force: bool = False, trained_for: dict[str, tuple] | None = None) -> "Contract":
         """The contract with some fields replaced. A contradiction raises InputError with both values, unless `force`.
 
-        trained_dims    where vectors may be cut without contradiction: what `trained_dims` of this module returns for the run
+        trained_for    values of a field that are no contradiction: what `trained_for` of this module returns for the run
         """
-        changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-        differing = {k: v for k, v in changes.items() if getattr(self, k) != v and not (k == "dims" and v in trained_dims)}
+        changes, also = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}, trained_for or {}
+        differing = {k: v for k, v in changes.items() if getattr(self, k) != v and v not in also.get(k, ())}
         if differing and not force:
-            both = "; ".join(self._contradiction(name, value, trained_dims) for name, value in differing.items())
+            both = "; ".join(self._contradiction(name, value, also.get(name, ())) for name, value in differing.items())
             raise InputError(f"{both}. Leave the flag out, or add --override-contract")
         return replace(self, **changes)
 
-    def _contradiction(self, name: str, asked: object, trained_dims: tuple[int, ...]) -> str:
-        value, more = getattr(self, name), ""
+    def _contradiction(self, name: str, asked: object, also: tuple) -> str:
+        value, shown = getattr(self, name), map(str, also)
         if name == "prompts":
+            shown = (contrast(roles, asked)[0] for roles in also)
             name, (value, asked) = "prompt", contrast(value, asked)
-        elif name == "dims" and trained_dims:
-            more = f" (which was trained for {', '.join(map(str, trained_dims))} as well)"
+        more = f" (which was trained for {', '.join(shown)} as well)" if also else ""
         return f"{name} is {value!r} in the run{more}, {asked!r} was asked for"
 
 
@@ -272,11 +273,19 @@ def _read_object(path: Path) -> dict:
     return value if isinstance(value, dict) else {}
 
 
-def trained_dims(run: str | Path) -> tuple[int, ...]:
-    """Lengths to which a run's vectors were trained to be cut (`train.py --matryoshka`), by its arguments.json."""
-    arguments = _read_object(Path(run) / ARGUMENTS_FILE).get("arguments")
-    numbers = arguments.get("matryoshka") if isinstance(arguments, dict) else None
-    return tuple(n for n in numbers if isinstance(n, int)) if isinstance(numbers, list) else ()
+def trained_for(run: str | Path) -> dict[str, tuple]:
+    """Values of the contract's fields that a run was trained for beside its contract, by its arguments.json.
+
+    "dims": lengths to cut vectors to (`train.py --matryoshka`); "prompts": those of its pairs, each as `Prompt.roles` has them.
+    """
+    record = _read_object(Path(run) / ARGUMENTS_FILE)
+    arguments = record.get("arguments")
+    dims = arguments.get("matryoshka") if isinstance(arguments, dict) else None
+    prompts = record.get(PAIR_PROMPTS)
+    return {
+        "dims": tuple(n for n in dims if isinstance(n, int)) if isinstance(dims, list) else (),
+        "prompts": tuple(prompts) if isinstance(prompts, list) else (),
+    }
 
 
 def recorded_fingerprint(run: str | Path) -> str | None:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from encoder.base_models import fetch, load_pretrained
-from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, expand_pooling, folder_hash, trained_dims
+from encoder.contract import DEFAULT_MAX_TOKENS, Contract, default_scope, expand_pooling, folder_hash, trained_for
 from encoder.names import base_of_run, find_base, is_run
 from files.console import InputError
 from prompts import each_prompt, get_prompt
@@ -36,7 +36,7 @@ def load_base(
     run, contract = None, None
     if is_run(spec):
         run = Path(spec)
-        contract = Contract.read(run).override(overrides, force=override_contract, trained_dims=trained_dims(run))
+        contract = Contract.read(run).override(overrides, force=override_contract, trained_for=trained_for(run))
         spec = base_of_run(run, contract)
     name, source, revision = find_base(spec)
     is_local = Path(source).is_dir()

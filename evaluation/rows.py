@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from encoder.contract import POOLING_PRESETS, Contract, Layer, default_scope, expand_pooling, trained_dims
+from encoder.contract import POOLING_PRESETS, Contract, Layer, default_scope, expand_pooling, trained_for
 from encoder.names import is_run, newest_run
 from evaluation.baselines import FITTED, baseline, side_by_side
 from evaluation.mteb_model import MtebModel, warn_once
@@ -261,5 +261,5 @@ def changes_to_run(spec: str, args: argparse.Namespace) -> dict:
             if flag == "prompt":
                 changes["query_prompt"] = args.query_prompt
     fields = expand_pooling(fields)
-    contract.override(fields, force=args.override_contract, trained_dims=trained_dims(spec))
+    contract.override(fields, force=args.override_contract, trained_for=trained_for(spec))
     return changes

@@ -108,7 +108,7 @@ def test_copies_are_no_negatives():
 
 def batch_of(*ids_of_pairs: list[int]) -> PairBatch:
     """A batch of which only the ids of the texts are looked at."""
-    return PairBatch(None, None, None, [[] for _ in ids_of_pairs], list(ids_of_pairs), [], None)
+    return PairBatch(None, None, None, [[] for _ in ids_of_pairs], list(ids_of_pairs), [], None, [None] * len(ids_of_pairs))
 
 
 def test_matryoshka_averages_the_losses_of_shortened_vectors():

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from encoder.runtime import to_device
-from training.pair_data import PairBatch
+from training.pair_data import PairBatch, rows_by_prompt
 
 LossOfVectors = Callable[[Tensor, Tensor, Tensor], "LossResult"]  # anchors (B, D), positives (B, D), hard negatives (M, D)
 
@@ -141,10 +141,24 @@ def distillation(vectors: Tensor, teacher: Tensor, text_ids: Tensor) -> LossResu
     return LossResult(loss, agreement, n_others.item() / len(same), spread(vectors, vectors), divergence.item())
 
 
+def over_prompts(results: list[LossResult], n_pairs: list[int]) -> LossResult:
+    """The mean over all pairs, from that over the pairs of each prompt; the spread is the smallest of several pairs."""
+    if len(results) == 1:
+        return results[0]
+    shares = [n / sum(n_pairs) for n in n_pairs]
+    means = (
+        sum(getattr(r, name) * share for r, share in zip(results, shares, strict=True)) for name in ("loss", "accuracy", "n_negatives")
+    )
+    spreads = [result.spread for result, n in zip(results, n_pairs, strict=True) if n > 1]
+    return LossResult(*means, min(spreads, default=max(result.spread for result in results)))
+
+
 def batch_loss(batch: PairBatch, device: torch.device, settings: LossSettings, log_temperature: Tensor | None = None) -> LossOfVectors:
     """The loss of a batch as a function of its vectors; with Matryoshka the mean over the shortened vectors and the whole ones.
 
-    Pairs whose texts have a teacher's vectors are learned by distillation, the others by InfoNCE; the loss is the sum of both.
+    Pairs whose texts have a teacher's vectors are learned by distillation, the others by InfoNCE; the loss is the sum of both. Of
+    pairs with prompts of their own only those of one prompt are each other's negatives: vectors under different prompts are never
+    compared in use, the prompt alone would tell them apart, and a text that is near under one may be far under the other.
 
     log_temperature    of a learned temperature; None: settings.temperature
     """
@@ -154,12 +168,14 @@ def batch_loss(batch: PairBatch, device: torch.device, settings: LossSettings, l
 
     taught = set(batch.taught)
     plain = [row for row in range(batch.n_pairs) if row not in taught]
-    parts = {}  # for pairs of both sorts: the rows of their anchors and positives, those of their negatives, text ids
-    for name, rows in (("plain", plain), ("taught", batch.taught)):
+    of_prompt = [[plain[i] for i in rows] for rows in rows_by_prompt([batch.prompts[row] for row in plain]).values()]
+    parts = []  # for pairs of one prompt, last for those with a teacher: rows of anchors and positives, those of negatives, text ids
+    for rows in (*of_prompt, batch.taught):
         ids = [batch.text_ids[row] for row in rows]
         columns = [pair[0] for pair in ids], [pair[1] for pair in ids], [i for pair in ids for i in pair[2:]]
         negatives = [number for row in rows for number in batch.negative_rows[row]]
-        parts[name] = on_device(rows), on_device(negatives), TextIds(*map(on_device, columns))
+        parts.append((on_device(rows), on_device(negatives), TextIds(*map(on_device, columns))))
+    *of_prompt, of_taught = parts
     teacher = to_device(batch.teacher, device) if batch.taught else None
 
     def loss_of(*vectors: Tensor) -> LossResult:
@@ -167,13 +183,14 @@ def batch_loss(batch: PairBatch, device: torch.device, settings: LossSettings, l
         results = []
         for dims in (*settings.matryoshka, None):
             unit = [F.normalize(v.float()[:, :dims], dim=-1) for v in vectors]
-            both = []
+            both, contrasted = [], []
+            for rows, negatives, ids in of_prompt:
+                texts = unit if len(rows) == batch.n_pairs else (unit[0][rows], unit[1][rows], unit[2][negatives])
+                contrasted.append(info_nce(*texts, ids, temperature, margin=settings.margin, threshold=settings.mask_above))
             if plain:
-                rows, negatives, ids = parts["plain"]
-                texts = (unit[0][rows], unit[1][rows], unit[2][negatives]) if batch.taught else unit
-                both.append(info_nce(*texts, ids, temperature, margin=settings.margin, threshold=settings.mask_above))
+                both.append(over_prompts(contrasted, [len(rows) for rows, *_ in of_prompt]))
             if batch.taught:
-                rows, negatives, ids = parts["taught"]
+                rows, negatives, ids = of_taught
                 both.append(distillation(torch.cat([unit[0][rows], unit[1][rows], unit[2][negatives]]), teacher, torch.cat(ids)))
             loss, spreads = sum(result.loss for result in both), [result.spread for result in both]
             results.append(both[0]._replace(loss=loss, spread=min(spreads), divergence=both[-1].divergence))

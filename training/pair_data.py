@@ -16,6 +16,7 @@ import numpy as np
 
 from files.console import InputError
 from files.reading import excerpt, file_kind, is_encodable, read_rows
+from prompts import get_prompt
 from training.own_texts import GENERAL_FILE, OWN_SHARE, OwnTexts, is_own_texts, read_recipe
 
 if TYPE_CHECKING:
@@ -33,14 +34,15 @@ class Pair(NamedTuple):
     positive: str
     negatives: tuple[str, ...] = ()
     teacher: np.ndarray | None = None  # (texts of the pair, E): a teacher's vectors of anchor, positive and negatives, of norm 1
+    prompt: str | None = None  # around all of its texts, a preset or a template; None: that of the contract
 
 
 def validate_pair(row: dict, where: str) -> Pair:
     """Turn a row of a file of pairs into a Pair. Other fields of the row are ignored.
 
-    row        the texts `anchor` and `positive`, and optionally the text `negative` or the list of texts `negatives`
+    row        the texts `anchor` and `positive`, and optionally the text `negative` or the list of texts `negatives`, and `prompt`
     where      the row's place, for the error message
-    Raises InputError for a missing text, for a value that is no text, and for a text that cannot be written as UTF-8.
+    Raises InputError for a missing text, for a value that is no text, for a text that cannot be written as UTF-8, and for no prompt.
     """
     anchor, positive = row.get("anchor"), row.get("positive")
     if not isinstance(anchor, str) or not isinstance(positive, str):
@@ -51,9 +53,14 @@ def validate_pair(row: dict, where: str) -> Pair:
     negatives = [*([] if one is None else [one]), *(several if isinstance(several, list) else [])]
     if not isinstance(several, list) or not all(isinstance(text, str) for text in negatives):
         raise InputError(f"{where}: 'negative' must be a text and 'negatives' a list of texts, has {_shown(row)}")
-    if not is_encodable("".join((anchor, positive, *negatives))):
+    prompt = row.get("prompt")
+    try:
+        prompt is None or get_prompt(prompt)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    if not is_encodable("".join((anchor, positive, *negatives, prompt or ""))):
         raise InputError(f"{where}: a text holds half a surrogate pair, which cannot be written as UTF-8")
-    return Pair(anchor, positive, tuple(negatives))
+    return Pair(anchor, positive, tuple(negatives), prompt=prompt)
 
 
 def _shown(row: dict) -> str:
@@ -63,14 +70,15 @@ def _shown(row: dict) -> str:
 def read_pair_rows(path: Path) -> Iterator[tuple[Pair, dict]]:
     """The pairs of a file, one at a time, each with all cells of its row. Raises InputError with the place.
 
-    An empty cell `negative` of a csv or tsv is none; these files cannot hold lists, and so no column `negatives`.
+    An empty cell `negative` or `prompt` of a csv or tsv is none; these files cannot hold lists, and so no column `negatives`.
     """
     only_strings = path.name.lower().removesuffix(".gz").endswith((".csv", ".tsv"))
     for place, row in read_rows(path):
         if only_strings and "negatives" in row:
             raise InputError(f"{place}: a csv or tsv cannot hold the list 'negatives': take the column 'negative', or JSONL")
-        if only_strings and row.get("negative") == "":
-            del row["negative"]
+        for name in ("negative", "prompt"):
+            if only_strings and row.get(name) == "":
+                del row[name]
         yield validate_pair(row, place), row
 
 
@@ -111,16 +119,18 @@ class PairFile:
         if len(first_two) < 2:
             raise InputError(f"{path} holds {len(first_two)} pairs: contrastive training needs at least two")
         text = datasets.Value("string")
-        features = datasets.Features({"anchor": text, "positive": text, "negatives": datasets.List(text)})
+        features = datasets.Features({"anchor": text, "positive": text, "negatives": datasets.List(text), "prompt": text})
         try:
             self._rows = datasets.Dataset.from_generator(
-                _pair_rows, gen_kwargs={"path": str(path)}, features=features, fingerprint=f"pairs-1-{self.sha256}"
+                _pair_rows, gen_kwargs={"path": str(path)}, features=features, fingerprint=f"pairs-2-{self.sha256}"
             )
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ from None
         except ValueError as error:  # Arrow cannot read the cached file
             folder = Path(datasets.config.HF_DATASETS_CACHE) / "generator"
             raise InputError(f"the cache of {path} is damaged ({str(error)[:80]}): delete {folder}") from None
+
+        self.prompts = [prompt for prompt in self._rows.unique("prompt") if prompt is not None]
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -137,8 +147,8 @@ class PairFile:
 
     def __getitem__(self, rows: list[int]) -> list[Pair]:
         columns = self._rows[rows]
-        texts = zip(columns["anchor"], columns["positive"], columns["negatives"], strict=True)
-        return [Pair(anchor, positive, tuple(negatives)) for anchor, positive, negatives in texts]
+        cells = zip(*(columns[name] for name in ("anchor", "positive", "negatives", "prompt")), strict=True)
+        return [Pair(anchor, positive, tuple(negatives), prompt=prompt) for anchor, positive, negatives, prompt in cells]
 
 
 class PairDataset:
@@ -148,6 +158,7 @@ class PairDataset:
     sha256     of the file, or of the hashes of all files in their order
     sizes      pairs of each source; rows are counted through all sources in their order
     taught     whether some of the texts have a teacher
+    prompts    those that pairs have of their own, sorted
     summary    what there is, where they have; else empty
     Raises InputError for a file that is missing, invalid, given twice, or too short, and for a damaged cache.
     """
@@ -170,6 +181,7 @@ class PairDataset:
         hashes = [source.sha256 for source in self._sources]
         self.sizes, self.taught = [len(source) for source in self._sources], any(isinstance(s, OwnTexts) for s in self._sources)
         self.sha256 = hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
+        self.prompts = sorted({prompt for source in self._sources if isinstance(source, PairFile) for prompt in source.prompts})
         n_texts = sum(len(source.texts) for source in self._sources if isinstance(source, OwnTexts))
         n_pairs = sum(len(source) for source in self._sources if isinstance(source, PairFile))
         self.summary = f"{n_texts:,} texts with a teacher" + f" and {n_pairs:,} pairs" * (n_pairs > 0) if self.taught else ""
@@ -286,6 +298,7 @@ class PairBatch(NamedTuple):
     text_ids: list[list[int]]  # for each pair, an id of each of its texts (anchor, positive, negatives): equal ids, equal texts
     taught: list[int]  # which pairs have a teacher's vectors
     teacher: np.ndarray | None  # (texts of these pairs, E): of their anchors, of their positives, of their negatives
+    prompts: list[str | None]  # of each pair
 
     @property
     def n_pairs(self) -> int:
@@ -296,20 +309,50 @@ class PairBatch(NamedTuple):
         return self.anchors, self.positives, self.negatives
 
 
+def rows_by_prompt(prompts: list[str | None]) -> dict[str | None, list[int]]:
+    """The rows of each prompt, in order; prompts in order of appearance."""
+    return {prompt: [row for row, other in enumerate(prompts) if other == prompt] for prompt in dict.fromkeys(prompts)}
+
+
+def under_prompt(encoder: "Encoder", prompt: str | None) -> "Encoder":
+    """The same weights under a pair's prompt; None: under that of the contract."""
+    return encoder if prompt is None else encoder.with_contract(prompts=get_prompt(prompt).roles())
+
+
+def tokenize_each(encoder: "Encoder", texts: list[str], prompts: list[str | None], role: str) -> "TokenizedTexts":
+    """Texts as ids, each under its prompt. The shared prefix is the beginning that these prompts have in common.
+
+    A batch is not divided by prompts: for prompts of a few tokens that would be more forward passes for little.
+    """
+    groups = rows_by_prompt(prompts)
+    if set(groups) <= {None}:
+        return encoder.tokenize(texts, role)
+    parts = [under_prompt(encoder, prompt).tokenize([texts[row] for row in rows], role) for prompt, rows in groups.items()]
+    places = np.argsort(np.concatenate(list(groups.values())))
+    ids, spans = ([values[i] for i in places] for values in (list(itertools.chain(*(part[field] for part in parts))) for field in (0, 1)))
+    prefixes = zip(*(part.ids[0][: part.prefix_length] for part in parts), strict=False)
+    shared = sum(1 for _ in itertools.takewhile(lambda same: len(set(same)) == 1, prefixes))
+    return type(parts[0])(ids, spans, shared, sum(part.n_empty for part in parts), sum(part.n_truncated for part in parts))
+
+
 def tokenize_pairs(encoder: "Encoder", pairs: list[Pair]) -> PairBatch:
     """Tokenize the pairs of a batch: anchors in the role "query", positives and hard negatives in the role "document"."""
     ends = itertools.accumulate((len(pair.negatives) for pair in pairs), initial=0)
     ids: dict[str, int] = {}
     taught = [i for i, pair in enumerate(pairs) if pair.teacher is not None]
     kinds = [[pairs[i].teacher[part] for i in taught] for part in (slice(0, 1), slice(1, 2), slice(2, None))]
+    prompts = [pair.prompt for pair in pairs]
     return PairBatch(
-        encoder.tokenize([pair.anchor for pair in pairs], "query"),
-        encoder.tokenize([pair.positive for pair in pairs], "document"),
-        encoder.tokenize([text for pair in pairs for text in pair.negatives], "document"),
+        tokenize_each(encoder, [pair.anchor for pair in pairs], prompts, "query"),
+        tokenize_each(encoder, [pair.positive for pair in pairs], prompts, "document"),
+        tokenize_each(
+            encoder, [n for pair in pairs for n in pair.negatives], [pair.prompt for pair in pairs for _ in pair.negatives], "document"
+        ),
         [list(range(*span)) for span in itertools.pairwise(ends)],
         [[ids.setdefault(text, len(ids)) for text in (pair.anchor, pair.positive, *pair.negatives)] for pair in pairs],
         taught,
         np.concatenate([vectors for kind in kinds for vectors in kind]).astype(np.float32) if taught else None,
+        prompts,
     )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from encoder import Encoder
-from encoder.contract import ARGUMENTS_FILE, Contract, fingerprint
+from encoder.contract import ARGUMENTS_FILE, PAIR_PROMPTS, Contract, fingerprint
 from encoder.lora import keep_input_dtype
 from encoder.names import is_run
 from encoder.processes import distributed, wait_for_all
@@ -19,7 +19,7 @@ from files.console import InputError, say, warn
 from files.writing import write_json, write_text
 from training.checkpoint import TrainingState, load_checkpoint
 from training.optimization import TEMPERATURE, make_optimizer
-from training.pair_data import MIN_HELD_OUT, SMALL_SET, PairDataset, PairSampler, hold_out
+from training.pair_data import MIN_HELD_OUT, SMALL_SET, PairDataset, PairSampler, hold_out, under_prompt
 from training.run_record import METRICS, check_record, read_metrics
 from training.validation import Validation
 
@@ -168,6 +168,9 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
     torch.manual_seed(args.seed)
     encoder = make_encoder(args, data.pairs)
     record |= {"base": encoder.untuned().fingerprint, "computed_in": str(encoder.dtype)}
+    if data.pairs.prompts:
+        prompted = [under_prompt(encoder, prompt) for prompt in data.pairs.prompts]  # which raises where a prompt leaves texts no room
+        record[PAIR_PROMPTS] = [other.contract.prompts for other in prompted]
     if is_run(args.model):
         before = fingerprint(Contract.read(args.model), encoder.base_hash, encoder.adapter_hash)
         record["started_from"] = {"run": args.model, "fingerprint": before}

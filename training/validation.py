@@ -13,7 +13,7 @@ from files.console import InputError
 from files.reading import as_label, as_text, column_names, excerpt, read_column, read_rows
 from tasks import unlabelled
 from training.gradients import autocast
-from training.pair_data import Pair
+from training.pair_data import Pair, rows_by_prompt, under_prompt
 
 MAX_LABELLED = 2048  # texts of a labelled file that are clustered
 
@@ -21,7 +21,7 @@ MAX_LABELLED = 2048  # texts of a labelled file that are clustered
 class Validation:
     """Scores the encoder: by the V-measure of labelled texts where there are some, else by its accuracy on held-out pairs.
 
-    Accuracy is the share of held-out anchors whose positive is the nearest of all held-out positives. V-measure is that of
+    Accuracy is the share of held-out anchors whose positive is the nearest of all held-out positives of its prompt. V-measure is that of
     mini-batch k-means as mteb runs it. Both lie between 0 and 1. Without texts and pairs the object is false.
 
     pairs       held-out pairs
@@ -54,9 +54,13 @@ class Validation:
         return all_reduce_number(0.0 if distributed().rank else score, "sum")
 
     def _accuracy(self, encoder: Encoder) -> float:
-        positives = [pair.positive for pair in self.pairs]
-        similarity = _encode(encoder, [pair.anchor for pair in self.pairs], "query") @ _encode(encoder, positives).T
-        return sum(positives[j] == p for j, p in zip(similarity.argmax(1), positives, strict=True)) / len(positives)
+        hits = 0
+        for prompt, rows in rows_by_prompt([pair.prompt for pair in self.pairs]).items():
+            pairs, prompted = [self.pairs[row] for row in rows], under_prompt(encoder, prompt)
+            positives = [pair.positive for pair in pairs]
+            similarity = _encode(prompted, [pair.anchor for pair in pairs], "query") @ _encode(prompted, positives).T
+            hits += sum(positives[j] == p for j, p in zip(similarity.argmax(1), positives, strict=True))
+        return hits / len(self.pairs)
 
     def _v_measure(self, encoder: Encoder) -> float:
         from sklearn.cluster import MiniBatchKMeans
