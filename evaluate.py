@@ -7,6 +7,7 @@
     python evaluate.py --model tiny --sweep prompt=cluster,meta-eol token-prepending=none,1..20% --remove-mean texts.csv    # and more
     python evaluate.py --data mine.csv                         # columns text,label (or text1,text2,score; or a folder)
     python evaluate.py --model runs/mine --texts mine.txt      # without labels: is the run better than its base, or worse?
+    python evaluate.py --model tiny --data mine.csv --facets 'topic=The topic of "{text}" is:' 'tone=The tone of "{text}" is:'
     python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
     torchrun --nproc-per-node 8 evaluate.py --model mistral-7b         # every process encodes its share
 
@@ -31,6 +32,7 @@ from pathlib import Path
 
 from encoder.contract import QUANTIZATIONS, SCOPES
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run
+from evaluation.facets import check_facets, facet, read_labelled, score_facets
 from evaluation.finished import FinishedCells, partial
 from evaluation.rows import changes_to_run, read_mean_texts
 from evaluation.scores import Scores, check_out, score_all, table, write_results
@@ -50,6 +52,8 @@ def check_flags(args: argparse.Namespace) -> None:
     if args.column and not args.texts and not args.remove_mean:
         raise InputError("--column names the column of --texts and --remove-mean: of --data the columns are text and label")
     check_dtype(args.dtype)
+    if args.facets:
+        check_facets(args)
     if args.query_prompt and not args.prompt:
         raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
     for prompt in args.prompt or []:
@@ -101,6 +105,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add("--texts", type=Path, metavar="FILE", help="compare the models on texts without labels, see tasks/unlabelled.py (default: off)")
     add("--column", help="column of --texts and --remove-mean that holds the text (default: guessed, and printed)")
+    add(
+        "--facets",
+        nargs="+",
+        type=facet,
+        metavar="FACET=PROMPT",
+        help="columns of --data, each with a prompt that names it: do vectors follow the prompt? --prompt is the neutral one, see "
+        "evaluation/facets.py (default: off)",
+    )
     # how texts become vectors: for untuned bases; a run has its contract
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them; 'A || B' averages both (default: by type)")
     add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
@@ -151,17 +163,18 @@ def main(args: argparse.Namespace) -> None:
     check_flags(args)
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
-    tasks = [] if args.texts else choose_tasks(args)
+    tasks = [] if args.texts or args.facets else choose_tasks(args)
     splits = read_unlabelled(args) if args.texts else []
     args.mean_texts = read_mean_texts(args.remove_mean, args.column) if args.remove_mean else None
+    labelled = read_labelled(args) if args.facets else None
     check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
     scores, failures = Scores(), []
-    if args.texts:
-        rows = compare_on_texts(args, splits, failures)
+    if args.texts or args.facets:
+        results = score_facets(args, labelled, failures) if args.facets else compare_on_texts(args, splits, failures)
         if out:
-            write_json(out, rows)
+            write_json(out, results)
         end_with(failures)
         return
     finished = FinishedCells(partial(args.out) if args.out else None, writes=out is not None)

@@ -173,9 +173,9 @@ class Contract:
         return replace(self, **changes)
 
     def _contradiction(self, name: str, asked: object, also: tuple) -> str:
-        value, shown = getattr(self, name), map(str, also)
+        value, shown = getattr(self, name), [str(other) for other in also]
         if name == "prompts":
-            shown = (contrast(roles, asked)[0] for roles in also)
+            shown = [contrast(other, asked)[0] for other in also]
             name, (value, asked) = "prompt", contrast(value, asked)
         more = f" (which was trained for {', '.join(shown)} as well)" if also else ""
         return f"{name} is {value!r} in the run{more}, {asked!r} was asked for"

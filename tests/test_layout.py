@@ -24,7 +24,7 @@ LAYERS = [
     {"evaluation", "evaluation.mteb_model", "evaluation.task_choice", "evaluation.evidence"},
     {"evaluation.baselines", "evaluation.observing", "evaluation.differences", "evaluation.sweep"},
     {"evaluation.rows", "evaluation.finished"},
-    {"evaluation.scores", "evaluation.without_labels"},
+    {"evaluation.scores", "evaluation.without_labels", "evaluation.facets"},
     {"training", "training.own_texts", "training.pair_data", "training.optimization"},
     {"training.losses"},
     {"training.gradients"},
@@ -54,6 +54,7 @@ LAYERS = [
         "bench.bench_parity",
         "bench.bench_sweep",
         "bench.bench_intervals",
+        "bench.bench_facets",
     },
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}
