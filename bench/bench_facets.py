@@ -3,7 +3,7 @@
     python bench/bench_facets.py --hwu64 hwu64.jsonl.gz --clinc150 clinc150.jsonl.gz --general runs/general --out results/facets
 
 --hwu64, --clinc150    JSONL with the fields text, label and domain
---general              a finished run, to stand beside the untuned model
+--general              a finished run with position-mean, to stand beside the untuned model
 
 Of HWU64 the intents are taken whose object is asked about in several ways, and whose action has several objects (CROSSED): object and
 action do not nest in each other, while intents nest in both. Of CLINC150 3,000 rows are taken, with intent and domain, which nest.
@@ -14,8 +14,8 @@ words that a user could write down (ACTIONS, OBJECTS): weak supervision by label
     mixed      pairs of one action, of one object and of both, each under the prompt of its facet
     control    the same pairs, all under the prompt `cluster`
 
-Each is trained with the poolings position-mean and last. evaluate.py --facets scores all models under all prompts; results in
-OUT/hwu64.json and OUT/clinc150.json. What is there is not made again: an interrupted call can be repeated.
+Each is trained with the poolings position-mean and last. evaluate.py --facets scores all models of a pooling under all prompts; results
+in OUT/hwu64-POOLING.json and OUT/clinc150-POOLING.json. What is there is not made again: an interrupted call can be repeated.
 """
 
 import argparse
@@ -151,16 +151,17 @@ def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "control.jsonl").exists():
         write_data(args)
-    runs = [args.out / f"{kind}-{pooling}" for pooling in POOLINGS for kind in ("mixed", "control")]
-    for run in runs:
-        kind, _, pooling = run.name.partition("-")
-        flags = ["--pooling", pooling, "--scope", "all", "--steps", STEPS, "--hold-out", 0, "--resume"]
-        call("train.py", "--pairs", args.out / f"{kind}.jsonl", "--out", run, *flags)
-    for name, prompts in (("hwu64", PROMPTS), ("clinc150", OF_CLINC150)):
-        if not (args.out / f"{name}.json").exists():
-            models = ["--model", "tiny", args.general, *runs, "--pooling", *POOLINGS, "--scope", "all", "--prompt", "cluster"]
-            facets = ["--facets", *(f"{facet}={prompt}" for facet, prompt in prompts.items()), "--override-contract"]
-            call("evaluate.py", "--data", args.out / f"{name}.csv", *models, *facets, "--out", args.out / f"{name}.json")
+    for pooling in POOLINGS:
+        pooled, runs = ["--pooling", pooling, "--scope", "all"], [args.out / f"{kind}-{pooling}" for kind in ("mixed", "control")]
+        for run, kind in zip(runs, ("mixed", "control"), strict=True):
+            call("train.py", "--pairs", args.out / f"{kind}.jsonl", "--out", run, *pooled, "--steps", STEPS, "--hold-out", 0, "--resume")
+        models = ["tiny", *([args.general] if pooling == "position-mean" else []), *runs]
+        for name, prompts in (("hwu64", PROMPTS), ("clinc150", OF_CLINC150)):
+            results = args.out / f"{name}-{pooling}.json"
+            if not results.exists():
+                facets = ["--facets", *(f"{facet}={prompt}" for facet, prompt in prompts.items()), "--prompt", "cluster"]
+                flags = ["--model", *models, *pooled, "--override-contract", "--out", results]
+                call("evaluate.py", "--data", args.out / f"{name}.csv", *facets, *flags)
 
 
 if __name__ == "__main__":

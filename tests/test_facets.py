@@ -294,11 +294,13 @@ def test_chunks_of_mixed_prompts_give_the_gradient_of_the_whole_batch(llama, chu
     assert max(gradient.abs().max() for gradient in gradients[0].values()) > 1e-3
 
 
-def test_held_out_pairs_are_scored_under_their_prompts(llama):
-    encoder = trained_encoder(llama)
+def test_held_out_pairs_are_scored_under_their_prompts(llama, monkeypatch):
+    encoder, used, encode = trained_encoder(llama), [], Encoder.encode
+    monkeypatch.setattr(Encoder, "encode", lambda self, *args: used.append(self.contract.prompts) or encode(self, *args))
     texts = ["cats purr", "banks lend money", "roads are long"]
     same = [Pair(text, text, prompt=prompt) for prompt in (TOPIC, TONE) for text in texts]
     assert Validation(same, None)(encoder) == 1
+    assert used == [get_prompt(prompt).roles() for prompt in (TOPIC, TOPIC, TONE, TONE)]
     wrong = [Pair(a, b, prompt=TONE) for a, b in zip(texts, texts[1:] + texts[:1], strict=True)]
     assert Validation([*same[:3], *wrong], None)(encoder) == 0.5
 
