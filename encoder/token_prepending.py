@@ -1,9 +1,9 @@
 """Token prepending (Fu et al. 2024, arXiv 2412.11556): the tokens of a causal model see the whole text, without training.
 
-A placeholder stands before the text. After each layer from `first` to `last` it is given the state of the sequence's last token, which
-has seen all, and in the next layer every token of the text attends to it. The paper's best range for 32 layers is 1 to 6, its vector
-the last token's state in layer 27. Its placeholder is a new token with a random embedding, before the quotation mark; ours is a copy of
-the last token, directly before the text, so that nothing is random and the tokenizer stays as it is.
+A placeholder stands before the text, and as in the paper before the quotation mark that opens it. After each layer from `first` to
+`last` it is given the state of the sequence's last token, which has seen all, and in the next layer every token of the text attends to
+it. The paper's range for Llama 2 7B, of 32 layers, is 1 to 6, its vector the last token's state in layer 27. Its placeholder is a new
+token with a random embedding; ours is a copy of the last token, so that nothing is random and the tokenizer stays as it is.
 
 Legend: B sequences of a batch, T tokens of its row, D hidden size.
 """

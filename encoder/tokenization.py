@@ -1,7 +1,8 @@
 """From texts to token ids: [BOS | prefix | text, truncated | suffix | EOS], by a contract and a tokenizer.
 
 Where the contract's prompt has a middle, [BOS | prefix | text | middle | text | suffix | EOS], of which the second text is read.
-With token prepending a placeholder stands between prefix and text. Of several prompts each makes a sequence of every text.
+With token prepending a placeholder stands before the text, and before a quotation mark that opens there. Of several prompts each makes
+a sequence of every text.
 """
 
 import itertools
@@ -12,6 +13,7 @@ from encoder.contract import Contract
 from files.console import InputError
 from prompts import ROLES
 
+QUOTATION_MARKS = ('"', "'", "“", "‘", "„", "«")
 CHUNK = 512  # texts that are tokenized at a time: the tokenizer's result takes many times the memory of the ids
 
 
@@ -20,7 +22,7 @@ class TokenizedTexts(NamedTuple):
 
     ids: list[list[int]]
     spans: list[tuple[int, int]]  # where in its sequence each text starts and ends; of two, the second
-    prefix_length: int  # BOS and the prompt's prefix: the first ids, which are the same in all sequences
+    prefix_length: int  # BOS and the prompt's prefix, as far as the placeholder: the first ids, which are the same in all sequences
     n_empty: int
     n_truncated: int
     placeholder: int | None = None  # where in every sequence that has a token the placeholder of token prepending stands
@@ -32,8 +34,12 @@ class TokenizedTexts(NamedTuple):
 
 
 class PromptIds(NamedTuple):
-    """A prompt as token ids."""
+    """A prompt as token ids.
 
+    quotes    whether the prefix ends with a quotation mark, and its last token with it
+    """
+
+    quotes: bool
     prefix: list[int]
     middle: list[int] | None
     suffix: list[int]
@@ -66,12 +72,13 @@ class PromptTokenizer:
         return [e.ids for e in self.backend.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
 
     def _prompt_ids(self, prompt: dict[str, str]) -> PromptIds:
-        return PromptIds(*(self._ids([prompt[name]])[0] if name in prompt else None for name in PromptIds._fields))
+        ids = {name: self._ids([prompt[name]])[0] if name in prompt else None for name in PromptIds._fields[1:]}
+        return PromptIds(prompt["prefix"].endswith(QUOTATION_MARKS), **ids)
 
     def around(self, role: str) -> tuple[list[int], list[int]]:
         """The ids before every text of a role (BOS and prefix) and after it (suffix and EOS); of several prompts by the first."""
-        prefix, _, suffix = self.prompt_ids[role][0]
-        return self.bos + prefix, suffix + self.eos
+        prompt = self.prompt_ids[role][0]
+        return self.bos + prompt.prefix, prompt.suffix + self.eos
 
     def __call__(self, texts: list[str], role: str, first_number: int) -> TokenizedTexts:
         """Prefix, text and suffix are tokenized separately; the text is truncated to `max_tokens`, the prompt never is.
@@ -94,8 +101,10 @@ class PromptTokenizer:
     def _with_prompt(self, prompt: PromptIds, text_ids: list[list[int]]) -> TokenizedTexts:
         before, after = self.bos + prompt.prefix, prompt.suffix + self.eos
         prepends, ids, spans = self.contract.token_prepending is not None, [], []
+        n_before = len(before) - (prepends and prompt.quotes)
+        before, opening = before[:n_before], before[n_before:]
         for text in text_ids:
-            rest = text + after if prompt.middle is None else text + prompt.middle + text + after
+            rest = opening + text + after if prompt.middle is None else opening + text + prompt.middle + text + after
             if prepends:
                 rest = (before + rest)[-1:] + rest  # a copy of the last token, whose states it will be given
             ids.append(before + rest)

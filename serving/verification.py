@@ -121,7 +121,7 @@ def token_faults(encoder: "Encoder", role: str, texts: list[str]) -> Iterator[tu
     around = encoder.prompt_tokenizer
     before, after = around.around(role)
     bos, eos = around.bos, around.eos
-    prefix, _, suffix = around.prompt_ids[role][0]
+    _, prefix, _, suffix = around.prompt_ids[role][0]
     whole = [encoding.ids for encoding in around.backend.encode_batch(texts, add_special_tokens=False)]
     cut = [ids[:max_tokens] for ids in whole]
     limit = len(before) + max_tokens + len(after)

@@ -31,7 +31,8 @@ def plain(model, encoder: Encoder, layers: range, text: str) -> list[np.ndarray]
     prompt = contract.prompts["document"]
     prefix, inside, suffix = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (prompt["prefix"], text, prompt["suffix"]))
     before, rest = [tokenizer.bos_token_id] * contract.bos + prefix, inside[: contract.max_tokens] + suffix
-    at, ids = len(before), before + (before + rest)[-1:] + rest
+    at = len(before) - prompt["prefix"].endswith('"')
+    ids = before[:at] + (before + rest)[-1:] + before[at:] + rest
     states = {}
 
     def replace(number):
@@ -49,7 +50,7 @@ def plain(model, encoder: Encoder, layers: range, text: str) -> list[np.ndarray]
     for hook in hooks:
         hook.remove()
     states[-2] = states[len(hooks) - 1]
-    start, vectors = at + 1, []
+    start, vectors = len(before) + 1, []
     for config in POOLINGS:
         scope = slice(start, start + len(rest) - len(suffix)) if config.scope == "text" and len(rest) > len(suffix) else slice(1, None)
         x = torch.stack([states[i] for i in config.layers]).double().mean(0)[scope]
@@ -110,6 +111,17 @@ def test_texts_without_a_suffix_and_texts_twice(llama, prompt):
         alone = np.concatenate([encoder.encode([text]) for text in TEXTS])
         np.testing.assert_allclose(encoder.encode(TEXTS), alone, atol=1e-5)
         assert bos or prompt != "none" or not alone[-1].any()  # nothing to embed
+
+
+def test_the_placeholder_stands_before_the_quotation_mark(llama):
+    decode = Encoder.load(llama).tokenizer.decode
+    for prompt, before in (('say "{text}" ok:', "say"), ("say «{text}» ok:", "say"), ("say {text} ok:", "say"), ("{text} ok:", "")):
+        encoder = Encoder.load(llama, prompt=prompt, bos=False, token_prepending=(1, 2))
+        plain, tokenized = encoder.with_contract(token_prepending=None).tokenize(["cat"]), encoder.tokenize(["cat"])
+        at, ids = tokenized.placeholder, tokenized.ids[0]
+        assert ids[:at] + ids[at + 1 :] == plain.ids[0] and ids[at] == ids[-1] and at == tokenized.prefix_length
+        assert decode(ids[:at]).strip() == before
+        assert tokenized.spans[0] == tuple(place + 1 for place in plain.spans[0])
 
 
 def test_it_is_part_of_the_contract(llama, tmp_path):
