@@ -6,13 +6,14 @@
 --general              a finished run with position-mean, to stand beside the untuned model
 
 Of HWU64 the intents are taken whose object is asked about in several ways, and whose action has several objects (CROSSED): object and
-action do not nest in each other, while intents nest in both. Of CLINC150 3,000 rows are taken, with intent and domain, which nest.
+action do not nest in each other, while intents nest in both. Of CLINC150 1,000 rows are taken, with intent and domain, which nest.
 
 One half of the HWU64 texts, without their labels, is the corpus of two runs, the other half scores. What two texts share is guessed from
 words that a user could write down (ACTIONS, OBJECTS): weak supervision by labelling functions (Ratner et al. 2017, arXiv 1711.10160).
 
     mixed      pairs of one action, of one object and of both, each under the prompt of its facet
     control    the same pairs, all under the prompt `cluster`
+    words      the word lists themselves as clusters of the texts that score: what was there to learn; printed
 
 Each is trained with the poolings position-mean and last. evaluate.py --facets scores all models of a pooling under all prompts; results
 in OUT/hwu64-POOLING.json and OUT/clinc150-POOLING.json. What is there is not made again: an interrupted call can be repeated.
@@ -34,7 +35,7 @@ from files.console import say
 from files.reading import read_rows
 from files.writing import write_text
 
-ROOT, N_ROWS, STEPS, PAIRS_OF_A_TEXT = Path(__file__).resolve().parent.parent, 3000, 125, 3
+ROOT, N_ROWS, STEPS, PAIRS_OF_A_TEXT = Path(__file__).resolve().parent.parent, 1000, 125, 3
 PROMPTS = {facet: f'The {facet} of "{{text}}" is:' for facet in ("intent", "object", "action")}
 OF_CLINC150 = {"intent": PROMPTS["intent"], "domain": PROMPTS["object"]}
 POOLINGS = ("position-mean", "last")
@@ -108,12 +109,16 @@ def guess(text: str, patterns: dict[str, str]) -> str | None:
     return next((name for name, pattern in patterns.items() if re.search(pattern, text.lower())), None)
 
 
+def guesses(texts: list[str]) -> dict[str, list[str | None]]:
+    """What the word lists say of each facet of each text; None where no word is known."""
+    guessed = {"action": [guess(text, ACTIONS) for text in texts], "object": [guess(text, OBJECTS) for text in texts]}
+    return guessed | {"intent": [a and o and f"{a} {o}" for a, o in zip(*guessed.values(), strict=True)]}
+
+
 def facet_pairs(texts: list[str]) -> list[dict]:
     """Pairs of texts that share a facet as the word lists guess it, under the prompt of the facet. No label is read."""
-    guessed = {"action": [guess(text, ACTIONS) for text in texts], "object": [guess(text, OBJECTS) for text in texts]}
-    guessed["intent"] = [a and o and f"{a} {o}" for a, o in zip(guessed["action"], guessed["object"], strict=True)]
     pairs, rng = [], random.Random(0)
-    for facet, values in guessed.items():
+    for facet, values in guesses(texts).items():
         of_value = {value: [i for i, other in enumerate(values) if other == value] for value in set(values) - {None}}
         for i, value in enumerate(values):
             others = [j for j in of_value.get(value, ()) if j != i]
@@ -143,6 +148,17 @@ def write_data(args: argparse.Namespace) -> None:
     say(f"{len(learned)} texts to learn from, {len(pairs)} pairs, {len(unseen)} and {len(clinc150)} texts to score")
 
 
+def score_words(path: Path) -> None:
+    """Print the V-measure of the word lists' guesses; those without a known word are one cluster, of intents by half."""
+    from sklearn.metrics import v_measure_score
+
+    rows = [row for _, row in read_rows(path)]
+    guessed = guesses([row["text"] for row in rows])
+    guessed["intent"] = list(zip(guessed["action"], guessed["object"], strict=True))
+    for facet, values in guessed.items():
+        say(f"words, {facet}: V-measure {100 * v_measure_score([row[facet] for row in rows], list(map(str, values))):.1f}")
+
+
 def call(script: str, *flags) -> None:
     subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True)
 
@@ -151,6 +167,7 @@ def main(args: argparse.Namespace) -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "control.jsonl").exists():
         write_data(args)
+    score_words(args.out / "hwu64.csv")
     for pooling in POOLINGS:
         pooled, runs = ["--pooling", pooling, "--scope", "all"], [args.out / f"{kind}-{pooling}" for kind in ("mixed", "control")]
         for run, kind in zip(runs, ("mixed", "control"), strict=True):

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -28,6 +30,9 @@ from training.gradients import batch_gradients, embed
 from training.losses import LossSettings, batch_loss
 from training.pair_data import Pair, PairDataset, tokenize_pairs, validate_pair
 from training.validation import Validation
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
+import bench_facets
 
 TOPIC, TONE = 'The topic of "{text}" is:', 'Tone: "{text}"'
 FACETS = ("--facets", f"topic={TOPIC}", f"tone={TONE}")
@@ -98,6 +103,27 @@ def test_a_combination_of_cells_is_the_weighted_sum_of_each_number():
 def test_labels_that_decide_others_are_noticed():
     labels = {"fine": np.array([0, 1, 2, 2]), "coarse": np.array([0, 0, 1, 1]), "cross": np.array([0, 1, 0, 1])}
     assert nested(labels) == [("fine", "coarse")]
+
+
+def test_the_facets_of_the_benchmark_cross_and_its_pairs_share_what_their_prompt_names():
+    for of, other in ((0, 1), (1, 0)):
+        across = {
+            cell[of]: {c[other] for c in bench_facets.CROSSED.values() if c[of] == cell[of]} for cell in bench_facets.CROSSED.values()
+        }
+        assert all(len(others) > 1 for others in across.values()) and len(across) > 8
+    texts = ["set an alarm", "delete the alarm", "delete this list", "set a list", "set my alarm", "hello"]
+    guessed, pairs = bench_facets.guesses(texts), bench_facets.facet_pairs(texts)
+    assert guessed["action"] == ["set", "remove", "remove", "set", "set", None] and guessed["intent"][3:] == [
+        "set lists",
+        "set alarm",
+        None,
+    ]
+    facet_of = {prompt: facet for facet, prompt in bench_facets.PROMPTS.items()}
+    shared = {
+        pair["prompt"]: [guessed[facet_of[pair["prompt"]]][texts.index(pair[side])] for side in ("anchor", "positive")] for pair in pairs
+    }
+    assert len(shared) == 3 and all(one == other is not None for one, other in shared.values())
+    assert all(pair["anchor"] != pair["positive"] for pair in pairs)
 
 
 def requests(path, n: int = 60):
