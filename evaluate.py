@@ -10,6 +10,9 @@
     python evaluate.py --model tiny --data mine.csv --facets 'topic=The topic of "{text}" is:' 'tone=The tone of "{text}" is:'
     python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
     torchrun --nproc-per-node 8 evaluate.py --model mistral-7b         # every process encodes its share
+    python evaluate.py --benchmark "MTEB(eng, v1)" --task clustering --model qwen3-0.6b st:org/name --prefetch    # data and models
+    python evaluate.py --benchmark "MTEB(eng, v1)" --task clustering --model qwen3-0.6b st:org/name --results mteb    # no network
+    python evaluate.py --paper --results mteb                          # the paper's grid beside published figures
 
 Every score is computed by mteb's own task classes. --task runs the tasks of that type in MTEB(eng, v2), where their data is
 available. Without network, clustering falls back to the two bundled tasks in tasks/: first sentences of docstrings, by package and
@@ -20,22 +23,31 @@ by module, none of which is in the docstring pairs. Vectors are normalized befor
 
 --out FILE.json: {"results": [{"task", "type", "metric", "score" in 0..1, "splits": {split: score}, "ami" (clustering),
 "bootstrap_scores": [...] or null, "std" of these or null, "rests_on": texts behind the score, "model", "fingerprint", "contract",
-"computed": dtype and device, "seconds"}], "differences": [{"model" "less" another, "task" (or the mean), "difference", "interval",
-"sd_rows", "sd_algorithm", "verdict"}], "chosen_on_halves": [...], "versions": {...}}; evaluation/differences.py says what they mean
+"computed": dtype and device, "seconds", "texts" encoded for it, "texts_per_second" or null where all vectors were there}],
+"differences": [{"model" "less" another, "task" (or the mean), "difference", "interval", "sd_rows", "sd_algorithm", "verdict"}],
+"chosen_on_halves": [...], "versions": {...}}; evaluation/differences.py says what they mean
+
+--results DIR keeps the scores of mteb's tasks for later tables, and for mteb itself (evaluation/stored.py). The exit status is 2 where a
+flag or a file is refused, 1 where a task or a model failed and the others went on, each with its reason in the last lines.
 
 Legend: N texts, D numbers of a vector.
 """
 
 import argparse
 import logging
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 from encoder.contract import QUANTIZATIONS, SCOPES
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run
+from evaluation import paper, sentence_transformer
 from evaluation.facets import check_facets, facet, read_labelled, score_facets
 from evaluation.finished import FinishedCells, partial
-from evaluation.rows import changes_to_run, read_mean_texts
+from evaluation.hub_data import prefetch
+from evaluation.rows import changes_to_run, check_baselines, read_mean_texts
 from evaluation.scores import Scores, check_out, score_all, table, write_results
+from evaluation.stored import StoredResults, check_folder
 from evaluation.sweep import AXES, UNTUNED, axis, spread
 from evaluation.task_choice import BENCHMARK, TYPES, choose_tasks
 from evaluation.without_labels import compare_on_texts, read_unlabelled
@@ -44,11 +56,17 @@ from files.console import InputError, process_rank, run_script, say
 from files.writing import write_json
 from prompts import PROMPTS, get_prompt
 
+# flags of our encoder, which rows of sentence-transformers do not obey
+OF_OURS = ("prompt", "pooling", "scope", "layers", "sweep", "attention_layer", "embed_filter", "max_tokens", "dims", "quantize", "compile")
+
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for what the flags alone, the names of the models and the contracts of runs show. It costs no slow import."""
+    if args.paper:
+        paper.fill(args)
     if args.texts and (args.task or args.data or args.bundled or args.benchmark):
         raise InputError("--texts compares models without labels: leave --task, --data, --bundled and --benchmark out")
+    check_sources(args)
     if args.column and not args.texts and not args.remove_mean:
         raise InputError("--column names the column of --texts and --remove-mean: of --data the columns are text and label")
     check_dtype(args.dtype)
@@ -58,8 +76,10 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
     for prompt in args.prompt or []:
         get_prompt(prompt, args.query_prompt)
+    check_baselines(args, ())
     if args.keep_bos and "all" not in (args.scope or []):
         raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
+    others = [spec for spec in args.model or [] if sentence_transformer.is_sentence_transformer(spec)]
     runs = [spec for spec in args.model or [] if is_run(spec)]
     if args.layer_sets != [None] and args.model and len(runs) == len(args.model):
         raise InputError("--sweep layers is a grid of untuned bases, and every --model is a run: add its base, or leave it out")
@@ -70,8 +90,27 @@ def check_flags(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} must be 1 or more, not {value}")
     for spec in runs:
         changes_to_run(spec, args)
+    for spec in others:
+        sentence_transformer.check_spec(spec)
+    if others and len(others) == len(args.model) and (given := [name for name in OF_OURS if getattr(args, name)]):
+        raise InputError(
+            f"--{given[0].replace('_', '-')} is for our encoder, and every --model is one of sentence-transformers: leave it out"
+        )
     for spec in args.model or []:
-        find_base(base_of(spec))
+        if spec not in others:
+            find_base(base_of(spec))
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """Raise InputError for data or texts beside flags of mteb's tasks, which would not be obeyed."""
+    own = [flag for flag, given in (("--data", args.data), ("--bundled", args.bundled), ("--texts", args.texts)) if given]
+    if len(own) > 1:
+        raise InputError(f"{own[0]} and {own[1]} are scored in tables of their own: leave one of them out")
+    for flag, given in (("--benchmark", args.benchmark), ("--results", args.results), ("--prefetch", args.prefetch)):
+        if own and given:
+            raise InputError(f"{flag} concerns mteb's tasks, not {own[0]}: leave one of them out")
+    if args.prefetch and args.out:
+        raise InputError("--prefetch scores nothing that --out could hold: leave one of them out")
 
 
 def check_models(args: argparse.Namespace) -> None:
@@ -79,22 +118,29 @@ def check_models(args: argparse.Namespace) -> None:
     from encoder.base_models import check_base
 
     for spec in args.model or []:
-        check_base(base_of(spec), args.trust_remote_code)
+        if sentence_transformer.is_sentence_transformer(spec):
+            sentence_transformer.find_folder(spec, ("modules.json",))
+        else:
+            check_base(base_of(spec), args.trust_remote_code)
+
+
+def refuse(message: str) -> NoReturn:
+    """What argparse has to say, in one line as every other error."""
+    raise InputError(f"{message} (--help lists the flags)")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.error = refuse
     add = parser.add_argument
     # what is scored, on what
-    add("--model", nargs="+", help=f"runs, folders, hub ids or {', '.join(PRESETS)} (default: the newest run and its base, else tiny)")
-    add(
-        "--baselines",
-        nargs="+",
-        metavar="NAME",
-        help="reference rows: tfidf, side-by-side (each model beside TF-IDF), or a sentence-transformers model (default: none)",
-    )
+    models = f"runs, folders, hub ids, {', '.join(PRESETS)}, or st:PATH for a sentence-transformers model, by folder or hub id"
+    add("--model", nargs="+", help=f"{models} (default: the newest run and its base, else tiny)")
+    add("--baselines", nargs="+", metavar="NAME", help="reference rows: tfidf, side-by-side (each model beside TF-IDF) (default: none)")
     add("--task", nargs="+", help=f"{', '.join(TYPES)}, or names of mteb's tasks or of those in tasks/ (default: clustering)")
     add("--benchmark", nargs="?", const=BENCHMARK, help=f"an mteb benchmark; without --task all its tasks (default: {BENCHMARK})")
+    add("--paper", action="store_true", help="the paper's grid on both clustering tracks, beside published figures (default: off)")
+    add("--prefetch", action="store_true", help="download the tasks' data and the models instead of scoring (default: off)")
     add("--bundled", action="store_true", help="run the bundled clustering tasks, without trying the network first (default: off)")
     add(
         "--data",
@@ -151,6 +197,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--compile", action="store_true", help="torch.compile the model, for many texts; on a CPU it needs a C++ compiler (default: off)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (default: off)")
+    add("--results", type=Path, metavar="DIR", help="keep mteb's scores in its own layout, and take those from there (default: off)")
     add("--out", type=Path, help="write every score to this JSON file (default: off)")
     return parser
 
@@ -159,51 +206,70 @@ def main(args: argparse.Namespace) -> None:
     out = args.out if process_rank() == 0 else None  # under torchrun all processes have the same scores, and the first one writes them
     if out:
         check_out(out)
+    if args.results:
+        check_folder(args.results)
     spread(args)
     check_flags(args)
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
-    tasks = [] if args.texts or args.facets else choose_tasks(args)
+    failures = []
+    tasks = [] if args.texts or args.facets else choose_tasks(args, failures)
     splits = read_unlabelled(args) if args.texts else []
     args.mean_texts = read_mean_texts(args.remove_mean, args.column) if args.remove_mean else None
     labelled = read_labelled(args) if args.facets else None
-    check_models(args)
+    if args.prefetch:
+        prefetch(args, tasks, failures)
+        end_with(failures)
+        return
+    if not args.paper:  # which goes on without the models that are missing
+        check_models(args)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-    scores, failures = Scores(), []
     if args.texts or args.facets:
         results = score_facets(args, labelled, failures) if args.facets else compare_on_texts(args, splits, failures)
         if out:
             write_json(out, results)
-        end_with(failures)
-        return
+    else:
+        fill_table(args, tasks, failures, out)
+    end_with(failures)
+
+
+def fill_table(args: argparse.Namespace, tasks: list, failures: list[str], out: Path | None) -> None:
+    """Score `tasks` for every row, print the table and write it. Why a cell or a row is missing is added to `failures`."""
+    scores = Scores()
+    stored = StoredResults(args.results, writes=process_rank() == 0)
     finished = FinishedCells(partial(args.out) if args.out else None, writes=out is not None)
     if finished.known:
         say(f"{finished.path}: {len(finished.known)} cells were finished before", error=True)
     try:
-        score_all(args, tasks, failures, scores, finished)
-    except BaseException:  # Ctrl-C, or a task whose download fails after hours
+        for grid in paper.grids(args, failures) if args.paper else [args]:
+            score_all(grid, tasks, failures, scores, finished, stored)
+    except BaseException:  # Ctrl-C, or a disk that is full
         if scores.cells:
             say(table(scores.cells) + "\n(incomplete)" + (f": the same command goes on with {finished.path}" if out else ""))
         raise
-    if not scores.cells:
-        raise InputError("; ".join(failures))
-    say(table(scores.cells))
-    for line in scores.compare():
+    if scores.cells:
+        say(table(scores.cells))
+        for line in scores.compare():
+            say(line)
+    for line in paper.table(scores.cells) if args.paper else ():
         say(line)
-    if out:
-        write_results(scores, out)
+    if out and scores.cells:
+        published = {"published": [entry._asdict() for entry in paper.PUBLISHED]} if args.paper else {}
+        write_results(scores, out, **published)
         finished.remove()
-    end_with(failures)
 
 
 def end_with(failures: list[str]) -> None:
-    """End the script: raise InputError where rows are missing."""
+    """End the script, with status 1 and the reasons where something could not be computed."""
     from encoder.processes import end_distributed
 
-    if failures:
-        raise InputError(f"the table lacks what could not be computed: {'; '.join(failures)}")
-    end_distributed()
+    if not failures:
+        return end_distributed()
+    say("could not be computed:", error=True)
+    for line in failures:
+        say(f"  {line}", error=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

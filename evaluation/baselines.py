@@ -1,4 +1,4 @@
-"""Rows of the table that are no decoder of ours: TF-IDF, alone and beside a model's vectors, and models of sentence-transformers.
+"""Rows of the table that are fitted on the texts: TF-IDF, alone and beside a model's vectors.
 
 TF-IDF has two settings, and neither is the better one everywhere: without stop words it is on the bundled tasks and Cooking StackExchange,
 with all words on SNIPS. What evaluate.py --texts measures without labels did not tell on these which, and so labels choose: both are
@@ -7,8 +7,6 @@ baseline a little.
 
 Legend: N texts, D numbers of a vector.
 """
-
-from pathlib import Path
 
 import numpy as np
 
@@ -66,27 +64,15 @@ def slug(setting: str) -> str:
     return setting.lower().replace("tf-idf", "tfidf").replace(" ", "-")
 
 
-def baseline(name: str) -> list[MtebModel]:
-    """`tfidf`, one row for each setting, or a sentence-transformers model by its folder or hub id, with that model's own settings."""
-    if name == "tfidf":
-        return [
-            MtebModel(
-                f"{setting}, SVD {DIMENSIONS}",
-                f"{slug(setting)}-svd-{DIMENSIONS}",
-                None,
-                lambda texts, role, setting=setting: tfidf(texts, setting),
-                better_of="tfidf",
-            )
-            for setting in SETTINGS
-        ]
-    from sentence_transformers import SentenceTransformer
-
-    from encoder.base_models import hub_answers
-
-    try:
-        model = SentenceTransformer(name, local_files_only=not (Path(name).is_dir() or hub_answers()))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:150]
-        known = "neither tfidf nor a sentence-transformers model that loads"
-        raise InputError(f"--baselines: {name!r} is {known} ({reason})") from None
-    return [MtebModel(name, f"sentence-transformers:{name}", None, lambda texts, role: model.encode(texts, show_progress_bar=False))]
+def baseline() -> list[MtebModel]:
+    """TF-IDF alone, one row for each setting."""
+    return [
+        MtebModel(
+            f"{setting}, SVD {DIMENSIONS}",
+            f"{slug(setting)}-svd-{DIMENSIONS}",
+            None,
+            lambda texts, role, setting=setting: tfidf(texts, setting),
+            better_of="tfidf",
+        )
+        for setting in SETTINGS
+    ]

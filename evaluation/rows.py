@@ -10,18 +10,19 @@ import hashlib
 import itertools
 import json
 import math
-import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from encoder.contract import POOLING_PRESETS, Contract, Layer, default_scope, expand_pooling, trained_for
-from encoder.names import is_run, newest_run
+from encoder.names import base_of, find_base, is_run, newest_run
+from evaluation import sentence_transformer
 from evaluation.baselines import FITTED, baseline, side_by_side
-from evaluation.mteb_model import MtebModel, warn_once
+from evaluation.failures import add_failure, several_processes
+from evaluation.mteb_model import MtebModel, Pace, warn_once
 from files.console import InputError, Progress, say, short_path, warn
 from files.reading import read_texts
 from prompts import TASK_PROMPTS, get_prompt, prompt_label
@@ -43,7 +44,7 @@ class EncodingCache:
     """
 
     def __init__(self, encoder: "Encoder"):
-        self.encoder, self.poolings, self.vectors = encoder, [], {}
+        self.encoder, self.poolings, self.vectors, self.pace = encoder, [], {}, Pace()
 
     def row(self, label: str, encoder: "Encoder | None" = None) -> MtebModel:
         """A row for this model, or for `encoder`: the same weights under a contract with another pooling configuration."""
@@ -52,18 +53,23 @@ class EncodingCache:
         self.poolings.append(pooling)
         computed = f"{str(encoder.dtype).removeprefix('torch.')} on {encoder.device.type}"
         grid = contract["base"] if encoder.adapter_hash is None else None
-        return MtebModel(label, encoder.fingerprint, contract, lambda texts, role: self.encode(texts, role)[pooling], computed, grid=grid)
+        name = (grid if grid.count("/") == 1 else f"local/{grid}") if grid else None
+
+        def encode(texts: list[str], role: str) -> np.ndarray:
+            return self.encode(texts, role)[pooling]
+
+        return MtebModel(label, encoder.fingerprint, contract, encode, computed, grid=grid, name=name, pace=self.pace)
 
     def encode(self, texts: list[str], role: str) -> dict:
         """Vectors (N, D) for each pooling configuration."""
         from encoder import EncodingReport
 
-        digest = hashlib.sha256(json.dumps(texts).encode()).digest()
+        digest = digest_of(texts)
         if self.vectors.get(role, (None,))[0] != digest:
             report = EncodingReport()
             self.vectors.pop(role, None)  # makes room
             arrays, at = self.allocate(len(texts)), 0
-            with Progress(len(texts), "encoding", "text") as bar:
+            with Progress(len(texts), "encoding", "text") as bar, self.pace.timing(len(texts)):
                 for windows in self.encoder.stream(texts, role, poolings=self.poolings, report=report, done=bar.update):
                     for array, window in zip(arrays, windows, strict=True):
                         array[at : at + len(window)] = window
@@ -115,6 +121,25 @@ def without_mean(cache: EncodingCache, variants: "dict[str, Encoder]", args: arg
     return rows
 
 
+def digest_of(texts: list[str]) -> bytes:
+    """Tells lists of texts apart, without a copy of them all."""
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(json.dumps(text).encode())
+    return digest.digest()
+
+
+def fetch_model(spec: str, args: argparse.Namespace) -> Path | None:
+    """The folder of a hub model in the cache, downloaded where the hub answers; None for what lies here. Raises InputError."""
+    from encoder.base_models import fetch
+
+    if sentence_transformer.is_sentence_transformer(spec):
+        folder = sentence_transformer.find_folder(spec)
+        return None if str(folder) == str(Path(spec.removeprefix(sentence_transformer.PREFIX)).expanduser()) else folder
+    _, source, revision = find_base(base_of(spec))
+    return None if Path(source).is_dir() else fetch(source, revision, args.trust_remote_code)
+
+
 def load_encoder(spec: str, args: argparse.Namespace, **contract_fields) -> "Encoder":
     """A run, or a base under the given contract fields, on the machine that the flags describe."""
     from encoder import Encoder
@@ -135,11 +160,9 @@ def other_rows_go_on(args: argparse.Namespace, failures: list[str]) -> Iterator[
     try:
         yield
     except InputError as error:
-        if len(args.model or []) < 2 or int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if len(args.model or []) < 2 or several_processes():
             raise
-        if str(error) not in failures:
-            failures.append(str(error))
-            warn(str(error))
+        add_failure(failures, str(error))
 
 
 def table_rows(args: argparse.Namespace, task_type: str, failures: list[str]) -> Iterator[list[MtebModel]]:
@@ -147,14 +170,22 @@ def table_rows(args: argparse.Namespace, task_type: str, failures: list[str]) ->
 
     Why a model could not be loaded is added to `failures`.
     """
-    fitted = [name for name in args.baselines or [] if name in FITTED]
-    if fitted and task_type != "Clustering":
-        raise InputError(f"--baselines {fitted[0]} is fitted on the texts that it embeds: it can score clustering, not {task_type}")
-    yield from (baseline(name) for name in args.baselines or [] if name != "side-by-side")
+    if "tfidf" in (args.baselines or []):
+        yield baseline()
     for rows in model_rows(args, task_type, failures):
         yield rows
-        if "side-by-side" in fitted:  # with the first of a grid's rows
+        if "side-by-side" in (args.baselines or []):  # with the first of a grid's rows
             yield side_by_side(rows[0])
+
+
+def check_baselines(args: argparse.Namespace, task_types: Iterable[str]) -> None:
+    """Raise InputError for --baselines that are unknown, or are fitted on the texts that they embed and so cannot score these tasks."""
+    for name in args.baselines or []:
+        if name not in FITTED:
+            hint = f"a sentence-transformers model is a row of --model: {sentence_transformer.PREFIX}{name}"
+            raise InputError(f"--baselines {name!r} is none of {', '.join(FITTED)}; {hint}")
+        if others := [task_type for task_type in task_types if task_type != "Clustering"]:
+            raise InputError(f"--baselines {name} is fitted on the texts that it embeds: it can score clustering, not {others[0]}")
 
 
 def model_rows(args: argparse.Namespace, task_type: str, failures: list[str]) -> Iterator[list[MtebModel]]:
@@ -162,9 +193,12 @@ def model_rows(args: argparse.Namespace, task_type: str, failures: list[str]) ->
     newest = None if args.model else newest_run(RUNS)
     beside_its_base = newest is not None or args.texts is not None
     for spec in args.model or [str(newest or "tiny")]:
-        if is_run(spec):
+        if is_run(spec) or sentence_transformer.is_sentence_transformer(spec):
             with other_rows_go_on(args, failures):
-                yield from run_rows(spec, args, beside_its_base=beside_its_base)
+                if is_run(spec):
+                    yield from run_rows(spec, args, beside_its_base=beside_its_base)
+                else:
+                    yield [sentence_transformer.row(spec, args, task_type)]
             continue
         prompts = args.prompt or [TASK_PROMPTS.get(task_type, "none")]
         for prompt, prepending in itertools.product(prompts, args.token_prepending or [None]):

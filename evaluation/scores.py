@@ -1,8 +1,8 @@
 """The scores of the table's rows, by mteb's own task classes, and the table and file that they are shown in."""
 
 import argparse
+import contextlib
 import copy
-import itertools
 import os
 import platform
 import time
@@ -10,17 +10,26 @@ import warnings
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from evaluation import differences
 from evaluation.differences import Row, Table
+from evaluation.failures import others_go_on
 from evaluation.finished import FinishedCells, partial
+from evaluation.hub_data import loaded
 from evaluation.mteb_model import MtebModel
 from evaluation.observing import observed
-from evaluation.rows import other_rows_go_on, table_rows
+from evaluation.rows import check_baselines, table_rows
+from evaluation.stored import StoredResults
 from files.console import InputError, say
 from files.writing import check_absent, write_json
+
+if TYPE_CHECKING:
+    from mteb.results import TaskResult
+
+NOT_STORED = StoredResults(None)
 
 
 class Scores:
@@ -38,20 +47,34 @@ class Scores:
         return differences.lines(self.evidence, self.tasks())
 
 
-def score(task, model: MtebModel, evidence: Table | None = None) -> dict:
+def score(task, model: MtebModel, evidence: Table | None = None, stored: StoredResults = NOT_STORED) -> dict:
     """One cell of the table. mteb runs a fresh copy of the task, so that every row sees the same bootstrap samples.
 
-    What is known of the rows behind the score is put into `evidence`.
+    What is known of the rows behind the score is put into `evidence`, and all of it into `stored`.
     """
     import mteb
 
-    began, about = time.perf_counter(), task.metadata
+    began, about, pace = time.perf_counter(), task.metadata, (model.pace.texts, model.pace.seconds)
     fresh = copy.deepcopy(task)
     with warnings.catch_warnings(), observed(fresh) as seen:
         warnings.simplefilter("ignore")
         result = mteb.evaluate(model, fresh, cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+    cell = cell_of(task, model, result)
+    n_texts, a_second = model.pace.since(*pace)
+    seconds = round(time.perf_counter() - began, 2)
+    cell |= {"rests_on": seen.rests_on(), "seconds": seconds, "texts": n_texts, "texts_per_second": a_second}
+    known = seen.evidence()
+    if evidence is not None and known:
+        evidence.setdefault(row_of(model), {})[about.name] = known
+    stored.add(task, model, result, cell, known)
+    return cell
+
+
+def cell_of(task, model: MtebModel, result: "TaskResult") -> dict:
+    """The cell of a result of mteb."""
+    about = task.metadata
     subsets = [scores for split in result.scores.values() for scores in split]
-    cell = {
+    return {
         "task": about.name,
         "type": about.type,
         "metric": about.main_score,
@@ -59,17 +82,15 @@ def score(task, model: MtebModel, evidence: Table | None = None) -> dict:
         "splits": {name: float(np.mean([scores["main_score"] for scores in split])) for name, split in result.scores.items()},
         "bootstrap_scores": None,
         "std": None,
-        "rests_on": seen.rests_on(),
+        "rests_on": "",
         "model": model.label,
         "fingerprint": model.fingerprint,
         "contract": model.contract,
         "computed": model.computed,
-        "seconds": round(time.perf_counter() - began, 2),
+        "seconds": result.evaluation_time or 0.0,
+        "texts": 0,
+        "texts_per_second": None,
     } | repetitions(subsets, about.main_score)
-    found = seen.evidence()
-    if evidence is not None and found:
-        evidence.setdefault(row_of(model), {})[about.name] = found
-    return cell
 
 
 def row_of(model: MtebModel) -> Row:
@@ -93,33 +114,68 @@ def repetitions(subsets: list[dict], metric: str) -> dict:
     return fields
 
 
-def score_all(args: argparse.Namespace, tasks: list, failures: list[str], scores: Scores, finished: FinishedCells) -> None:
+def score_all(
+    args: argparse.Namespace,
+    tasks: list,
+    failures: list[str],
+    scores: Scores,
+    finished: FinishedCells,
+    stored: StoredResults = NOT_STORED,
+) -> None:
     """Fill `scores`, one type of task after the other; each cell is announced on standard error as soon as it is there.
 
-    What is in `finished` is not computed again. Why a cell is missing is added to `failures`.
+    What is in `finished` or `stored` is not computed again. Why a cell is missing is added to `failures`.
     """
-    tasks_of_type = defaultdict(list)
+    tasks_of_type, unreadable = defaultdict(list), set()
     for task in tasks:
         tasks_of_type[task.metadata.type].append(task)
+    check_baselines(args, tasks_of_type)
+    alone = len(tasks) == 1 and len(args.model or []) < 2
     for task_type, same_type in tasks_of_type.items():
         for rows in table_rows(args, task_type, failures):
             n_before = len(scores.cells)
-            for task, model in itertools.product(same_type, rows):
-                with other_rows_go_on(args, failures):
-                    scores.cells.append(cell := finished_or_new(task, model, scores.evidence, finished))
-                    say("{task}, {model}: {metric} {percent:.1f} ({seconds:.0f} s)".format(percent=100 * cell["score"], **cell), error=True)
+            for task in same_type:
+                if task.metadata.name not in unreadable and not score_task(task, rows, failures, scores, finished, stored, alone):
+                    unreadable.add(task.metadata.name)
             keep_better(scores, n_before, {model.fingerprint for model in rows if model.better_of})
 
 
-def finished_or_new(task, model: MtebModel, evidence: Table, finished: FinishedCells) -> dict:
-    """A cell that was finished by an earlier call, or else a new one, which is then kept for a later call."""
+def score_task(
+    task, rows: list[MtebModel], failures: list[str], scores: Scores, finished: FinishedCells, stored: StoredResults, alone: bool
+) -> bool:
+    """Add a task's cells of these rows to `scores`. False where its data cannot be loaded, which then is known of all rows."""
+    name = task.metadata.name
+    with contextlib.ExitStack() as data:
+        is_loaded = False
+        for model in rows:
+            with others_go_on(failures, f"{name}, {model.label}", alone=alone):
+                cell = known_cell(task, model, scores.evidence, finished, stored)
+                if cell is None:
+                    with others_go_on(failures, name, alone=alone):
+                        if not is_loaded:
+                            data.enter_context(loaded(task))
+                            is_loaded = True
+                    if not is_loaded:
+                        return False
+                    cell = score(task, model, scores.evidence, stored)
+                    finished.add(task, cell, row_of(model), scores.evidence.get(row_of(model), {}).get(name))
+                scores.cells.append(cell)
+                say("{task}, {model}: {metric} {percent:.1f} ({seconds:.0f} s)".format(percent=100 * cell["score"], **cell), error=True)
+    return True
+
+
+def known_cell(task, model: MtebModel, evidence: Table, finished: FinishedCells, stored: StoredResults) -> dict | None:
+    """A cell of an earlier call: of this table, or of another one with the same --results; else None."""
     if known := finished.get(task, model):
-        cell, row, found = known
-        if found:
-            evidence.setdefault(row, {})[cell["task"]] = found
-        return cell
-    cell = score(task, model, evidence)
-    finished.add(task, cell, row_of(model), evidence.get(row_of(model), {}).get(cell["task"]))
+        cell, row, of_rows = known
+    elif known := stored.get(task, model):
+        result, cell, of_rows = known
+        row = row_of(model)
+        cell = (cell or cell_of(task, model, result)) | {"model": model.label}
+    else:
+        return None
+    if of_rows:
+        evidence.setdefault(row, {})[cell["task"]] = of_rows
     return cell
 
 
@@ -176,8 +232,20 @@ def notes(cells: list[dict]) -> list[str]:
     lines = [f"vectors computed in {computed}"] * bool(computed)
     lines += ["±: standard deviation over mteb's bootstraps or repetitions"] * any(cell["std"] is not None for cell in cells)
     better = {cell["model"]: cell["better_than"] for cell in cells if "better_than" in cell}
+    lines.append(f"time by task (texts encoded a second): {', '.join(times(cells))}")
     for model, others in better.items():
         lines.append(f"{model}: chosen by these scores, " + ", ".join(f"{other} has {100 * mean:.1f}" for other, mean in others.items()))
+    return lines
+
+
+def times(cells: list[dict]) -> list[str]:
+    """Such as "STS12 12 s (1,520)" for each task: seconds of all its rows, and texts encoded a second where any were."""
+    lines = []
+    for task in dict.fromkeys(cell["task"] for cell in cells):
+        of_task = [cell for cell in cells if cell["task"] == task]
+        encoded = [(cell["texts"], cell["texts_per_second"]) for cell in of_task if cell.get("texts_per_second")]
+        pace = f" ({sum(n for n, _ in encoded) / sum(n / a_second for n, a_second in encoded):,.0f})" if encoded else ""
+        lines.append(f"{task} {sum(cell['seconds'] for cell in of_task):,.0f} s{pace}")
     return lines
 
 
@@ -193,10 +261,10 @@ def check_out(path: Path) -> None:
         raise InputError(f"--out {path}: {folder} {why}, choose another place")
 
 
-def write_results(scores: Scores, path: Path) -> None:
-    """Write every cell and the versions of what computed it, in the format described at the top."""
+def write_results(scores: Scores, path: Path, **more) -> None:
+    """Write every cell and the versions of what computed it, in the format described at the top of evaluate.py. more: further fields."""
     packages = ("mteb", "torch", "transformers", "peft", "scikit-learn", "numpy")
     versions = {package: version(package) for package in packages} | {"python": platform.python_version()}
     compared = differences.as_json(scores.evidence, scores.tasks())
-    write_json(path, {"results": scores.cells, **compared, "versions": versions}, indent=1)
+    write_json(path, {"results": scores.cells, **compared, **more, "versions": versions}, indent=1)
     say(f"{path}: {len(scores.cells)} scores")

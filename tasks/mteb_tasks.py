@@ -241,6 +241,7 @@ def make_task(name: str, task_type: str, data: dict):
         task = type("InMemoryRetrieval", (InMemory, AbsTaskRetrieval), {})()
         corpus, queries = Dataset.from_dict(data["corpus"]), Dataset.from_dict(data["queries"])
         task.dataset = {"default": {"test": {"corpus": corpus, "queries": queries, "relevant_docs": data["relevant"], "top_ranked": None}}}
+    task.data_loaded = True
     return task
 
 

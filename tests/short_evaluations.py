@@ -29,7 +29,7 @@ def run(*flags) -> None:
 
 
 def choose(*flags) -> list:
-    return choose_tasks(parse(*flags))
+    return choose_tasks(parse(*flags), [])
 
 
 def write_csv(path: Path, header: str, rows) -> Path:

@@ -43,9 +43,8 @@ def test_a_baseline_that_cannot_score_the_task_is_an_error(tmp_path):
     path = write_csv(tmp_path / "sts.csv", "text1,text2,score", [("cat a", "cat b", 5), ("cat a", "dog b", 0)])
     with pytest.raises(InputError, match="can score clustering, not STS"):
         run("--data", path, "--model", "tiny", "--baselines", "tfidf")
-    with pytest.raises(InputError, match="neither tfidf nor a sentence-transformers model") as error:
+    with pytest.raises(InputError, match="a sentence-transformers model is a row of --model: st:no/such"):
         run("--data", labelled(tmp_path / "mine.csv"), "--model", "tiny", "--baselines", "no/such")
-    assert "\n" not in str(error.value)
 
 
 def test_bos_is_pooled_in_the_rows_of_scope_all_only(llama):

@@ -43,7 +43,7 @@ def test_the_spread_is_that_within_a_subset(monkeypatch):
     def of(**measured):
         about = SimpleNamespace(name="t", type="Clustering", main_score="v_measure")
         subsets = [{"main_score": 0.5, "ami": 0.5} | measured]
-        result = SimpleNamespace(scores={"test": subsets}, get_score=lambda: 0.5)
+        result = SimpleNamespace(scores={"test": subsets}, get_score=lambda: 0.5, evaluation_time=1.0)
         monkeypatch.setattr(mteb, "evaluate", lambda *_, **__: SimpleNamespace(task_results=[result]))
         return scores.score(SimpleNamespace(metadata=about), MtebModel("m", "f" * 16, None, None))
 
@@ -75,11 +75,11 @@ def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeyp
     path, calls = labelled(tmp_path / "mine.csv"), []
     score = scores.score
 
-    def failing(task, model, evidence):
+    def failing(task, model, *more):
         calls.append(model)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score(task, model, evidence)
+        return score(task, model, *more)
 
     monkeypatch.setattr(scores, "score", failing)
     with pytest.raises(KeyboardInterrupt):
@@ -89,15 +89,18 @@ def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeyp
 
 
 def test_a_model_that_fails_does_not_cost_the_rows_of_the_others(llama, tmp_path, capsys, monkeypatch):
-    """Weights are read late. The table and the file have the other rows; the exit is that of an error."""
+    """Weights are read late. The table and the file have the other rows; the exit status is 1."""
     path, damaged = labelled(tmp_path / "mine.csv"), shutil.copytree(llama, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes(b"damaged")
     infinite = make_run(llama, tmp_path / "infinite")
     weights = load_file(f"{infinite}/adapter_model.safetensors")
     save_file({name: weight * torch.inf for name, weight in weights.items()}, f"{infinite}/adapter_model.safetensors")
-    with pytest.raises(InputError, match=r"the table lacks .*: \S*damaged does not hold a whole model.*; .*not finite"):
+    with pytest.raises(SystemExit) as end:
         run("--data", path, "--model", damaged, infinite, llama, "--out", tmp_path / "r.json")
     printed = capsys.readouterr()
+    assert end.value.code == 1
+    lines = printed.err.partition("could not be computed:\n")[2].splitlines()
+    assert len(lines) == 2 and "damaged does not hold a whole model" in lines[0] and "not finite" in lines[1]
     assert "llama, cluster, last" in printed.out and printed.err.count("warning: ") == 2
     assert [cell["model"] for cell in json.loads((tmp_path / "r.json").read_text())["results"]] == ["llama, cluster, last, all"]
     with pytest.raises(InputError, match=r"^\S*damaged does not hold a whole model"):
@@ -115,7 +118,7 @@ def test_a_grid_beside_a_run_and_the_json(llama, tmp_path, capsys):
     grid_rows = [f"llama, cluster, {p}, {s}" for p in ("mean", "last") for s in ("all", "text")]
     assert labels[:-1] == ["TF-IDF, SVD 100", "llama, none, mean", "llama, none, last", *grid_rows]
     keys = {"task", "type", "metric", "score", "ami", "splits", "bootstrap_scores", "std", "rests_on"}
-    keys |= {"model", "fingerprint", "contract", "computed", "seconds"}
+    keys |= {"model", "fingerprint", "contract", "computed", "seconds", "texts", "texts_per_second"}
     assert all(set(c) == keys | ({"better_than"} if c["contract"] is None else set()) and 0 <= c["score"] <= 1 for c in results)
     assert len({c["fingerprint"] for c in results}) == len(labels)
     assert results[-1]["fingerprint"] == Encoder.load(model).fingerprint

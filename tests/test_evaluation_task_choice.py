@@ -2,6 +2,7 @@
 
 import os
 
+import hub_standins
 import pytest
 from short_evaluations import (
     choose,
@@ -56,7 +57,7 @@ def test_without_network_tasks_in_the_cache_run_and_the_libraries_go_offline(tmp
     for module in (huggingface_hub.constants, datasets.config):  # monkeypatch brings the present state back
         monkeypatch.setattr(module, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    (tmp_path / "datasets--mteb--sts12-sts").mkdir()
+    hub_standins.dataset_in_cache(tmp_path, "STS12", tmp_path / "scratch")
     assert [task.metadata.name for task in choose("--task", "sts")] == ["STS12"]
     assert "no network: running the 1 of 9 tasks whose data is in the cache" in capsys.readouterr().err
     assert huggingface_hub.is_offline_mode() and datasets.config.HF_HUB_OFFLINE

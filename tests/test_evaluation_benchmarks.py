@@ -1,0 +1,355 @@
+"""mteb's own tasks, on stand-ins for their data in the hub's cache: every type, results in mteb's layout, --prefetch, failures, --paper."""
+
+import json
+import shutil
+from pathlib import Path
+
+import hub_standins
+import mteb
+import numpy as np
+import pytest
+from conftest import make_run
+from short_evaluations import (
+    choose,
+    labelled,
+    offline,  # noqa: F401, a fixture that every test uses
+    parse,
+    run,
+)
+
+from encoder import Encoder
+from evaluation import hub_data, paper, rows, scores
+from evaluation.task_choice import TYPES
+from files.console import InputError
+from prompts import TASK_PROMPTS, get_prompt
+
+NAMES = [name for name in hub_standins.DATASETS if name != "TwentyNewsgroupsClustering"]  # which shares its set with its second version
+FLAGS = ("--prompt", "none", "--pooling", "mean")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache, and a function that puts the stand-ins for tasks into it."""
+    import datasets.config
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "prepared")
+    for module in (huggingface_hub.constants, datasets.config):  # monkeypatch brings the present state back
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+
+    def put(*names: str) -> Path:
+        for name in names:
+            hub_standins.dataset_in_cache(tmp_path / "hub", name, tmp_path / "scratch")
+        return tmp_path / "hub"
+
+    return put
+
+
+def failed(*flags) -> None:
+    """A call of evaluate.py that ends with status 1."""
+    with pytest.raises(SystemExit) as end:
+        run(*flags)
+    assert end.value.code == 1
+
+
+# --------------------------------------------------------------------------------------------------------------- tasks
+
+
+def test_the_types_are_those_of_the_two_english_benchmarks():
+    of_both = {task.metadata.type for name in ("MTEB(eng, v1)", "MTEB(eng, v2)") for task in mteb.get_benchmark(name).tasks}
+    assert set(TYPES.values()) == of_both <= set(TASK_PROMPTS)
+
+
+def test_every_task_of_the_benchmarks_is_known_by_name(hub):
+    every = [task for name in ("MTEB(eng, v2)", "MTEB(eng, v1)") for task in mteb.get_benchmark(name).tasks]
+    names = list(dict.fromkeys(task.metadata.name for task in every))
+    assert [task.metadata.name for task in choose("--prefetch", "--task", *names)] == names
+    assert len(choose("--prefetch", "--benchmark", "MTEB(eng, v1)", "--task", "clustering")) == 11
+    (english,) = choose("--prefetch", "--task", "STS17")
+    assert english.hf_subsets == ["en-en"]  # and not all sets with English on one side
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_type_of_task_runs_without_network_under_its_prompts(name, hub, llama, monkeypatch):
+    """Queries and documents have prompts of their own where the type of task has queries; the data is that of the hub's cache."""
+    hub(name)
+    texts_of, stream = {}, Encoder.stream
+    monkeypatch.setattr(
+        Encoder, "stream", lambda self, texts, role, **o: texts_of.setdefault(role, texts) and stream(self, texts, role, **o)
+    )
+    (task,), kept = choose("--task", name), scores.Scores()
+    scores.score_all(parse("--task", name, "--model", llama), [task], [], kept, scores.FinishedCells(None))
+    (cell,) = kept.cells
+    searches = cell["type"] in ("Retrieval", "Reranking")
+    assert set(texts_of) == ({"query", "document"} if searches else {"document"})
+    assert not searches or all("question" in text for text in texts_of["query"])
+    assert cell["contract"]["prompts"] == get_prompt(TASK_PROMPTS[cell["type"]]).roles() and -1 <= cell["score"] <= 1
+    assert cell["metric"] == task.metadata.main_score and not task.data_loaded and cell["texts_per_second"] > 0
+
+
+def test_an_aggregate_needs_the_data_of_all_its_parts(hub, llama, monkeypatch):
+    task = next(task for task in mteb.get_benchmark("MTEB(eng, v1)").tasks if task.is_aggregate)
+    for part in (parts := hub_data.parts(task)):
+        monkeypatch.setitem(hub_standins.DATASETS, part.metadata.name, hub_standins.retrieval())
+        monkeypatch.setattr(hub_standins, "task_of", lambda name: next(part for part in parts if part.metadata.name == name))
+        assert not hub_data.in_cache(task)
+        hub(part.metadata.name)
+    assert hub_data.in_cache(task)
+    kept, failures = scores.Scores(), []
+    scores.score_all(parse("--model", llama, *FLAGS), [task], failures, kept, scores.FinishedCells(None))
+    assert failures == [] and kept.cells[0]["task"] == "CQADupstackRetrieval" and not any(part.data_loaded for part in parts)
+
+
+def test_data_of_another_version_is_not_taken(hub, capsys):
+    home = hub("STS12") / "datasets--mteb--sts12-sts" / "snapshots"
+    assert len(choose("--task", "STS12")) == 1
+    next(home.iterdir()).rename(home / hub_standins.COMMIT)
+    with pytest.raises(InputError, match="the data of STS12 is not available"):
+        choose("--task", "STS12")
+
+
+# ------------------------------------------------------------------------------------------------------------- results
+
+
+def test_results_are_in_the_layout_of_mteb_and_are_used_again(hub, llama, tmp_path, capsys, monkeypatch):
+    hub("STS12", "Banking77Classification")
+    flags = ("--task", "STS12", "Banking77Classification", "--model", llama, *FLAGS, "--results", tmp_path / "kept")
+    run(*flags, "--out", tmp_path / "one.json")
+    one = json.loads((tmp_path / "one.json").read_text())["results"]
+    cache = mteb.ResultCache(tmp_path / "kept")
+    revision = f"{one[0]['fingerprint']}-float32"
+    assert cache.get_models() == [("local__llama", revision)]
+    for cell in one:
+        assert cache.load_task_result(cell["task"], "local/llama", revision).get_score() == pytest.approx(cell["score"], abs=1e-5)
+    whole = cache.load_results(tasks=["STS12", "Banking77Classification"]).to_dataframe()
+    assert sorted(whole["task_name"]) == ["Banking77Classification", "STS12"] and "local/llama" in whole.columns
+    files = {path: path.read_bytes() for path in (tmp_path / "kept").rglob("*") if path.is_file()}
+    assert {path.name for path in files} == {"STS12.json", "Banking77Classification.json", "model_meta.json"}
+    capsys.readouterr()
+
+    monkeypatch.setattr(scores, "score", lambda *_: pytest.fail("a score was computed again"))
+    shutil.rmtree(tmp_path / "hub" / "datasets--mteb--banking77")  # not even its data is needed, but for choosing
+    monkeypatch.setattr("evaluation.task_choice.in_cache", lambda task: True)
+    run(*flags, "--out", tmp_path / "two.json")
+    assert json.loads((tmp_path / "two.json").read_text())["results"] == one
+    assert {path: path.read_bytes() for path in files} == files
+
+
+def test_results_under_another_prompt_dtype_or_version_of_the_data_are_others(hub, llama, tmp_path):
+    hub("STS12")
+    flags = ("--task", "STS12", "--model", llama, "--results", tmp_path / "kept")
+    run(*flags, *FLAGS)
+    run(*flags, "--prompt", "cluster")
+    run(*flags, *FLAGS, "--dtype", "bfloat16")
+    paths = sorted((tmp_path / "kept" / "results").rglob("STS12.json"))
+    assert len(paths) == 3 and sum(path.parent.name.endswith("-bfloat16") for path in paths) == 1
+    (of_first,) = [path for path in paths if path.parent.name == f"{Encoder.load(llama, pooling='mean').fingerprint}-float32"]
+    result = json.loads(of_first.read_text())
+    for changed in ({"dataset_revision": "of another day"}, {"scores": {}}, None):
+        of_first.write_text("{damaged" if changed is None else json.dumps(result | changed))
+        run(*flags, *FLAGS)
+        again = json.loads(of_first.read_text())
+        assert again["dataset_revision"] == result["dataset_revision"] and again["scores"] == result["scores"]
+
+
+def test_a_result_that_mteb_wrote_is_taken_without_intervals(hub, llama, tmp_path):
+    hub("STS12")
+    flags = ("--task", "STS12", "--model", llama, *FLAGS, "--results", tmp_path / "kept")
+    run(*flags)
+    (path,) = (tmp_path / "kept").rglob("STS12.json")
+    result = json.loads(path.read_text())
+    result.pop("evaluate")
+    result["scores"]["test"][0]["main_score"] = 0.25
+    path.write_text(json.dumps(result))
+    run(*flags, "--out", tmp_path / "r.json")
+    (cell,) = json.loads((tmp_path / "r.json").read_text())["results"]
+    assert (cell["score"], cell["texts_per_second"], cell["model"]) == (0.25, None, "llama, none, mean")
+
+
+def test_a_table_with_kept_results_has_the_intervals_of_the_first(hub, llama, tmp_path, capsys):
+    hub("STS12")
+    flags = ("--task", "STS12", "--model", llama, "--prompt", "none", "cluster", "--pooling", "mean", "--results", tmp_path / "kept")
+    printed = []
+    for _ in range(2):
+        run(*flags)
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] and "less llama, none, mean" in printed[0]
+
+
+def test_only_tasks_of_mteb_are_kept(llama, tmp_path):
+    for flags in (("--data", labelled(tmp_path / "mine.csv")), ("--bundled",)):
+        with pytest.raises(InputError, match=f"--results concerns mteb's tasks, not {flags[0]}"):
+            run("--model", llama, *flags, "--results", tmp_path / "kept")
+    run("--model", llama, *FLAGS, "--task", "docstrings-by-module", "--results", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"--results \S*file/kept: \S*file is a file"):
+        run("--model", llama, "--task", "STS12", "--results", tmp_path / "file" / "kept")
+
+
+# ------------------------------------------------------------------------------------------------------------ failures
+
+
+def test_a_task_that_fails_is_reported_and_the_others_go_on(hub, llama, tmp_path, capsys):
+    cache = hub("STS12", "Banking77Classification", "ArguAna")
+    for file in (cache / "datasets--mteb--banking77" / "blobs").iterdir():
+        if file.read_bytes()[:4] == b"PAR1":
+            file.write_bytes(b"no parquet at all")
+    failed("--task", "Banking77Classification", "STS12", "STS13", "--model", llama, *FLAGS, "--out", tmp_path / "r.json")
+    printed = capsys.readouterr()
+    lines = printed.err.partition("could not be computed:\n")[2].splitlines()
+    assert len(lines) == 2 and lines[0] == "  STS13: its data is not in the cache, and the hub does not answer"
+    assert lines[1].startswith("  Banking77Classification: ") and len(lines[1]) < 400
+    assert [cell["task"] for cell in json.loads((tmp_path / "r.json").read_text())["results"]] == ["STS12"]
+    assert "time by task (texts encoded a second): STS12 " in printed.out
+    failed("--task", "Banking77Classification", "--model", llama, *FLAGS, "--out", tmp_path / "none.json")
+    assert not (tmp_path / "none.json").exists() and capsys.readouterr().out == ""
+
+
+def test_a_task_whose_scores_fail_costs_its_own_cells(hub, llama, capsys, monkeypatch):
+    hub("STS12", "ArguAna")
+    compute, calls = mteb.evaluate, []
+
+    def fail_once(model, task, **options):
+        calls.append(task.metadata.name)
+        if calls.count("STS12") == 1 and calls[-1] == "STS12":
+            raise KeyError("sentence1")
+        return compute(model, task, **options)
+
+    monkeypatch.setattr(mteb, "evaluate", fail_once)
+    failed("--task", "STS12", "ArguAna", "--model", llama, "--prompt", "none", "cluster", "--pooling", "mean")
+    printed = capsys.readouterr()
+    assert printed.err.endswith("could not be computed:\n  STS12, llama, none, mean: KeyError: 'sentence1'\n")
+    assert len(calls) == 4 and "llama, cluster, mean, text" in printed.out
+
+
+# ------------------------------------------------------------------------------------------- sentence-transformers
+
+
+def make_sentence_transformer(base: str, folder: Path, normalize: bool = True) -> str:
+    """The same weights as sentence-transformers has them: mean over all tokens, no prompt."""
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
+
+    transformer = Transformer(base, max_seq_length=512)
+    transformer.tokenizer.pad_token = transformer.tokenizer.eos_token
+    modules = [transformer, Pooling(transformer.get_embedding_dimension(), "mean"), *[Normalize()] * normalize]
+    SentenceTransformer(modules=modules, device="cpu").save(str(folder))
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def sentence_transformer(models_dir, tmp_path_factory) -> str:
+    return make_sentence_transformer(models_dir["llama"], tmp_path_factory.mktemp("st") / "llama-st")
+
+
+def test_a_sentence_transformers_model_is_a_row(hub, llama, sentence_transformer, tmp_path, capsys):
+    hub("STS12", "ArguAna")
+    flags = ("--task", "STS12", "ArguAna", "--model", llama, f"st:{sentence_transformer}", "--keep-bos", "--scope", "all", *FLAGS)
+    run(*flags, "--results", tmp_path / "kept", "--out", tmp_path / "r.json")
+    cells = json.loads((tmp_path / "r.json").read_text())["results"]
+    ours, theirs = ([cell for cell in cells if cell["model"].startswith(start)] for start in ("llama", "st:"))
+    assert [cell["score"] for cell in theirs] == pytest.approx([cell["score"] for cell in ours], abs=1e-3)
+    assert {cell["computed"] for cell in cells} == {"float32 on cpu"} and theirs[0]["contract"] is None
+    assert {name for name, _ in mteb.ResultCache(tmp_path / "kept").get_models()} == {"local__llama", "local__llama-st"}
+    copy = shutil.copytree(sentence_transformer, tmp_path / "copy")
+    (copy / "1_Pooling" / "config.json").write_text((copy / "1_Pooling" / "config.json").read_text().replace("}", "} "))
+    args = parse("--dtype", "bfloat16")
+    other, same = (rows.sentence_transformer.row(f"st:{path}", args, "STS") for path in (copy, sentence_transformer))
+    assert same.fingerprint == theirs[0]["fingerprint"] != other.fingerprint and other.computed == "bfloat16 on cpu"
+
+
+def test_prompts_of_a_sentence_transformers_model_are_those_of_searches(sentence_transformer, tmp_path):
+    folder = shutil.copytree(sentence_transformer, tmp_path / "prompted")
+    settings = json.loads((folder / "config_sentence_transformers.json").read_text())
+    settings["prompts"] = {"query": "a question: ", "document": "a text: "}
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    search, sts, plain = (
+        rows.sentence_transformer.row(f"st:{path}", parse(), kind)
+        for path, kind in ((folder, "Retrieval"), (folder, "STS"), (sentence_transformer, "STS"))
+    )
+    for role, prompt in (("query", "a question: "), ("document", "a text: ")):
+        np.testing.assert_allclose(search.encode_texts(["cat"], role), plain.encode_texts([prompt + "cat"], role), atol=1e-5)
+        np.testing.assert_allclose(sts.encode_texts(["cat"], role), plain.encode_texts(["cat"], role), atol=1e-6)
+
+
+def test_what_is_no_sentence_transformers_model_is_refused(llama, sentence_transformer, tmp_path):
+    path = labelled(tmp_path / "mine.csv")
+    damaged = shutil.copytree(sentence_transformer, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes(b"damaged")
+    pickled = shutil.copytree(sentence_transformer, tmp_path / "pickled")
+    (pickled / "model.safetensors").rename(pickled / "pytorch_model.bin")
+    for spec, message in (
+        (f"st:{llama}", "a folder without modules.json"),
+        ("st:/no/such", "no folder '/no/such'"),
+        ("st:org/name", "cannot load 'org/name'.*the hub does not answer"),
+        (f"st:{damaged}", "does not load with sentence-transformers"),
+        (f"st:{pickled}", "is a pickle"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("--data", path, "--model", spec)
+    with pytest.raises(InputError, match="--pooling is for our encoder"):
+        run("--data", path, "--model", f"st:{sentence_transformer}", "--pooling", "mean")
+
+
+# ------------------------------------------------------------------------------------------------------------ prefetch
+
+
+def test_prefetch_without_network_says_what_is_missing(hub, llama, tmp_path, capsys):
+    hub("STS12")
+    hub_standins.put_into_cache(tmp_path / "hub", Path(llama), "org/llama", hub_standins.COMMIT, "models")
+    flags = ("--task", "STS12", "STS13", "--model", llama, "org/llama", "org/other")
+    failed(*flags, "--prefetch")
+    printed = capsys.readouterr()
+    assert printed.out.startswith("STS12: mteb/sts12-sts, ") and "org/llama: " in printed.out
+    lines = printed.err.partition("could not be computed:\n")[2].splitlines()
+    assert lines[0] == "  STS13: mteb/sts13-sts: it is not in this machine's cache, and the hub does not answer"
+    assert len(lines) == 2 and lines[1].startswith("  cannot load 'org/other'")
+    run("--task", "STS12", "--model", llama, "org/llama", "--prefetch")
+    assert "1 data sets, 1 models of the hub: the same command with --prefetch left out runs without network now" in capsys.readouterr().out
+
+
+# --------------------------------------------------------------------------------------------------------------- paper
+
+
+def test_the_grid_of_the_paper_beside_published_figures(hub, llama, tmp_path, capsys, monkeypatch):
+    hub("TwentyNewsgroupsClustering.v2", "RedditClustering")
+    spec = shutil.copytree(llama, tmp_path / "Llama-3.2-1B")
+    tuned = make_run(str(spec), tmp_path / "runs" / "tuned", prompt="prompt-eol", pooling="mean", scope="text")
+    make_run(llama, tmp_path / "runs" / "of-another-base")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(paper, "PUBLISHED", (paper.PUBLISHED[0]._replace(model="Llama-3.2-1B"), *paper.PUBLISHED[1:]))
+    failed("--paper", "--model", spec, "no/such", "--out", "r.json")
+    printed = capsys.readouterr()
+    written = json.loads((tmp_path / "r.json").read_text())
+    assert {cell["model"] for cell in written["results"]} == {"Llama-3.2-1B, none, last", "Llama-3.2-1B, cluster, last, all", "runs/tuned"}
+    assert written["results"][-1]["fingerprint"] == Encoder.load(tuned).fingerprint
+    assert [entry["v_measure"] for entry in written["published"]] == [33.2, 46.8, 54.05, 57.51, 58.57, 50.82, 47.66]
+    lines = printed.out[printed.out.index("mean V-measure, clustering") :].splitlines()
+    head = lines[0]
+    column = {name: head.index(name) for name in ("MTEB(eng, v1), measured", "MTEB(eng, v2), measured", "published", "on  ", "source")}
+    of_base = next(line for line in lines if line.startswith("Llama-3.2-1B, none, last"))
+    assert of_base[column["published"] :].startswith("33.2 ") and "not stated" in of_base and "2507.22729" in of_base
+    assert "(2 of 11 tasks)" in of_base and "(1 of 8 tasks)" in of_base  # both versions of one set have the same revision
+    qwen = next(line for line in lines if line.startswith("Qwen/Qwen3-Embedding-0.6B"))
+    assert qwen[column["MTEB(eng, v2), measured"] :].startswith("- ") and qwen[column["published"] :].startswith("54.05")
+    assert next(line for line in lines if line.startswith("runs/tuned"))[column["published"] :].startswith("-")
+    missing = printed.err.partition("could not be computed:\n")[2].splitlines()
+    assert len(missing) == 11 + 8 - 3 + 1 and sum("no/such" in line for line in missing) == 1
+
+
+def test_the_paper_without_models_and_data_shows_what_was_published(hub, capsys):
+    failed("--paper")
+    printed = capsys.readouterr()
+    assert "46.8" in printed.out and "58.57" in printed.out and "V-measure" in printed.out
+    missing = printed.err.partition("could not be computed:\n")[2].splitlines()
+    assert len(missing) == 19 + 2 and sum("meta-llama/Llama-3.2-1B" in line or "Qwen/Qwen3-0.6B" in line for line in missing) == 2
+
+
+def test_the_paper_has_its_own_grid(llama):
+    for flags in (("--task", "sts"), ("--pooling", "mean"), ("--bundled",), ("--sweep", "pooling=mean")):
+        with pytest.raises(InputError, match="--paper has its own tasks, prompts and pooling: leave --"):
+            run("--paper", "--model", llama, *flags)
