@@ -80,7 +80,7 @@ def prefetch(args: argparse.Namespace, tasks: list, failures: list[str]) -> None
     users = defaultdict(list)
     for part in (part for task in tasks for part in parts(task)):
         users[part.metadata.dataset["path"], part.metadata.dataset.get("revision")].append(part)
-    n_before, n_models = len(failures), 0
+    n_before, n_sets, n_models = len(failures), 0, 0
     for (path, revision), of_set in users.items():
         names = ", ".join(task.metadata.name for task in of_set)
         try:
@@ -89,6 +89,7 @@ def prefetch(args: argparse.Namespace, tasks: list, failures: list[str]) -> None
             add_failure(failures, f"{names}: {error}")
             continue
         say(f"{names}: {path}, {size / 2**20:,.1f} MiB")
+        n_sets += 1
         for task in of_set:
             with others_go_on(failures, task.metadata.name), loaded(task):
                 pass
@@ -100,7 +101,7 @@ def prefetch(args: argparse.Namespace, tasks: list, failures: list[str]) -> None
         except InputError as error:
             add_failure(failures, str(error))
     state = "without network now" if len(failures) == n_before else "without what is missing"
-    say(f"{len(users)} data sets, {n_models} models of the hub: the same command with --prefetch left out runs {state}")
+    say(f"{n_sets} data sets, {n_models} models of the hub: the same command with --prefetch left out runs {state}")
 
 
 def fetch_dataset(path: str, revision: str | None) -> int:

@@ -7,23 +7,15 @@ corpus.jsonl, queries.jsonl and qrels.tsv a retrieval task. mteb's classes compu
 import hashlib
 import json
 import random
+import uuid
+from array import array
 from collections import Counter, defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 from files.console import InputError, warn
 from files.docstrings import bundled_task_files
-from files.reading import (
-    STDIN,
-    Row,
-    as_label,
-    as_number,
-    as_text,
-    column_names,
-    display_name,
-    excerpt,
-    read_column,
-    read_rows,
-)
+from files.reading import STDIN, as_label, as_number, as_text, display_name, excerpt, read_rows
 
 METRICS = {"Clustering": "v_measure", "Classification": "accuracy", "STS": "cosine_spearman", "Retrieval": "ndcg_at_10"}
 # mteb's names for what is compared with what: texts with categories, or texts with texts
@@ -54,18 +46,17 @@ def tasks_of(path: Path, types: list[str | None]) -> list:
     do not allow.
     """
     if path.is_dir():
-        name, rows = path.resolve().name, []
+        name, columns = path.resolve().name, None
         possible, shape = ("Retrieval",), "a folder"
     elif path.exists() or path == STDIN:
         name = "stdin" if path == STDIN else path.name.removesuffix(".gz").rsplit(".", 1)[0]
-        rows = list(read_rows(path))
-        columns = column_names(rows)
-        if {"text1", "text2", "score"} <= set(columns):
+        columns = Columns(path, ("text", "label", "text1", "text2", "score"))
+        if {"text1", "text2", "score"} <= set(columns.names):
             possible, shape = ("STS",), "columns text1,text2,score"
-        elif {"text", "label"} <= set(columns):
+        elif {"text", "label"} <= set(columns.names):
             possible, shape = ("Clustering", "Classification"), "columns text,label"
         else:
-            has = excerpt(", ".join(columns), 200)
+            has = excerpt(", ".join(columns.names), 200)
             raise InputError(f"{display_name(path)}: needs columns text,label or text1,text2,score; it has {has}")
     else:
         raise InputError(f"no file or folder {path}")
@@ -76,7 +67,7 @@ def tasks_of(path: Path, types: list[str | None]) -> list:
         if task_type == "Retrieval":
             data = retrieval_data(path)
         else:
-            data = sts_data(rows, shown) if task_type == "STS" else labelled_data(rows, shown, task_type)
+            data = sts_data(columns, shown) if task_type == "STS" else labelled_data(columns, shown, task_type)
         warnings += [doubt for doubt in doubts(data, task_type) if doubt not in warnings]
         tasks.append(make_task(name, task_type, data))
     for doubt in warnings:
@@ -112,9 +103,39 @@ def local_tasks(paths: list[Path], types: list[str | None]) -> list:
     return tasks
 
 
-def labelled_data(rows: list[Row], path: str, task_type: str) -> dict:
+class Columns:
+    """Some columns of a file, which is read once, and of whose rows nothing else is kept: a million rows are a few lists of strings.
+
+    names    all columns of the file, in order of appearance: objects of JSONL need not have the same ones
+    Raises InputError for what cannot be read.
+    """
+
+    def __init__(self, path: Path, wanted: tuple[str, ...]):
+        self.names, self.values, self.numbers, self.head = {}, {name: [] for name in wanted}, array("q"), ""
+        known = {}  # labels are few: each is kept once
+        for place, cells in read_rows(path):
+            self.names.update(dict.fromkeys(cells))
+            self.head, _, number = place.rpartition(" ")
+            self.numbers.append(int(number))
+            for name, values in self.values.items():
+                value = cells.get(name)
+                values.append(known.setdefault(value, value) if name == "label" and isinstance(value, str) else value)
+        self.names = list(self.names)
+
+    def get(self, name: str, convert: Callable[[object], str | float]) -> list:
+        """One column through `as_text`, `as_label` or `as_number`. Raises InputError with the place and the column."""
+        converted = []
+        for number, value in zip(self.numbers, self.values[name], strict=True):
+            try:
+                converted.append(convert(value))
+            except ValueError as error:
+                raise InputError(f"{self.head} {number}: {name} {error}") from None
+        return converted
+
+
+def labelled_data(columns: Columns, path: str, task_type: str) -> dict:
     """Columns text,label under the names that mteb's clustering or classification tasks expect."""
-    texts, labels = read_column(rows, "text", as_text), read_column(rows, "label", as_label)
+    texts, labels = columns.get("text", as_text), columns.get("label", as_label)
     if len(set(labels)) < 2:
         raise InputError(f"{path}: one class only ({labels[0]!r}), there is nothing to tell apart")
     if task_type == "Clustering" and len(set(labels)) == len(labels):
@@ -125,12 +146,12 @@ def labelled_data(rows: list[Row], path: str, task_type: str) -> dict:
     return dict(zip(names, (texts, labels), strict=True))
 
 
-def sts_data(rows: list[Row], path: str) -> dict:
+def sts_data(columns: Columns, path: str) -> dict:
     """Columns text1,text2,score under the names that mteb's STS tasks expect."""
-    scores = read_column(rows, "score", as_number)
+    scores = columns.get("score", as_number)
     if len(set(scores)) < 2:
         raise InputError(f"{path}: all scores are {scores[0]}, there is nothing to correlate with")
-    return {"sentence1": read_column(rows, "text1", as_text), "sentence2": read_column(rows, "text2", as_text), "score": scores}
+    return {"sentence1": columns.get("text1", as_text), "sentence2": columns.get("text2", as_text), "score": scores}
 
 
 def retrieval_data(folder: Path) -> dict:
@@ -156,13 +177,12 @@ def retrieval_data(folder: Path) -> dict:
 
 def retrieval_texts(path: Path) -> dict[str, list[str]]:
     """Columns id, text and, where the file has it, title of a corpus or of queries; every id is unique."""
-    rows = list(read_rows(path))
-    names = column_names(rows)
-    if not {"_id", "text"} <= set(names):
-        raise InputError(f"{path}: needs _id and text, has {excerpt(', '.join(names), 200)}")
-    columns = {"id": read_column(rows, "_id", as_label), "text": read_column(rows, "text", as_text)}
-    if "title" in names:  # not every document has one
-        columns["title"] = read_column(rows, "title", lambda title: "" if title is None else as_text(title))
+    file = Columns(path, ("_id", "text", "title"))
+    if not {"_id", "text"} <= set(file.names):
+        raise InputError(f"{path}: needs _id and text, has {excerpt(', '.join(file.names), 200)}")
+    columns = {"id": file.get("_id", as_label), "text": file.get("text", as_text)}
+    if "title" in file.names:  # not every document has one
+        columns["title"] = file.get("title", lambda title: "" if title is None else as_text(title))
     repeated = [number for number, count in Counter(columns["id"]).items() if count > 1]
     if repeated:
         raise InputError(f"{path}: _id {repeated[0]!r} occurs more than once")
@@ -171,17 +191,16 @@ def retrieval_texts(path: Path) -> dict[str, list[str]]:
 
 def relevance_judgements(path: Path, queries: set[str], documents: set[str]) -> dict[str, dict[str, int]]:
     """Relevance judgements {query id: {document id: grade}}; the ids have to be in `queries` and `documents`."""
-    rows = list(read_rows(path))
-    names = column_names(rows)
-    if not {"query-id", "corpus-id", "score"} <= set(names):
-        raise InputError(f"{path}: needs a first line with query-id, corpus-id and score, has {excerpt(', '.join(names), 200)}")
-    columns = [read_column(rows, "query-id", as_label), read_column(rows, "corpus-id", as_label), read_column(rows, "score", as_number)]
+    file = Columns(path, ("query-id", "corpus-id", "score"))
+    if not {"query-id", "corpus-id", "score"} <= set(file.names):
+        raise InputError(f"{path}: needs a first line with query-id, corpus-id and score, has {excerpt(', '.join(file.names), 200)}")
+    columns = [file.get("query-id", as_label), file.get("corpus-id", as_label), file.get("score", as_number)]
     relevant = defaultdict(dict)
-    for (place, _), query, document, score in zip(rows, *columns, strict=True):
+    for number, query, document, score in zip(file.numbers, *columns, strict=True):
         if query not in queries or document not in documents:
-            raise InputError(f"{place}: query {query!r} or document {document!r} is not in the other files")
+            raise InputError(f"{file.head} {number}: query {query!r} or document {document!r} is not in the other files")
         if score != int(score):
-            raise InputError(f"{place}: score is {score}, but mteb grades relevance in whole numbers")
+            raise InputError(f"{file.head} {number}: score is {score}, but mteb grades relevance in whole numbers")
         relevant[query][document] = int(score)
     if not any(grade > 0 for grades in relevant.values() for grade in grades.values()):
         raise InputError(f"{path}: no document is relevant to any query")
@@ -189,6 +208,14 @@ def relevance_judgements(path: Path, queries: set[str], documents: set[str]) -> 
 
 
 # -------------------------------------------------------------------------------------------------------- to tasks
+
+
+def digest(data: dict) -> str:
+    """Tells the data of tasks apart, 16 hex digits; without a copy of it all."""
+    known = hashlib.sha256()
+    for part in json.JSONEncoder(sort_keys=True).iterencode(data):
+        known.update(part.encode())
+    return known.hexdigest()[:16]
 
 
 def task_metadata(name: str, task_type: str, data: dict):
@@ -205,7 +232,7 @@ def task_metadata(name: str, task_type: str, data: dict):
         eval_splits=["test"],
         eval_langs=["eng-Latn"],
         main_score=METRICS[task_type],
-        dataset={"path": f"local/{name}", "revision": hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]},
+        dataset={"path": f"local/{name}", "revision": digest(data)},
         **dict.fromkeys(unknown),
         bibtex_citation=None,
     )
@@ -213,7 +240,7 @@ def task_metadata(name: str, task_type: str, data: dict):
 
 def make_task(name: str, task_type: str, data: dict):
     """An mteb task of the class for `task_type`, whose data is in memory already. The scores are mteb's."""
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
     from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
 
     class InMemory:
@@ -229,25 +256,33 @@ def make_task(name: str, task_type: str, data: dict):
             max_documents_per_cluster = min(2048, len(data["labels"]))  # drawn with replacement: more would only repeat rows
 
         task = InMemoryClustering()
-        task.dataset = DatasetDict(test=Dataset.from_dict(data))
+        task.dataset = DatasetDict(test=in_memory(data))
     elif task_type == "Classification":
         task = type("InMemoryClassification", (InMemory, AbsTaskClassification), {})()
         task.dataset = split_by_class(data)
     elif task_type == "STS":
         bounds = {"min_score": min(data["score"]), "max_score": max(data["score"])}
         task = type("InMemorySTS", (InMemory, AbsTaskSTS), bounds)()
-        task.dataset = DatasetDict(test=Dataset.from_dict(data))
+        task.dataset = DatasetDict(test=in_memory(data))
     else:
         task = type("InMemoryRetrieval", (InMemory, AbsTaskRetrieval), {})()
-        corpus, queries = Dataset.from_dict(data["corpus"]), Dataset.from_dict(data["queries"])
+        corpus, queries = in_memory(data["corpus"]), in_memory(data["queries"])
         task.dataset = {"default": {"test": {"corpus": corpus, "queries": queries, "relevant_docs": data["relevant"], "top_ranked": None}}}
     task.data_loaded = True
     return task
 
 
+def in_memory(columns: dict[str, list]):
+    """Columns as a data set. datasets would make a fingerprint of all bytes, copied twice over; nothing is kept by this one."""
+    import pyarrow as pa
+    from datasets import Dataset
+
+    return Dataset(pa.table(columns), fingerprint=uuid.uuid4().hex[:16])
+
+
 def split_by_class(data: dict):
     """Half of each class for training and half for testing, drawn with a fixed seed; a class of one row is in training only."""
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
     rows_of_class, rng = defaultdict(list), random.Random(0)
     for i, label in enumerate(data["label"]):
@@ -259,8 +294,5 @@ def split_by_class(data: dict):
         splits["train"] += rows[:half]
         splits["test"] += rows[half:]
     return DatasetDict(
-        {
-            split: Dataset.from_dict({column: [values[i] for i in sorted(rows)] for column, values in data.items()})
-            for split, rows in splits.items()
-        }
+        {split: in_memory({column: [values[i] for i in sorted(rows)] for column, values in data.items()}) for split, rows in splits.items()}
     )

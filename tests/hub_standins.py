@@ -4,7 +4,11 @@ Files lie under blobs/ by their hash, and links to them in the snapshot of a com
 """
 
 import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -123,3 +127,59 @@ def dataset_in_cache(hub: Path, name: str, scratch: Path) -> None:
     about = task_of(name).metadata.dataset
     write_repository(scratch / name, DATASETS[name])
     put_into_cache(hub, scratch / name, about["path"], about["revision"])
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub on this machine: the repositories in a folder, `datasets/org/name/` and `models/org/name/`, each with one commit.
+
+    asked    paths of all requests
+    """
+
+    def __init__(self, folder: Path, commits: dict[str, str]):
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder, self.commits, self.asked = folder, commits, []
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answer(BaseHTTPRequestHandler):
+    def log_message(self, *_) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.do_GET(with_body=False)
+
+    def do_GET(self, *, with_body: bool = True) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.server.asked.append(path)
+        words = path.strip("/").split("/")
+        if words[0] == "api" and (about := self.about(*words[1:])) is not None:
+            self.answer(json.dumps(about).encode(), with_body, {"Content-Type": "application/json"})
+            return
+        kind, words = ("datasets", words[1:]) if words[0] == "datasets" else ("models", words)
+        file = self.server.folder / kind / "/".join(words[:2]) / "/".join(words[4:])
+        if len(words) > 4 and words[2] == "resolve" and file.is_file():
+            content = file.read_bytes()
+            headers = {"X-Repo-Commit": self.server.commits["/".join(words[:2])], "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+            self.answer(content, with_body, headers)
+        else:
+            self.answer(b"", with_body, {"X-Error-Code": "RepoNotFound"}, 404)
+
+    def about(self, kind: str, organisation: str, name: str, *_) -> dict | list | None:
+        """What the hub says of a repository; its files."""
+        folder = self.server.folder / kind / organisation / name
+        if not folder.is_dir():
+            return None
+        files = [str(file.relative_to(folder)) for file in sorted(folder.rglob("*")) if file.is_file()]
+        if "/tree/" in self.path:
+            return [{"type": "file", "path": file, "size": (folder / file).stat().st_size, "oid": "0" * 40} for file in files]
+        commit = self.server.commits[f"{organisation}/{name}"]
+        return {"id": f"{organisation}/{name}", "sha": commit, "siblings": [{"rfilename": file} for file in files], "private": False}
+
+    def answer(self, content: bytes, with_body: bool, headers: dict[str, str], status: int = 200) -> None:
+        self.send_response(status)
+        for name, value in ({"Content-Length": str(len(content))} | headers).items():
+            self.send_header(name, value)
+        self.end_headers()
+        if with_body:
+            self.wfile.write(content)

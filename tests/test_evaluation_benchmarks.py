@@ -1,7 +1,10 @@
 """mteb's own tasks, on stand-ins for their data in the hub's cache: every type, results in mteb's layout, --prefetch, failures, --paper."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import hub_standins
@@ -310,6 +313,41 @@ def test_prefetch_without_network_says_what_is_missing(hub, llama, tmp_path, cap
     assert len(lines) == 2 and lines[1].startswith("  cannot load 'org/other'")
     run("--task", "STS12", "--model", llama, "org/llama", "--prefetch")
     assert "1 data sets, 1 models of the hub: the same command with --prefetch left out runs without network now" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_what_prefetch_has_fetched_runs_with_the_network_off(llama, tmp_path):
+    """From a hub on this machine, which is then closed; both calls as a user makes them."""
+    names, commits = ("STS12", "MTOPDomainClassification", "ArguAna"), {"org/llama": hub_standins.COMMIT}
+    for name in names:
+        about = hub_standins.task_of(name).metadata.dataset
+        commits[about["path"]] = about["revision"]
+        hub_standins.write_repository(tmp_path / "served" / "datasets" / about["path"], hub_standins.DATASETS[name])
+    shutil.copytree(llama, tmp_path / "served" / "models" / "org" / "llama")
+    server = hub_standins.Hub(tmp_path / "served", commits)
+    environment = {name: value for name, value in os.environ.items() if "proxy" not in name.lower() and not name.startswith("HF_")}
+    environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+    def call(*flags) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(Path(rows.__file__).parents[1] / "evaluate.py"), "--task", *names, *flags]
+        return subprocess.run([*command, "--model", "org/llama", *FLAGS], env=environment, capture_output=True, text=True, check=False)
+
+    fetched = call("STS13", "--prefetch")
+    assert fetched.returncode == 1, fetched.stderr
+    missing = fetched.stderr.partition("could not be computed:\n")[2].splitlines()
+    assert len(missing) == 1 and missing[0].startswith("  STS13: mteb/sts13-sts: RepositoryNotFoundError")
+    assert (
+        "3 data sets, 1 models of the hub" not in fetched.stdout and fetched.stdout.count("mteb/") == 3 and "org/llama: " in fetched.stdout
+    )
+    server.shutdown()
+    server.server_close()
+    scored = call("--out", str(tmp_path / "r.json"))
+    assert scored.returncode == 0, scored.stderr
+    assert [cell["task"] for cell in json.loads((tmp_path / "r.json").read_text())["results"]] == [
+        "STS12",
+        "MTOPDomainClassification",
+        "ArguAna",
+    ]
 
 
 # --------------------------------------------------------------------------------------------------------------- paper

@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from short_evaluations import (
 from evaluation import scores
 from evaluation.mteb_model import MtebModel
 from files.console import InputError
+from tasks import mteb_tasks
 from tasks.mteb_tasks import local_task
 
 
@@ -153,3 +155,17 @@ def test_words_that_mean_nothing_elsewhere_are_texts_and_labels(tmp_path):
     path = write_csv(tmp_path / "mine.csv", "text,label", [("NA", "None"), ("null", "None"), ("nan", "01"), ("007", "1")])
     data = local_task(path).dataset["test"]
     assert data["sentences"][:] == ["NA", "null", "nan", "007"] and data["labels"][:] == ["None", "None", "01", "1"]
+
+
+def test_a_large_file_is_read_once_and_its_rows_are_not_kept(tmp_path, monkeypatch):
+    """For two tasks of one file: at no time more than its texts as strings, and the tasks' tables of them."""
+    path = write_csv(tmp_path / "large.csv", "text,label,note", [(f"{i} " + "word " * 40, i % 9, "note " * 40) for i in range(4000)])
+    local_task(labelled(tmp_path / "mine.csv"))  # imports
+    reads, read_rows = [], mteb_tasks.read_rows
+    monkeypatch.setattr(mteb_tasks, "read_rows", lambda path: reads.append(path) or read_rows(path))
+    tracemalloc.start()
+    tasks = mteb_tasks.tasks_of(path, ["Clustering", "Classification"])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert reads == [path] and len(tasks) == 2
+    assert peak < 2.5 * 4000 * 250  # bytes of the texts as strings; the tables are in memory of Arrow, which is not traced
