@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 
-from evaluation.failures import add_failure, others_go_on, reason, task_errors
+from evaluation.failures import others_go_on, reason, task_errors
 from files.console import InputError, say
 
 CARDS = ("README.md", ".gitattributes")  # they come with the first question to the hub, before any data
@@ -86,7 +86,7 @@ def prefetch(args: argparse.Namespace, tasks: list, failures: list[str]) -> None
         try:
             size = fetch_dataset(path, revision)
         except InputError as error:
-            add_failure(failures, f"{names}: {error}")
+            failures.append(f"{names}: {error}")
             continue
         say(f"{names}: {path}, {size / 2**20:,.1f} MiB")
         n_sets += 1
@@ -99,7 +99,7 @@ def prefetch(args: argparse.Namespace, tasks: list, failures: list[str]) -> None
                 say(f"{spec}: {folder}")
                 n_models += 1
         except InputError as error:
-            add_failure(failures, str(error))
+            failures.append(str(error))
     state = "without network now" if len(failures) == n_before else "without what is missing"
     say(f"{n_sets} data sets, {n_models} models of the hub: the same command with --prefetch left out runs {state}")
 

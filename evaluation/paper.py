@@ -45,7 +45,7 @@ PUBLISHED = (
 
 def fill(args: argparse.Namespace) -> None:
     """Take the paper's models where no others are named. Raises InputError for flags that would make it another grid."""
-    names = ("task", "benchmark", "data", "bundled", "texts", "prompt", "query_prompt", "pooling", "scope", "layers", "sweep", "keep_bos")
+    names = ("task", "benchmark", "data", "bundled", "texts", "sweep", "prompt", "query_prompt", "pooling", "scope", "layers", "keep_bos")
     if given := [name for name in names if getattr(args, name)]:
         raise InputError(f"--paper has its own tasks, prompts and pooling: leave --{given[0].replace('_', '-')} out")
     args.model = args.model or list(MODELS)

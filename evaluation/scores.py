@@ -23,7 +23,7 @@ from evaluation.mteb_model import MtebModel
 from evaluation.observing import observed
 from evaluation.rows import check_baselines, table_rows
 from evaluation.stored import StoredResults
-from files.console import InputError, say
+from files.console import InputError, say, short_path
 from files.writing import check_absent, write_json
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def check_out(path: Path) -> None:
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         why = "may not be written to" if folder.is_dir() else "is a file"
-        raise InputError(f"--out {path}: {folder} {why}, choose another place")
+        raise InputError(f"--out {path}: {short_path(folder)} {why}, choose another place")
 
 
 def write_results(scores: Scores, path: Path, **more) -> None:

@@ -28,7 +28,7 @@ def check_spec(spec: str) -> None:
     """Raise InputError for what is neither a folder of such a model nor a hub id."""
     source = spec.removeprefix(PREFIX)
     folder = Path(source).expanduser()
-    if not folder.is_dir():
+    if not source or not folder.is_dir():
         if source.startswith((".", "/", "~")) or source.count("/") != 1:
             raise InputError(f"--model {spec}: no folder {source!r}, and no hub id like org/name")
     elif not (folder / "modules.json").is_file():

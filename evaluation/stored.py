@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from evaluation.evidence import Evidence
 from evaluation.finished import pack, unpack
 from evaluation.mteb_model import MtebModel
-from files.console import InputError, warn
+from files.console import InputError, short_path, warn
 from files.writing import errors_of_writing, write_atomic, write_text
 
 if TYPE_CHECKING:
@@ -90,4 +90,4 @@ def check_folder(folder: Path) -> None:
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         why = "may not be written to" if nearest.is_dir() else "is a file"
-        raise InputError(f"--results {folder}: {nearest} {why}, choose another place")
+        raise InputError(f"--results {folder}: {short_path(nearest)} {why}, choose another place")

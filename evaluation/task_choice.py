@@ -82,16 +82,23 @@ def listed_tasks(names: list[str], types: list[str], benchmark: str, *, whole_be
     import mteb
 
     try:
-        of_benchmark = list(mteb.get_benchmark(benchmark).tasks)
-        tasks = []
-        for name in names:
-            nearest = (task for b in (benchmark, BENCHMARK, FORMER) for task in mteb.get_benchmark(b).tasks if task.metadata.name == name)
-            task = next(nearest, None)
-            tasks += [task] if task else mteb.get_tasks(tasks=[name], languages=["eng"], exclude_superseded=False)
-        tasks += [task for task in of_benchmark if whole_benchmark or task.metadata.type in types]
+        tasks = [task for task in mteb.get_benchmark(benchmark).tasks if whole_benchmark or task.metadata.type in types]
+    except KeyError as error:
+        raise InputError(f"--benchmark: {error.args[0]} (the English ones are {BENCHMARK} and {FORMER})") from None
+    return list({task.metadata.name: task for task in [*(task_by_name(name, benchmark) for name in names), *tasks]}.values())
+
+
+def task_by_name(name: str, benchmark: str):
+    """A task of mteb. Raises InputError for what is none."""
+    import mteb
+
+    for of_benchmark in (mteb.get_benchmark(b).tasks for b in (benchmark, BENCHMARK, FORMER)):
+        for task in of_benchmark:
+            if task.metadata.name == name:
+                return task
+    try:
+        return mteb.get_task(name, languages=["eng"])
     except (KeyError, ValueError) as error:
+        reason = " ".join(str(error.args[0]).split()).removeprefix("KeyError: ")[:200]
         hint = f"types are {', '.join(TYPES)}; bundled tasks {', '.join(bundled_tasks())}"
-        raise InputError(
-            f"{' '.join(str(error.args[0]).split()).removeprefix('KeyError: ')[:200]} ({hint}; or a task name of mteb)"
-        ) from None
-    return list({task.metadata.name: task for task in tasks}.values())
+        raise InputError(f"--task: {reason} ({hint}; or a task name of mteb)") from None

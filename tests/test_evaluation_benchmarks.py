@@ -11,6 +11,7 @@ import hub_standins
 import mteb
 import numpy as np
 import pytest
+import torch
 from conftest import make_run
 from short_evaluations import (
     choose,
@@ -24,8 +25,11 @@ from encoder import Encoder
 from evaluation import hub_data, paper, rows, scores
 from evaluation.task_choice import TYPES
 from files.console import InputError
+from files.reading import read_rows
 from prompts import TASK_PROMPTS, get_prompt
+from tasks.mteb_tasks import bundled_tasks, local_task
 
+ROOT = Path(__file__).resolve().parents[1]
 NAMES = [name for name in hub_standins.DATASETS if name != "TwentyNewsgroupsClustering"]  # which shares its set with its second version
 FLAGS = ("--prompt", "none", "--pooling", "mean")
 
@@ -329,7 +333,7 @@ def test_what_prefetch_has_fetched_runs_with_the_network_off(llama, tmp_path):
     environment |= {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def call(*flags) -> subprocess.CompletedProcess:
-        command = [sys.executable, str(Path(rows.__file__).parents[1] / "evaluate.py"), "--task", *names, *flags]
+        command = [sys.executable, str(ROOT / "evaluate.py"), "--task", *names, *flags]
         return subprocess.run([*command, "--model", "org/llama", *FLAGS], env=environment, capture_output=True, text=True, check=False)
 
     fetched = call("STS13", "--prefetch")
@@ -391,3 +395,48 @@ def test_the_paper_has_its_own_grid(llama):
     for flags in (("--task", "sts"), ("--pooling", "mean"), ("--bundled",), ("--sweep", "pooling=mean")):
         with pytest.raises(InputError, match="--paper has its own tasks, prompts and pooling: leave --"):
             run("--paper", "--model", llama, *flags)
+
+
+# ------------------------------------------------------------------------------- the same as mteb's own way, on real text
+
+
+def real_data(kind: str, tmp_path: Path) -> Path:
+    """Bundled sentences as data for a task of this type: clusters, classes, pairs of more or less like ones, questions and answers."""
+    bundled = [row for _, row in read_rows(bundled_tasks()["docstrings-by-module"])]
+    rows = [row for row in bundled if row["label"] in sorted({row["label"] for row in bundled})[:3]]
+    rows = list({row["text"].lower(): row for row in rows}.values())  # equal documents would be ranked by chance
+    if kind in ("Clustering", "Classification"):
+        path = tmp_path / "mine.jsonl"
+        path.write_text("".join(json.dumps({"text": row["text"], "label": row["label"]}) + "\n" for row in rows))
+        return path
+    if kind == "STS":
+        path = tmp_path / "pairs.jsonl"
+        pairs = [(row, rows[(i * 7 + 1) % len(rows)]) for i, row in enumerate(rows)]
+        like = [len({*a["text"].lower().split()} & {*b["text"].lower().split()}) + 2 * (a["label"] == b["label"]) for a, b in pairs]
+        lines = [{"text1": a["text"], "text2": b["text"], "score": score} for (a, b), score in zip(pairs, like, strict=True)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+    folder = tmp_path / "search"
+    folder.mkdir()
+    (folder / "corpus.jsonl").write_text("".join(json.dumps({"_id": f"d{i}", "text": row["text"]}) + "\n" for i, row in enumerate(rows)))
+    asked = [(i, " ".join(row["text"].split()[::2])) for i, row in enumerate(rows)]
+    (folder / "queries.jsonl").write_text("".join(json.dumps({"_id": f"q{i}", "text": text}) + "\n" for i, text in asked))
+    (folder / "qrels.tsv").write_text("query-id\tcorpus-id\tscore\n" + "".join(f"q{i}\td{i}\t1\n" for i, _ in asked))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["Clustering", "Classification", "STS", "Retrieval"])
+def test_scores_are_those_of_mteb_through_sentence_transformers(kind, tmp_path_factory, tmp_path):
+    """The bundled weights in float32, mean over all tokens, no prompt: by our encoder, by mteb's own wrapper, and by a row st:PATH."""
+    from sentence_transformers import SentenceTransformer
+
+    bundled = str(ROOT / "models" / "tiny")
+    folder = make_sentence_transformer(bundled, tmp_path_factory.mktemp("st") / "tiny")
+    data = real_data(kind, tmp_path)
+    flags = ("--data", data, "--task", kind.lower(), "--model", "tiny", f"st:{folder}", "--keep-bos", "--scope", "all", *FLAGS)
+    run(*flags, "--dtype", "float32", "--device", "cpu", "--out", tmp_path / "r.json")
+    ours, row = (cell["score"] for cell in json.loads((tmp_path / "r.json").read_text())["results"])
+    theirs = SentenceTransformer(folder, device="cpu", model_kwargs={"dtype": torch.float32})  # the file has bfloat16
+    result = mteb.evaluate(theirs, local_task(data, kind), cache=None, co2_tracker=False, show_progress_bar=False).task_results[0]
+    assert ours == pytest.approx(result.get_score(), abs=1e-4) and row == pytest.approx(ours, abs=1e-4)
+    assert 0.1 < ours < 0.999  # a score that would move, were the vectors others
