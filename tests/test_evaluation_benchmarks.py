@@ -425,6 +425,7 @@ def real_data(kind: str, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Clustering", "Classification", "STS", "Retrieval"])
 def test_scores_are_those_of_mteb_through_sentence_transformers(kind, tmp_path_factory, tmp_path):
     """The bundled weights in float32, mean over all tokens, no prompt: by our encoder, by mteb's own wrapper, and by a row st:PATH."""
