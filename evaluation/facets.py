@@ -140,11 +140,11 @@ def score_facets(args: argparse.Namespace, data: Labelled, failures: list[str]) 
     if not models:
         raise InputError("; ".join(failures))
     facets = list(data.labels)
-    found = [statistics(model.cells, facets) for model in models]
-    for line in lines(models, found, facets):
+    results = [statistics(model.cells, facets) for model in models]
+    for line in lines(models, results, facets):
         say(line)
     prompts = {name: {"prompt": prompt, "labels": int(data.labels[name].max()) + 1} for name, prompt in args.facets}
-    rows = [as_json(model, of_model, found[0], facets) for model, of_model in zip(models, found, strict=True)]
+    rows = [as_json(model, of_model, results[0], facets) for model, of_model in zip(models, results, strict=True)]
     return {"data": data.name, "texts": len(data.texts), "facets": prompts, "nested": nested(data.labels), "models": rows}
 
 
@@ -188,9 +188,9 @@ def combined(cells: Cells, weights: Weights) -> Evidence:
 
 def statistics(cells: Cells, facets: list[str]) -> dict[str, dict[str, Evidence]]:
     """The statistics of each facet, and under "mean" those over facets."""
-    found = {j: {name: combined(cells, weights) for name, weights in of.items()} for j, of in weights_of(facets).items()}
-    mean = {name: evidence.joined([found[j][name] for j in facets]) for name in STATISTICS}
-    return {**found, "mean": mean}
+    by_facet = {j: {name: combined(cells, weights) for name, weights in of.items()} for j, of in weights_of(facets).items()}
+    mean = {name: evidence.joined([by_facet[j][name] for j in facets]) for name in STATISTICS}
+    return {**by_facet, "mean": mean}
 
 
 def against_zero(one: Evidence) -> Difference:
@@ -202,18 +202,18 @@ def against_zero(one: Evidence) -> Difference:
 # -------------------------------------------------------------------------------------------------------------------- shown
 
 
-def lines(models: list[Model], found: list[dict], facets: list[str]) -> list[str]:
+def lines(models: list[Model], results: list[dict], facets: list[str]) -> list[str]:
     """What is printed: the matrix of each model, its statistics over facets and by facet, and those less the first model's."""
     matrix, means = [["model", "prompt", *facets]], [["model", *STATISTICS]]
     of_facets, less = [["model", "facet", *STATISTICS[1:]]], [[f"less {models[0].label}", *STATISTICS]]
-    for model, of_model in zip(models, found, strict=True):
+    for model, of_model in zip(models, results, strict=True):
         for name in (*facets, NEUTRAL):
             cells = [model.cells[name, j].scores.mean(1) for j in facets]
             matrix.append([model.label, name, *(f"{100 * v_measure:.1f} ({100 * ami:.1f})" for v_measure, ami in cells)])
         diagonal, *gains = (against_zero(of_model["mean"][name]) for name in STATISTICS)
         means.append([model.label, show(diagonal, verdict=False).lstrip("+"), *map(show, gains)])
         of_facets += ([model.label, j, *(show(against_zero(of_model[j][name])) for name in STATISTICS[1:])] for j in facets)
-        less.append([model.label, *(show(difference(of_model["mean"][name], found[0]["mean"][name])) for name in STATISTICS)])
+        less.append([model.label, *(show(difference(of_model["mean"][name], results[0]["mean"][name])) for name in STATISTICS)])
     tables = [matrix, means, of_facets, *([[less[0], *less[2:]]] if len(models) > 1 else [])]
     text = [line for table in tables for line in (*ruled(table), "")]
     return [*text, "V-measure x 100 (AMI) by facet of the labels; 95 % intervals hold rows and k-means seeds, of these facets alone"]
@@ -224,7 +224,7 @@ def ruled(table: list[list[str]]) -> list[str]:
     return [text[0], "-" * max(map(len, text)), *text[1:]]
 
 
-def as_json(model: Model, found: dict, first: dict, facets: list[str]) -> dict:
+def as_json(model: Model, of_model: dict, first: dict, facets: list[str]) -> dict:
     def of(d: Difference) -> dict:
         return {"value": d.value, "interval": [d.low, d.high], "sd_rows": d.rows, "sd_algorithm": d.algorithm, "verdict": d.verdict}
 
@@ -238,7 +238,7 @@ def as_json(model: Model, found: dict, first: dict, facets: list[str]) -> dict:
         "contract": {name: row.contract for name, row in model.rows.items()},
         "computed": model.rows[NEUTRAL].computed,
         "matrix": matrix,
-        **{name: of(against_zero(found["mean"][name])) for name in STATISTICS},
-        "by_facet": {j: {name: of(against_zero(found[j][name])) for name in STATISTICS[1:]} for j in facets},
-        "less_first": {name: of(difference(found["mean"][name], first["mean"][name])) for name in STATISTICS},
+        **{name: of(against_zero(of_model["mean"][name])) for name in STATISTICS},
+        "by_facet": {j: {name: of(against_zero(of_model[j][name])) for name in STATISTICS[1:]} for j in facets},
+        "less_first": {name: of(difference(of_model["mean"][name], first["mean"][name])) for name in STATISTICS},
     }
