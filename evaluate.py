@@ -119,7 +119,7 @@ def check_models(args: argparse.Namespace) -> None:
 
     for spec in args.model or []:
         if sentence_transformer.is_sentence_transformer(spec):
-            sentence_transformer.find_folder(spec, ("modules.json",))
+            sentence_transformer.find_folder(spec, args.trust_remote_code, ("modules.json",))
         else:
             check_base(base_of(spec), args.trust_remote_code)
 

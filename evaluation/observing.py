@@ -45,11 +45,14 @@ def observed(task) -> Iterator[Observation]:
     """Watch `task`, which must be a copy that runs once, while mteb scores a row of the table with it."""
     import mteb.abstasks.clustering as clustering
     from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
+    from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
 
     seen, metric = Observation(UNITS.get(task.metadata.type, "rows")), task.metadata.main_score
     original = clustering._evaluate_clustering_bootstrapped
     if isinstance(task, AbsTaskClustering):
         watch_clustering(task, seen, clustering, original)
+    elif isinstance(task, AbsTaskClusteringLegacy):
+        watch_clustering_of_sets(task, seen)
     elif isinstance(task, AbsTaskClassification) and metric == "accuracy":
         watch_classification(task, seen)
     elif isinstance(task, AbsTaskSTS) and metric == "cosine_spearman":
@@ -79,6 +82,18 @@ def watch_clustering(task, seen: Observation, module, bootstrapped) -> None:
         return bootstrapped(embeddings, labels, max_depth=max_depth, **options)
 
     task._evaluate_subset, module._evaluate_clustering_bootstrapped = subset, cluster
+
+
+def watch_clustering_of_sets(task, seen: Observation) -> None:
+    """Tasks of mteb's first track: the score is a mean over sets of texts, each clustered by itself. No evidence is kept, only numbers."""
+    evaluate_subset = task._evaluate_subset
+
+    def subset(model, data_split, **options):
+        n = sum(map(len, data_split[task.label_column_name]))
+        seen.used, seen.whole = seen.used + n, seen.whole + n
+        return evaluate_subset(model, data_split, **options)
+
+    task._evaluate_subset = subset
 
 
 def watch_classification(task, seen: Observation) -> None:

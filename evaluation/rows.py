@@ -134,7 +134,7 @@ def fetch_model(spec: str, args: argparse.Namespace) -> Path | None:
     from encoder.base_models import fetch
 
     if sentence_transformer.is_sentence_transformer(spec):
-        folder = sentence_transformer.find_folder(spec)
+        folder = sentence_transformer.find_folder(spec, args.trust_remote_code)
         return None if str(folder) == str(Path(spec.removeprefix(sentence_transformer.PREFIX)).expanduser()) else folder
     _, source, revision = find_base(base_of(spec))
     return None if Path(source).is_dir() else fetch(source, revision, args.trust_remote_code)
@@ -160,7 +160,7 @@ def other_rows_go_on(args: argparse.Namespace, failures: list[str]) -> Iterator[
     try:
         yield
     except InputError as error:
-        if len(args.model or []) < 2 or several_processes():
+        if (len(args.model or []) < 2 and not args.paper) or several_processes():
             raise
         add_failure(failures, str(error))
 

@@ -130,7 +130,7 @@ def score_all(
     for task in tasks:
         tasks_of_type[task.metadata.type].append(task)
     check_baselines(args, tasks_of_type)
-    alone = len(tasks) == 1 and len(args.model or []) < 2
+    alone = len(tasks) == 1 and len(args.model or []) < 2 and not args.paper
     for task_type, same_type in tasks_of_type.items():
         for rows in table_rows(args, task_type, failures):
             n_before = len(scores.cells)

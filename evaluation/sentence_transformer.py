@@ -16,7 +16,8 @@ from evaluation.mteb_model import MtebModel
 from files.console import InputError
 
 PREFIX = "st:"
-FILES = ("*.safetensors", "*.json", "*.txt", "*.model")  # of such a model; weights in other formats are pickles or of other runtimes
+# of such a model; weights in other formats are pickles or of other runtimes
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.py")
 SEARCHES = ("Retrieval", "Reranking", "InstructionRetrieval", "InstructionReranking")  # types of task with queries and documents
 
 
@@ -35,8 +36,8 @@ def check_spec(spec: str) -> None:
         raise InputError(f"--model {spec}: a folder without modules.json, which sentence-transformers models have")
 
 
-def find_folder(spec: str, files: tuple[str, ...] = FILES) -> Path:
-    """The model's folder, in the hub's cache for a hub id, downloaded where the hub answers. Raises InputError."""
+def find_folder(spec: str, trust_remote_code: bool, files: tuple[str, ...] = FILES) -> Path:
+    """The model's folder, in the hub's cache for a hub id, downloaded where the hub answers; code only if trusted. Raises InputError."""
     from encoder.base_models import fetch
 
     check_spec(spec)
@@ -45,11 +46,11 @@ def find_folder(spec: str, files: tuple[str, ...] = FILES) -> Path:
     if folder.is_dir():
         return folder
     name, _, revision = source.partition("@")
-    return fetch(name, revision or None, False, files)
+    return fetch(name, revision or None, trust_remote_code, files)
 
 
 def fingerprint(folder: Path) -> str:
-    """16 hex digits over every file that decides a vector: weights, configs, tokenizer."""
+    """16 hex digits over every file that decides a vector: weights, configs, tokenizer, code."""
     files = sorted({file for pattern in FILES for file in folder.rglob(pattern) if file.is_file()})
     return hashlib.sha256("".join(f"{file.relative_to(folder)} {file_hash(file)}\n" for file in files).encode()).hexdigest()[:16]
 
@@ -64,7 +65,7 @@ def row(spec: str, args: argparse.Namespace, task_type: str) -> MtebModel:
 
     from encoder.runtime import pick_device, pick_dtype
 
-    folder, device = find_folder(spec), pick_device(args.device)
+    folder, device = find_folder(spec, args.trust_remote_code), pick_device(args.device)
     if pickles := [file for file in folder.rglob("pytorch_model*.bin") if not any(file.parent.glob("*.safetensors"))]:
         raise InputError(f"--model {spec}: {pickles[0]} is a pickle, which can run code: save the weights as safetensors")
     dtype = pick_dtype(args.dtype, device)

@@ -94,6 +94,8 @@ def test_every_type_of_task_runs_without_network_under_its_prompts(name, hub, ll
     assert set(texts_of) == ({"query", "document"} if searches else {"document"})
     assert not searches or all("question" in text for text in texts_of["query"])
     assert cell["contract"]["prompts"] == get_prompt(TASK_PROMPTS[cell["type"]]).roles() and -1 <= cell["score"] <= 1
+    if cell["type"] == "Clustering":
+        assert cell["rests_on"] == {"RedditClustering": "120 texts"}.get(name, "2 of 60 texts")
     assert cell["metric"] == task.metadata.main_score and not task.data_loaded and cell["texts_per_second"] > 0
 
 
@@ -231,6 +233,16 @@ def test_a_task_whose_scores_fail_costs_its_own_cells(hub, llama, capsys, monkey
     printed = capsys.readouterr()
     assert printed.err.endswith("could not be computed:\n  STS12, llama, none, mean: KeyError: 'sentence1'\n")
     assert len(calls) == 4 and "llama, cluster, mean, text" in printed.out
+
+
+def test_texts_a_second_are_those_of_the_rows_that_encoded():
+    cells = [
+        {"task": "a", "seconds": 4.0, "texts": 100, "texts_per_second": 50.0},
+        {"task": "a", "seconds": 1.0, "texts": 0, "texts_per_second": None},  # its vectors were there already
+        {"task": "a", "seconds": 9.0, "texts": 100, "texts_per_second": 12.5},
+        {"task": "b", "seconds": 2.0},  # of a table begun before paces were kept
+    ]
+    assert scores.times(cells) == ["a 14 s (20)", "b 2 s"]
 
 
 # ------------------------------------------------------------------------------------------- sentence-transformers
