@@ -388,6 +388,8 @@ def test_the_grid_of_the_paper_beside_published_figures(hub, llama, tmp_path, ca
     of_base = next(line for line in lines if line.startswith("Llama-3.2-1B, none, last"))
     assert of_base[column["published"] :].startswith("33.2 ") and "not stated" in of_base and "2507.22729" in of_base
     assert "(2 of 11 tasks)" in of_base and "(1 of 8 tasks)" in of_base  # both versions of one set have the same revision
+    of_cluster = next(line for line in lines if line.startswith("Llama-3.2-1B, cluster"))
+    assert of_cluster[column["published"] :].startswith("-")  # published of meta-llama/Llama-3.2-1B, which is another model
     qwen = next(line for line in lines if line.startswith("Qwen/Qwen3-Embedding-0.6B"))
     assert qwen[column["MTEB(eng, v2), measured"] :].startswith("- ") and qwen[column["published"] :].startswith("54.05")
     assert next(line for line in lines if line.startswith("runs/tuned"))[column["published"] :].startswith("-")
