@@ -6,6 +6,7 @@
     python evaluate.py --model tiny --sweep pooling=mean,last,max layers=-1,80%,-2..-3 prompt=none,cluster    # the same, layers too
     python evaluate.py --model tiny --sweep prompt=cluster,meta-eol token-prepending=none,1..20% --remove-mean texts.csv    # and more
     python evaluate.py --data mine.csv                         # columns text,label (or text1,text2,score; or a folder)
+    python evaluate.py --data mine.csv --report mine.html      # and a page to look at: scores, a map of the texts, confused classes
     python evaluate.py --model runs/mine --texts mine.txt      # without labels: is the run better than its base, or worse?
     python evaluate.py --model tiny --data mine.csv --facets 'topic=The topic of "{text}" is:' 'tone=The tone of "{text}" is:'
     python evaluate.py --task clustering classification --model runs/mine --out results/mine.json
@@ -45,8 +46,10 @@ from evaluation import paper, sentence_transformer
 from evaluation.facets import check_facets, facet, read_labelled, score_facets
 from evaluation.finished import FinishedCells, partial
 from evaluation.hub_data import prefetch
+from evaluation.report import check_report, write_report
+from evaluation.report_map import KeptVectors
 from evaluation.rows import changes_to_run, check_baselines, read_mean_texts
-from evaluation.scores import Scores, check_out, score_all, table, write_results
+from evaluation.scores import Scores, Stores, as_json, check_out, score_all, table, write_results
 from evaluation.stored import StoredResults, check_folder
 from evaluation.sweep import AXES, UNTUNED, axis, spread
 from evaluation.task_choice import BENCHMARK, TYPES, choose_tasks
@@ -109,8 +112,11 @@ def check_sources(args: argparse.Namespace) -> None:
     for flag, given in (("--benchmark", args.benchmark), ("--results", args.results), ("--prefetch", args.prefetch)):
         if own and given:
             raise InputError(f"{flag} concerns mteb's tasks, not {own[0]}: leave one of them out")
-    if args.prefetch and args.out:
-        raise InputError("--prefetch scores nothing that --out could hold: leave one of them out")
+    for flag, given in (("--out", args.out), ("--report", args.report)):
+        if args.prefetch and given:
+            raise InputError(f"--prefetch scores nothing that {flag} could hold: leave one of them out")
+    if args.facets and args.report:
+        raise InputError("--report has no page for --facets: leave one of them out")
 
 
 def check_models(args: argparse.Namespace) -> None:
@@ -199,22 +205,26 @@ def build_parser() -> argparse.ArgumentParser:
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (default: off)")
     add("--results", type=Path, metavar="DIR", help="keep mteb's scores in its own layout, and take those from there (default: off)")
     add("--out", type=Path, help="write every score to this JSON file (default: off)")
+    add("--report", type=Path, metavar="FILE.html", help="write a page of scores, grid, map and confused classes (default: off)")
     return parser
 
 
 def main(args: argparse.Namespace) -> None:
-    out = args.out if process_rank() == 0 else None  # under torchrun all processes have the same scores, and the first one writes them
+    # under torchrun all processes have the same scores, and the first one writes them
+    out, report = (args.out, args.report) if process_rank() == 0 else (None, None)
     if out:
         check_out(out)
     if args.results:
         check_folder(args.results)
+    if report:
+        check_report(report, out)
     spread(args)
     check_flags(args)
     for name in ("mteb", "datasets", "sentence_transformers"):  # they announce every step
         logging.getLogger(name).setLevel(logging.ERROR)
     failures = []
     tasks = [] if args.texts or args.facets else choose_tasks(args, failures)
-    splits = read_unlabelled(args) if args.texts else []
+    texts, splits = read_unlabelled(args) if args.texts else ([], [])
     args.mean_texts = read_mean_texts(args.remove_mean, args.column) if args.remove_mean else None
     labelled = read_labelled(args) if args.facets else None
     if args.prefetch:
@@ -223,27 +233,32 @@ def main(args: argparse.Namespace) -> None:
         return
     if not args.paper:  # which goes on without the models that are missing
         check_models(args)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
+    for path in filter(None, (out, report)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    kept = KeptVectors([task.metadata.type for task in tasks]) if args.report else None
     if args.texts or args.facets:
-        results = score_facets(args, labelled, failures) if args.facets else compare_on_texts(args, splits, failures)
+        results = score_facets(args, labelled, failures) if args.facets else compare_on_texts(args, splits, failures, texts, kept)
         if out:
             write_json(out, results)
+        if report:
+            write_report(report, results, [], kept, failures)
     else:
-        fill_table(args, tasks, failures, out)
+        fill_table(args, tasks, failures, out, report, kept)
     end_with(failures)
 
 
-def fill_table(args: argparse.Namespace, tasks: list, failures: list[str], out: Path | None) -> None:
-    """Score `tasks` for every row, print the table and write it. Why a cell or a row is missing is added to `failures`."""
+def fill_table(
+    args: argparse.Namespace, tasks: list, failures: list[str], out: Path | None, report: Path | None, kept: KeptVectors | None
+) -> None:
+    """Score `tasks` for every row, print the table, write it and its page. Why a cell or a row is missing is added to `failures`."""
     scores = Scores()
-    stored = StoredResults(args.results, writes=process_rank() == 0)
     finished = FinishedCells(partial(args.out) if args.out else None, writes=out is not None)
+    stores = Stores(finished, StoredResults(args.results, writes=process_rank() == 0), kept)
     if finished.known:
         say(f"{finished.path}: {len(finished.known)} cells were finished before", error=True)
     try:
         for grid in paper.grids(args, failures) if args.paper else [args]:
-            score_all(grid, tasks, failures, scores, finished, stored)
+            score_all(grid, tasks, failures, scores, stores)
     except BaseException:  # Ctrl-C, or a disk that is full
         if scores.cells:
             say(table(scores.cells) + "\n(incomplete)" + (f": the same command goes on with {finished.path}" if out else ""))
@@ -254,10 +269,15 @@ def fill_table(args: argparse.Namespace, tasks: list, failures: list[str], out: 
             say(line)
     for line in paper.table(scores.cells) if args.paper else ():
         say(line)
-    if out and scores.cells:
-        published = {"published": [entry._asdict() for entry in paper.PUBLISHED]} if args.paper else {}
-        write_results(scores, out, **published)
+    if not scores.cells:
+        return
+    published = {"published": [entry._asdict() for entry in paper.PUBLISHED]} if args.paper else {}
+    results = as_json(scores) | published if out or report else {}
+    if out:
+        write_results(results, out)
         finished.remove()
+    if report:
+        write_report(report, results, scores.remarks(), kept, failures)
 
 
 def end_with(failures: list[str]) -> None:

@@ -161,8 +161,8 @@ class Encoder:
         overrides   contract fields: prompt (preset name or template), query_prompt (another one for the role "query"), pooling,
                     scope, layers, attention_layer, max_tokens, bos, eos, keep_bos, attention, normalize, dims, embed_filter,
                     token_prepending, quantize. None counts as not given.
-                    On a run, a value that contradicts its contract raises InputError unless `override_contract`; dims may be one
-                    of those that it was trained for (`--matryoshka`).
+                    On a run, a value that contradicts its contract raises InputError unless `override_contract`; dims and prompt
+                    may be one of those that it was trained for (`--matryoshka`, the prompts of its pairs).
         """
         device, is_default_dtype = pick_device(device), dtype in (None, "auto")
         dtype = pick_dtype(dtype, device)

@@ -181,7 +181,16 @@ def lines(table: Table, tasks: list[str]) -> list[str]:
     rows = [[row.label, *(show(d[c], c != "mean AMI") for c in shown)] for (row, other), d in found.items() if other == first]
     text = aligned([head, *rows])
     text.insert(1, "-" * max(map(len, text)))
-    best = best_two(table, tasks)
+    return [*text, *remarks(table, tasks)]
+
+
+def remarks(table: Table, tasks: list[str]) -> list[str]:
+    """What is said of the best row, and how differences are to be read; [] where there is nothing to compare."""
+    tasks = with_evidence(table, tasks)
+    if len(table) < 2 or not tasks:
+        return []
+    found = {pair: compared(table[pair[0]], table[pair[1]], tasks) for pair in pairs_worth_comparing(table, tasks)}
+    best, text = best_two(table, tasks), []
     if best:
         d = found.get(best) or compared(table[best[0]], table[best[1]], tasks)
         text.append(f"the best, {best[0].label}, less the second best, {best[1].label}: {show(d['mean'])}{spread(d['mean'])}")

@@ -71,6 +71,7 @@ class MtebModel:
         self.label, self.fingerprint, self.contract = label, fingerprint, contract
         self.encode_texts, self.computed = encode_texts, computed
         self.grid, self.better_of = grid, better_of
+        self.texts: list[str] = []  # the latest that were encoded
         self.similarity, self.similarity_pairwise = cos_sim, pairwise_cos_sim
         self.pace, self.counted = pace or Pace(), pace is not None
         name = name or "local/" + (re.sub(r"[^\w.+-]+", "-", label.rstrip("/").rpartition("/")[2]).strip("-.") or "model")
@@ -79,7 +80,7 @@ class MtebModel:
 
     def encode(self, inputs, *, prompt_type=None, **_) -> np.ndarray:
         """mteb's batches of texts -> vectors of norm 1 (N, D); a vector of zeros stays as it is."""
-        texts = [text for batch in inputs for text in batch["text"]]
+        self.texts = texts = [text for batch in inputs for text in batch["text"]]
         role = "query" if prompt_type is not None and prompt_type.value == "query" else "document"
         with contextlib.nullcontext() if self.counted else self.pace.timing(len(texts)):
             vectors = self.encode_texts(texts, role)

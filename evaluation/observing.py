@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,11 +19,21 @@ from evaluation.evidence import Evidence
 UNITS = {"Clustering": "texts", "Classification": "texts", "STS": "pairs", "Retrieval": "queries"}
 
 
+class Sample(NamedTuple):
+    """Texts of a task and the vectors by which a row of the table was scored; of clustering those of the first subset."""
+
+    texts: list[str]  # (N)
+    labels: list[str] | None  # (N) of the first level; None where there are none
+    vectors: np.ndarray  # (N, D) of norm 1
+    of: int  # texts that these were drawn from
+
+
 class Observation:
-    """What was seen of one cell: its parts, and how many rows of how many its score rests on."""
+    """What was seen of one cell: its parts, how many rows of how many its score rests on, and texts with labels."""
 
     def __init__(self, unit: str):
         self.unit, self.parts = unit, []
+        self.sample: Sample | None = None
         self.used = self.whole = 0
 
     def evidence(self) -> Evidence | None:
@@ -68,12 +79,16 @@ def observed(task) -> Iterator[Observation]:
 def watch_clustering(task, seen: Observation, module, bootstrapped) -> None:
     evaluate_subset = task._evaluate_subset
 
+    models = []
+
     def subset(model, data_split, **options):
         seen.whole += len(data_split)
+        models.append(model)
         return evaluate_subset(model, data_split, **options)
 
     def cluster(embeddings, labels, *, max_depth, **options):
         seen.used += len(labels)
+        seen.sample = seen.sample or Sample(models[-1].texts, [str(row[0]) for row in labels], np.asarray(embeddings), len(labels))
         for level in range(min(max(map(len, labels)), max_depth or len(embeddings))):
             of_level = [row[level] if len(row) > level else -1 for row in labels]
             there = np.array([label != -1 for label in of_level])
@@ -103,6 +118,9 @@ def watch_classification(task, seen: Observation) -> None:
     def experiment(train_split, eval_split, *vectors, **options):
         scores, predicted = run_experiment(train_split, eval_split, *vectors, **options)
         answers = eval_split[task.label_column_name]
+        if seen.sample is None and isinstance(task.input_column_name, str):
+            texts = list(eval_split[task.input_column_name])
+            seen.sample = Sample(texts, [str(answer) for answer in answers], np.asarray(vectors[1]), len(texts))
         right.append(np.array([a == b for a, b in zip(answers, predicted, strict=True)], np.float64))
         tested.append(list(answers))
         return scores, predicted

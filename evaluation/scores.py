@@ -10,7 +10,7 @@ import warnings
 from collections import defaultdict
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,6 +21,7 @@ from evaluation.finished import FinishedCells, partial
 from evaluation.hub_data import loaded
 from evaluation.mteb_model import MtebModel
 from evaluation.observing import observed
+from evaluation.report_map import KeptVectors
 from evaluation.rows import check_baselines, table_rows
 from evaluation.stored import StoredResults
 from files.console import InputError, say, short_path
@@ -29,7 +30,25 @@ from files.writing import check_absent, write_json
 if TYPE_CHECKING:
     from mteb.results import TaskResult
 
-NOT_STORED = StoredResults(None)
+
+class Stores(NamedTuple):
+    """Where cells are kept besides the table.
+
+    finished    for the same call, should this one be interrupted
+    results     for any other call
+    vectors     for the page; None: there is none
+    """
+
+    finished: FinishedCells = FinishedCells(None)
+    results: StoredResults = StoredResults(None)
+    vectors: KeptVectors | None = None
+
+    def want_vectors(self, cell: dict) -> bool:
+        """Whether the vectors behind a known cell have to be computed again: they are in no file."""
+        return self.vectors is not None and self.vectors.wants(cell)
+
+
+NOWHERE = Stores()
 
 
 class Scores:
@@ -46,11 +65,15 @@ class Scores:
         """Lines on which rows differ."""
         return differences.lines(self.evidence, self.tasks())
 
+    def remarks(self) -> list[str]:
+        """Those of them that are sentences."""
+        return differences.remarks(self.evidence, self.tasks())
 
-def score(task, model: MtebModel, evidence: Table | None = None, stored: StoredResults = NOT_STORED) -> dict:
+
+def score(task, model: MtebModel, evidence: Table | None = None, stores: Stores = NOWHERE) -> dict:
     """One cell of the table. mteb runs a fresh copy of the task, so that every row sees the same bootstrap samples.
 
-    What is known of the rows behind the score is put into `evidence`, and all of it into `stored`.
+    What is known of the rows behind the score is put into `evidence`, and all of it into the results and the vectors of `stores`.
     """
     import mteb
 
@@ -66,7 +89,10 @@ def score(task, model: MtebModel, evidence: Table | None = None, stored: StoredR
     known = seen.evidence()
     if evidence is not None and known:
         evidence.setdefault(row_of(model), {})[about.name] = known
-    stored.add(task, model, result, cell, known)
+    stores.results.add(task, model, result, cell, known)
+    if stores.vectors is not None and seen.sample:
+        stores.vectors.add(cell, seen.sample)
+    model.texts = []  # they may be many
     return cell
 
 
@@ -119,12 +145,11 @@ def score_all(
     tasks: list,
     failures: list[str],
     scores: Scores,
-    finished: FinishedCells,
-    stored: StoredResults = NOT_STORED,
+    stores: Stores = NOWHERE,
 ) -> None:
     """Fill `scores`, one type of task after the other; each cell is announced on standard error as soon as it is there.
 
-    What is in `finished` or `stored` is not computed again. Why a cell is missing is added to `failures`.
+    What is in `stores` is not computed again. Why a cell is missing is added to `failures`.
     """
     tasks_of_type, unreadable = defaultdict(list), set()
     for task in tasks:
@@ -135,40 +160,41 @@ def score_all(
         for rows in table_rows(args, task_type, failures):
             n_before = len(scores.cells)
             for task in same_type:
-                if task.metadata.name not in unreadable and not score_task(task, rows, failures, scores, finished, stored, alone):
+                if task.metadata.name not in unreadable and not score_task(task, rows, failures, scores, stores, alone):
                     unreadable.add(task.metadata.name)
             keep_better(scores, n_before, {model.fingerprint for model in rows if model.better_of})
 
 
-def score_task(
-    task, rows: list[MtebModel], failures: list[str], scores: Scores, finished: FinishedCells, stored: StoredResults, alone: bool
-) -> bool:
+def score_task(task, rows: list[MtebModel], failures: list[str], scores: Scores, stores: Stores, alone: bool) -> bool:
     """Add a task's cells of these rows to `scores`. False where its data cannot be loaded, which then is known of all rows."""
     name = task.metadata.name
     with contextlib.ExitStack() as data:
         is_loaded = False
         for model in rows:
             with others_go_on(failures, f"{name}, {model.label}", alone=alone):
-                cell = known_cell(task, model, scores.evidence, finished, stored)
-                if cell is None:
+                cell = known_cell(task, model, scores.evidence, stores)
+                if cell is None or stores.want_vectors(cell):
                     with others_go_on(failures, name, alone=alone):
                         if not is_loaded:
                             data.enter_context(loaded(task))
                             is_loaded = True
                     if not is_loaded:
                         return False
-                    cell = score(task, model, scores.evidence, stored)
-                    finished.add(task, cell, row_of(model), scores.evidence.get(row_of(model), {}).get(name))
+                    if cell is None:
+                        cell = score(task, model, scores.evidence, stores)
+                        stores.finished.add(task, cell, row_of(model), scores.evidence.get(row_of(model), {}).get(name))
+                    else:
+                        score(task, model, stores=Stores(vectors=stores.vectors))
                 scores.cells.append(cell)
                 say("{task}, {model}: {metric} {percent:.1f} ({seconds:.0f} s)".format(percent=100 * cell["score"], **cell), error=True)
     return True
 
 
-def known_cell(task, model: MtebModel, evidence: Table, finished: FinishedCells, stored: StoredResults) -> dict | None:
+def known_cell(task, model: MtebModel, evidence: Table, stores: Stores) -> dict | None:
     """A cell of an earlier call: of this table, or of another one with the same --results; else None."""
-    if known := finished.get(task, model):
+    if known := stores.finished.get(task, model):
         cell, row, of_rows = known
-    elif known := stored.get(task, model):
+    elif known := stores.results.get(task, model):
         result, cell, of_rows = known
         row = row_of(model)
         cell = (cell or cell_of(task, model, result)) | {"model": model.label}
@@ -249,22 +275,32 @@ def times(cells: list[dict]) -> list[str]:
     return lines
 
 
-def check_out(path: Path) -> None:
+def check_out(path: Path, flag: str = "--out") -> None:
     """Raise InputError unless a new file can be written there. Nothing is made yet."""
     if path.is_dir():
-        raise InputError(f"--out {path} is a folder: name a file, such as {path / 'results.json'}")
-    check_absent(path)
-    FinishedCells(partial(path), writes=False)
+        name = "results.json" if flag == "--out" else "report.html"
+        raise InputError(f"{flag} {path} is a folder: name a file, such as {path / name}")
+    check_absent(path, flag)
+    if flag == "--out":
+        FinishedCells(partial(path), writes=False)
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
         why = "may not be written to" if folder.is_dir() else "is a file"
-        raise InputError(f"--out {path}: {short_path(folder)} {why}, choose another place")
+        raise InputError(f"{flag} {path}: {short_path(folder)} {why}, choose another place")
 
 
-def write_results(scores: Scores, path: Path, **more) -> None:
-    """Write every cell and the versions of what computed it, in the format described at the top of evaluate.py. more: further fields."""
+def versions() -> dict[str, str]:
+    """Of what computes scores."""
     packages = ("mteb", "torch", "transformers", "peft", "scikit-learn", "numpy")
-    versions = {package: version(package) for package in packages} | {"python": platform.python_version()}
-    compared = differences.as_json(scores.evidence, scores.tasks())
-    write_json(path, {"results": scores.cells, **compared, **more, "versions": versions}, indent=1)
-    say(f"{path}: {len(scores.cells)} scores")
+    return {package: version(package) for package in packages} | {"python": platform.python_version()}
+
+
+def as_json(scores: Scores) -> dict:
+    """Every cell, what was compared, and the versions of what computed it, in the format described at the top of evaluate.py."""
+    return {"results": scores.cells, **differences.as_json(scores.evidence, scores.tasks()), "versions": versions()}
+
+
+def write_results(results: dict, path: Path) -> None:
+    """Write what `as_json` gives, and perhaps more fields."""
+    write_json(path, results, indent=1)
+    say(f"{path}: {len(results['results'])} scores")

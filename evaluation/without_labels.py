@@ -4,28 +4,34 @@ import argparse
 
 import numpy as np
 
+from evaluation.observing import Sample
+from evaluation.report_map import TEXTS, KeptVectors
 from evaluation.rows import table_rows
 from files.console import InputError, say
 from files.reading import read_texts
 from tasks import unlabelled
 
 
-def read_unlabelled(args: argparse.Namespace) -> list[unlabelled.HiddenWords]:
-    """The texts of --texts, copies left out, with words hidden. Raises InputError where they are too few."""
+def read_unlabelled(args: argparse.Namespace) -> tuple[list[str], list[unlabelled.HiddenWords]]:
+    """The texts of --texts, copies left out, and the same with words hidden. Raises InputError where they are too few."""
     texts, summary = read_texts(args.texts, args.column)
     say(summary)
     different = list(dict.fromkeys(text for _, text in texts))
     chosen = np.random.default_rng(0).permutation(len(different))[: unlabelled.MAX_TEXTS]
-    splits = unlabelled.hide_words([different[i] for i in np.sort(chosen)])
+    drawn = [different[i] for i in np.sort(chosen)]
+    splits = unlabelled.hide_words(drawn)
     if not splits:
         raise InputError(f"{args.texts}: fewer than {unlabelled.MIN_TEXTS} of {len(different)} texts share words with others: too few")
-    return splits
+    return drawn, splits
 
 
-def compare_on_texts(args: argparse.Namespace, splits: list[unlabelled.HiddenWords], failures: list[str]) -> list[dict]:
+def compare_on_texts(
+    args: argparse.Namespace, splits: list[unlabelled.HiddenWords], failures: list[str], texts: list[str], kept: KeptVectors | None
+) -> list[dict]:
     """Print a table of the rows' scores and what each is against the first, and return it. Raises InputError.
 
-    A run stands below its untuned base under the same contract; a row that is there already is not repeated.
+    A run stands below its untuned base under the same contract; a row that is there already is not repeated. Where `kept` wants a row,
+    the whole `texts` are encoded by it as well.
     """
     rows, scores = [], {}
     for models in table_rows(args, "Clustering", failures):
@@ -35,6 +41,9 @@ def compare_on_texts(args: argparse.Namespace, splits: list[unlabelled.HiddenWor
             scores[model.fingerprint] = [unlabelled.scores(model.encode_texts(split.texts, "document"), split) for split in splits]
             row = {"model": model.label, "fingerprint": model.fingerprint, "contract": model.contract, "computed": model.computed}
             rows.append(row | {"score": float(np.mean(np.concatenate(scores[model.fingerprint])))})
+            cell = rows[-1] | {"task": TEXTS, "type": "Clustering"}
+            if kept is not None and kept.wants(cell):
+                kept.add(cell, Sample(texts, None, model.encode([{"text": texts}]), len(texts)))
     if not rows:
         raise InputError("; ".join(failures))
     rows.sort(key=lambda row: row["contract"] is None)  # baselines last: the first row is what the others are compared with

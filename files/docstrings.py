@@ -26,7 +26,7 @@ TASKS_FOLDER = Path(__file__).resolve().parent.parent / "tasks"
 NOT_LIBRARIES = {"pip", "setuptools", "pkg_resources", "wheel", "ensurepip", "site-packages", "lib2to3", "idlelib"}
 # Packages that were added after the README's figures were measured and must not change the pairs.
 NOT_LIBRARIES |= {"hypothesis", "sortedcontainers", "_hypothesis_ftz_detector", "_hypothesis_globals", "_hypothesis_pytestplugin"}
-NOT_LIBRARIES |= {"rapidfuzz", "datasketch", "py3langid"}
+NOT_LIBRARIES |= {"rapidfuzz", "datasketch", "py3langid", "plotly", "_plotly_utils"}
 
 SECTION_TITLE = re.compile(
     r"^(args?|arguments|parameters?|params|returns?|yields?|raises?|examples?|notes?|references?|see also|attributes|methods|usage|"

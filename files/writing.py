@@ -57,10 +57,10 @@ def write_json(path: Path, value: object, indent: int = 2) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
-def check_absent(path: Path) -> None:
-    """Raise InputError where there is something already: nothing is overwritten."""
+def check_absent(path: Path, flag: str = "--out") -> None:
+    """Raise InputError where there is something already: nothing is overwritten. `flag` is what named the path."""
     if path.exists():
-        advice = "choose another --out" if path.is_dir() and any(path.iterdir()) else "choose another --out, or delete it first"
+        advice = f"choose another {flag}" + ("" if path.is_dir() and any(path.iterdir()) else ", or delete it first")
         raise InputError(f"{path} exists already{' and is a folder' * path.is_dir()}: {advice}")
 
 

@@ -88,7 +88,7 @@ def test_every_type_of_task_runs_without_network_under_its_prompts(name, hub, ll
         Encoder, "stream", lambda self, texts, role, **o: texts_of.setdefault(role, texts) and stream(self, texts, role, **o)
     )
     (task,), kept = choose("--task", name), scores.Scores()
-    scores.score_all(parse("--task", name, "--model", llama), [task], [], kept, scores.FinishedCells(None))
+    scores.score_all(parse("--task", name, "--model", llama), [task], [], kept)
     (cell,) = kept.cells
     searches = cell["type"] in ("Retrieval", "Reranking")
     assert set(texts_of) == ({"query", "document"} if searches else {"document"})
@@ -108,7 +108,7 @@ def test_an_aggregate_needs_the_data_of_all_its_parts(hub, llama, monkeypatch):
         hub(part.metadata.name)
     assert hub_data.in_cache(task)
     kept, failures = scores.Scores(), []
-    scores.score_all(parse("--model", llama, *FLAGS), [task], failures, kept, scores.FinishedCells(None))
+    scores.score_all(parse("--model", llama, *FLAGS), [task], failures, kept)
     assert failures == [] and kept.cells[0]["task"] == "CQADupstackRetrieval" and not any(part.data_loaded for part in parts)
 
 

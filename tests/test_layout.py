@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # each line may import from the lines above it and from its own
 LAYERS = [
-    {"files.console", "files.arguments", "files.reading", "files.writing", "files.docstrings", "files"},
+    {"files.console", "files.arguments", "files.reading", "files.writing", "files.docstrings", "files.page", "files"},
     {"prompts", "pooling_kernels"},
     {"encoder.contract"},
     {"encoder.names", "encoder.processes"},
@@ -24,9 +24,10 @@ LAYERS = [
     {"evaluation", "evaluation.mteb_model", "evaluation.evidence", "evaluation.failures"},
     {"evaluation.baselines", "evaluation.sentence_transformer", "evaluation.observing", "evaluation.differences", "evaluation.sweep"},
     {"evaluation.rows", "evaluation.finished"},
-    {"evaluation.hub_data", "evaluation.stored"},
+    {"evaluation.hub_data", "evaluation.stored", "evaluation.report_map", "evaluation.report_grid"},
     {"evaluation.task_choice"},
     {"evaluation.scores", "evaluation.without_labels", "evaluation.paper", "evaluation.facets"},
+    {"evaluation.report"},
     {"training", "training.own_texts", "training.pair_data", "training.optimization"},
     {"training.losses"},
     {"training.gradients"},
@@ -102,7 +103,7 @@ def test_imports_run_one_way():
 @pytest.mark.parametrize("script", sorted(SCRIPTS & {path.stem for path in ROOT.glob("*.py")}))
 def test_a_script_starts_without_slow_imports(script):
     """Torch takes seconds: a wrong flag is answered before, and Ctrl-C is no traceback."""
-    slow = "{'torch', 'transformers', 'peft', 'datasets', 'mteb', 'sklearn', 'matplotlib', 'datasketch', 'rapidfuzz'}"
+    slow = "{'torch', 'transformers', 'peft', 'datasets', 'mteb', 'sklearn', 'matplotlib', 'plotly', 'datasketch', 'rapidfuzz'}"
     program = f"import sys, {script}; assert not {slow} & set(sys.modules), {slow} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
