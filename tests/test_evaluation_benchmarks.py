@@ -352,18 +352,12 @@ def test_what_prefetch_has_fetched_runs_with_the_network_off(llama, tmp_path):
     assert fetched.returncode == 1, fetched.stderr
     missing = fetched.stderr.partition("could not be computed:\n")[2].splitlines()
     assert len(missing) == 1 and missing[0].startswith("  STS13: mteb/sts13-sts: RepositoryNotFoundError")
-    assert (
-        "3 data sets, 1 models of the hub" not in fetched.stdout and fetched.stdout.count("mteb/") == 3 and "org/llama: " in fetched.stdout
-    )
+    assert "3 data sets, 1 models of the hub: " in fetched.stdout and fetched.stdout.count("mteb/") == 3
     server.shutdown()
     server.server_close()
     scored = call("--out", str(tmp_path / "r.json"))
     assert scored.returncode == 0, scored.stderr
-    assert [cell["task"] for cell in json.loads((tmp_path / "r.json").read_text())["results"]] == [
-        "STS12",
-        "MTOPDomainClassification",
-        "ArguAna",
-    ]
+    assert {cell["task"] for cell in json.loads((tmp_path / "r.json").read_text())["results"]} == set(names)
 
 
 # --------------------------------------------------------------------------------------------------------------- paper
