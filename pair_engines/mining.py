@@ -3,7 +3,7 @@
 import argparse
 from collections import defaultdict
 
-from files.console import say, warn
+from files.console import InputError, say, warn
 from pair_engines.inputs import read_input
 
 SIMILARITIES_AT_ONCE = 2**26  # entries of the similarity matrix of one step of mining: 256 MiB in float32
@@ -15,6 +15,7 @@ def mined_pairs(args: argparse.Namespace) -> list[dict]:
     Never taken are the anchor's text itself, the positives of all anchors with that text, and any text whose cosine to the
     anchor is above `--below` times the positive's cosine, because it may be a right answer
     (TopK-PercPos: de Souza Moreira et al. 2024, arXiv 2407.15831).
+    Raises InputError where pairs bring prompts of their own.
     """
     import torch
     import torch.nn.functional as F
@@ -23,6 +24,10 @@ def mined_pairs(args: argparse.Namespace) -> list[dict]:
     from training.pair_data import read_pair_rows
 
     pairs = [row for _, row in read_pair_rows(args.pairs)][: args.limit]
+    if any(pair.get("prompt") for pair in pairs):
+        raise InputError(
+            f"{args.pairs}: pairs with prompts of their own are not mined, as what is near depends on the prompt: leave it out"
+        )
     candidates = [text for _, text in read_input(args.corpus, args.column)] if args.corpus else [pair["positive"] for pair in pairs]
     corpus = list(dict.fromkeys(candidates))
     encoder, report = Encoder.load(args.model, dtype=args.dtype, device=args.device), EncodingReport()

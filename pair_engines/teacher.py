@@ -141,7 +141,8 @@ def read_general(args: argparse.Namespace) -> list[dict]:
     if args.general is None and not DOCSTRING_PAIRS.exists():
         return docstring_pairs(args)
     pairs = read_pairs(args.general or DOCSTRING_PAIRS)
-    return [{"anchor": pair.anchor, "positive": pair.positive, "negatives": list(pair.negatives)} for pair in pairs]
+    texts = ({"anchor": pair.anchor, "positive": pair.positive, "negatives": list(pair.negatives), "prompt": pair.prompt} for pair in pairs)
+    return [{name: value for name, value in row.items() if value is not None} for row in texts]
 
 
 # ----------------------------------------------------------------------------------------------------------- the teacher

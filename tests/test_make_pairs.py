@@ -395,6 +395,7 @@ def test_neither_the_anchor_itself_nor_a_positive_of_an_equal_anchor_is_a_negati
         ('{"anchor": "a", "positive": "b"}\n{"anchor": "a"}', "line 2: needs the texts 'anchor' and 'positive'"),
         ("{", "line 1: "),
         ("[1]", "line 1"),
+        ('{"anchor": "a", "positive": "b", "prompt": "cluster"}', "pairs with prompts of their own are not mined"),
     ],
 )
 def test_pairs_that_cannot_be_mined(tmp_path, content, message):
