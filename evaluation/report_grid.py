@@ -8,7 +8,7 @@ import numpy as np
 
 from encoder.contract import POOLING_PRESETS, SCOPES
 from files.page import plain
-from prompts import prompt_label
+from prompts import each_prompt, prompt_label
 
 Row = tuple[str, str]  # label and fingerprint
 PLACED = {"base", "revision", "prompts", "pooling", "scope", "layers", "eos", "keep_bos"}  # fields that have their place in a heat map
@@ -51,7 +51,7 @@ def setting(contract: dict, varying: list[str]) -> Setting:
     name, prompts = pooling_name(contract), contract["prompts"]
     layers = "its own layers" if "layers" in POOLING_PRESETS.get(name, {}) else "layer " + " ".join(map(str, contract["layers"]))
     pooling = ", ".join([name, *(f"{field} {contract[field]}" for field in varying if contract.get(field))])
-    bare = not any(affix for role in prompts.values() for affix in role.values())
+    bare = not any(affix for role in prompts.values() for prompt in each_prompt(role) for affix in prompt.values())
     return Setting(contract["base"], prompt_label(prompts), layers, pooling, contract["scope"], bare)
 
 

@@ -300,6 +300,15 @@ def test_a_grid_has_prompts_and_layers_down_and_poolings_across():
     assert list(grid["values"]) == ["t"] and grid["values"]["t"][2][1] == pytest.approx(20)
 
 
+def test_several_prompts_at_once_are_one_line_of_the_grid():
+    several = {role: [CLUSTER[role], BARE[role]] for role in BARE}
+    grid = heat_map(cells_of(a=contract(), b=contract(prompts=CLUSTER), c=contract(prompts=several)))
+    assert grid["rows"][:2] == ["none", "cluster"] and grid["shown"]["t"] == [["0.0"], ["10.0"], ["20.0"]]
+    twice_bare = {role: [BARE[role]] * 2 for role in BARE}
+    grid = heat_map(cells_of(a=contract(prompts=CLUSTER, scope="all"), b=contract(prompts=twice_bare), c=contract(prompts=CLUSTER)))
+    assert grid["columns"] == ["mean, all", "mean, text"] and grid["shown"]["t"] == [["0.0", "20.0"], ["10.0", "10.0"]]
+
+
 def test_fields_that_vary_and_prompts_that_look_alike_stay_apart():
     long = {role: {"prefix": "x" * 90, "suffix": ""} for role in BARE}
     grid = heat_map(cells_of(a=contract(prompts=long), b=contract(prompts=BARE | {"document": long["document"]}), c=contract(dims=8)))
