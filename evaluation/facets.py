@@ -25,16 +25,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from encoder.names import is_run
+from encoder.names import is_run, newest_run
 from evaluation import evidence
+from evaluation import rows as rows_of_table
 from evaluation.differences import Difference, aligned, difference, show
 from evaluation.evidence import MAX_ROWS, Evidence
 from evaluation.mteb_model import MtebModel
 from evaluation.observing import digest
 from evaluation.rows import changes_to_run, model_rows, other_rows_go_on
+from evaluation.sentence_transformer import is_sentence_transformer
 from files.console import InputError, say
 from files.reading import STDIN, as_label, as_text, column_names, display_name, excerpt, read_column, read_rows
-from prompts import TASK_PROMPTS, get_prompt
+from prompts import TASK_PROMPTS, each_prompt, get_prompt
 
 NEUTRAL = "neutral"
 STATISTICS = ("diagonal", "selectivity", "over neutral")
@@ -72,7 +74,15 @@ def prompts_of(args: argparse.Namespace) -> dict[str, str | None]:
 
 def under(args: argparse.Namespace, prompt: str | None, spec: str | None) -> argparse.Namespace:
     """The flags for one model (None: the newest run) and one prompt."""
-    return argparse.Namespace(**vars(args) | {"prompt": prompt and [prompt], "model": spec and [spec]})
+    return argparse.Namespace(**vars(args) | {"prompt": prompt and [prompt], "model": spec and [spec], "pooling": pooling_of(args, spec)})
+
+
+def pooling_of(args: argparse.Namespace, spec: str | None) -> list[str] | None:
+    """--pooling, else one default for all prompts of an untuned base, so that nothing but the prompt tells them apart; None for a run."""
+    if args.pooling or (is_run(spec) if spec else newest_run(rows_of_table.RUNS)):
+        return args.pooling
+    roles = [get_prompt(prompt or TASK_PROMPTS["Clustering"]).roles()["document"] for prompt in prompts_of(args).values()]
+    return ["last" if any(prompt["suffix"] for role in roles for prompt in each_prompt(role)) else "mean"]
 
 
 def check_facets(args: argparse.Namespace) -> None:
@@ -81,6 +91,8 @@ def check_facets(args: argparse.Namespace) -> None:
     unused = [name for name in ("task", "texts", "benchmark", "bundled", "baselines", "query_prompt") if getattr(args, name)]
     if unused:
         raise InputError(f"--facets scores models under prompts on --data: leave --{unused[0].replace('_', '-')} out")
+    if others := [spec for spec in args.model or [] if is_sentence_transformer(spec)]:
+        raise InputError(f"--facets scores models under prompts, and {others[0]} keeps its own settings: leave it out")
     if len(args.data or []) != 1 or args.data[0].is_dir():
         raise InputError("--facets needs one file of --data, with the column text and a column for each facet")
     if len(set(columns)) < len(columns) or len(columns) < 2 or {"text", NEUTRAL} & set(columns):

@@ -153,6 +153,15 @@ def test_a_call_scores_each_prompt_from_one_forward_pass(llama, tmp_path, monkey
     assert len(results["models"][1]["matrix"]) == 6 and len(set(results["models"][1]["fingerprint"].values())) == 3
 
 
+@pytest.mark.parametrize("tone, pooling", [("Tone: {text}", "mean"), (TONE, "last")])
+def test_prompts_of_one_row_share_the_pooling(llama, tmp_path, tone, pooling):
+    """The default goes by the prompt: a difference of two poolings would seem to be one of the prompts."""
+    path, out = requests(tmp_path / "mine.csv"), tmp_path / "out.json"
+    run("--model", llama, "--data", path, "--facets", "topic=Topic: {text}", f"tone={tone}", "--prompt", "none", "--out", out)
+    (row,) = json.loads(out.read_text())["models"]
+    assert [contract["pooling"] for contract in row["contract"].values()] == [pooling] * 3 and f", {pooling}" in row["model"]
+
+
 def test_a_run_is_scored_under_prompts_that_it_was_trained_for(llama, tmp_path, capsys):
     path, folder = requests(tmp_path / "mine.csv"), tmp_path / "run"
     model = make_run(llama, folder, prompt="cluster", pooling="mean")
@@ -208,6 +217,7 @@ def test_flags_that_do_not_go_together_are_one_line(llama, tmp_path):
         (("--data", path, *FACETS, "--baselines", "tfidf"), "leave --baselines out"),
         (("--data", path, *FACETS, "--task", "sts"), "leave --task out"),
         (("--data", path, *FACETS, "--model", llama, "typo"), "no model 'typo'"),
+        (("--data", path, *FACETS, "--model", llama, "st:org/name"), "--facets scores models under prompts, and st:org/name keeps its own"),
     ):
         with pytest.raises(InputError, match=message):
             run(*(flags if "--model" in flags else ("--model", llama, *flags)))
