@@ -1,6 +1,7 @@
 """Which tasks evaluate.py runs: those of a benchmark, the bundled ones, or a user's files."""
 
 import argparse
+from collections import Counter
 
 from evaluation.hub_data import in_cache
 from files.console import InputError, say
@@ -32,7 +33,7 @@ def choose_tasks(args: argparse.Namespace, failures: list[str]) -> list:
     if args.data:
         if names or chosen:
             raise InputError(f"--data is scored by its columns, --task {(names or chosen)[0]!r} names another task: leave one of them out")
-        return local_tasks(args.data, types if args.task else [None])
+        return apart(local_tasks(args.data, types if args.task else [None]))
     if args.bundled:
         if names or types != ["Clustering"]:
             raise InputError("--bundled runs clustering tasks: leave --task out beside it")
@@ -56,6 +57,15 @@ def choose_tasks(args: argparse.Namespace, failures: list[str]) -> list:
         say(f"{missing}: scoring the bundled clustering tasks instead")
         return [local_task(path, "Clustering") for path in bundled.values()]
     raise InputError(f"{missing}: --prefetch fetches it where there is a network, and --data scores your own")
+
+
+def apart(tasks: list) -> list:
+    """The tasks of the user's files; where several have one name, as those of two types of one file, the type stands behind it."""
+    counts = Counter(task.metadata.name for task in tasks)
+    for task in tasks:
+        if counts[name := task.metadata.name] > 1:
+            task.metadata = task.metadata.model_copy(update={"name": f"{name}-{task.metadata.type.lower()}"})
+    return tasks
 
 
 def here(tasks: list, failures: list[str]) -> list:

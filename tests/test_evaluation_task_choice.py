@@ -1,5 +1,6 @@
 """Which tasks run, with and without network."""
 
+import json
 import os
 
 import hub_standins
@@ -26,8 +27,18 @@ def test_columns_and_task_must_agree(tmp_path):
     path = labelled(tmp_path / "mine.csv")
     with pytest.raises(InputError, match="columns text,label, data for Clustering or Classification, --task asks for STS"):
         run("--data", path, "--task", "sts", "--model", "tiny")
+
+
+def test_a_file_of_two_types_of_task_has_a_column_for_each(tmp_path):
+    """Under one prompt both are cells of one row: with one name, the table, its differences and a resumed call would mix them up."""
+    path, out = labelled(tmp_path / "mine.csv"), tmp_path / "r.json"
     both = choose("--data", path, "--task", "clustering", "classification")
     assert [t.metadata.type for t in both] == ["Clustering", "Classification"]
+    run("--data", path, "--task", "clustering", "classification", "--model", "tiny", "--prompt", "cluster", "--out", out)
+    cells = json.loads(out.read_text())["results"]
+    assert [(c["task"], c["metric"]) for c in cells] == [("mine-clustering", "v_measure"), ("mine-classification", "accuracy")]
+    (alone,) = choose("--data", path)
+    assert alone.metadata.name == "mine"
 
 
 def test_without_network_clustering_falls_back_to_the_bundled_tasks(capsys):
