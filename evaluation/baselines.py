@@ -60,6 +60,11 @@ def side_by_side(row: MtebModel) -> list[MtebModel]:
     ]
 
 
+def is_baseline(fingerprint: str) -> bool:
+    """Whether a row is one of these: all other fingerprints are hexadecimal."""
+    return "tfidf" in fingerprint
+
+
 def slug(setting: str) -> str:
     return setting.lower().replace("tf-idf", "tfidf").replace(" ", "-")
 

@@ -43,7 +43,7 @@ class MtebModel:
     """One row of the table: a label, an identity, and a way to encode. This is what mteb sees of a model.
 
     label, fingerprint     together they tell rows apart
-    contract               the embedding contract as JSON values; None for baselines
+    contract               the embedding contract as JSON values; None for baselines and sentence-transformers models
     encode_texts           how the row's vectors are made
     computed               dtype and device of the vectors, None where unknown
     grid                   rows with the same are settings of one untuned base; None for others

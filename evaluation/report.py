@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from evaluation import report_map
+from evaluation.baselines import is_baseline
 from evaluation.differences import Difference
 from evaluation.differences import show as show_difference
 from evaluation.report_grid import heat_map, mean_score, of_rows
@@ -232,7 +233,8 @@ def run_section(cells: list[dict], numbers: dict[str, str]) -> str:
     for (model, fingerprint), contract in contracts.items():
         name = f"{escape(model)} {tag('code', escape(fingerprint))}"
         if contract is None:
-            lines.append(tag("p", f"{name}: a baseline"))
+            what = "a baseline" if is_baseline(fingerprint) else "a sentence-transformers model under its own settings"
+            lines.append(tag("p", f"{name}: {what}"))
         else:
             text = json.dumps(contract, indent=1, ensure_ascii=False).splitlines()
             text = "\n".join(" " * (len(line) - len(line.lstrip())) + escape(line, 1000) for line in text)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from evaluation.baselines import is_baseline
 from evaluation.mteb_model import is_collapsed
 from evaluation.observing import Sample
 
@@ -36,7 +37,7 @@ class View(NamedTuple):
 
     @property
     def untuned(self) -> bool:
-        return not self.cell["contract"].get("data")
+        return self.cell["contract"] is not None and not self.cell["contract"].get("data")
 
 
 class KeptVectors:
@@ -53,7 +54,7 @@ class KeptVectors:
     def wants(self, cell: dict) -> bool:
         """Whether the vectors behind this cell would be kept."""
         views = self.views.get((cell["task"], cell["type"]), [])
-        if cell["contract"] is None or cell["type"] not in WITH_LABELS:
+        if is_baseline(cell["fingerprint"]) or cell["type"] not in WITH_LABELS:
             return False
         return len(views) < 2 or cell["score"] > views[1].cell["score"]
 

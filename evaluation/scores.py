@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from evaluation import differences
+from evaluation.baselines import is_baseline
 from evaluation.differences import Row, Table
 from evaluation.failures import others_go_on
 from evaluation.finished import FinishedCells, partial
@@ -120,7 +121,7 @@ def cell_of(task, model: MtebModel, result: "TaskResult") -> dict:
 
 
 def row_of(model: MtebModel) -> Row:
-    return Row(model.label, model.fingerprint, model.grid, model.contract is None)
+    return Row(model.label, model.fingerprint, model.grid, is_baseline(model.fingerprint))
 
 
 def repetitions(subsets: list[dict], metric: str) -> dict:

@@ -4,6 +4,7 @@ import argparse
 
 import numpy as np
 
+from evaluation.baselines import is_baseline
 from evaluation.observing import Sample
 from evaluation.report_map import TEXTS, KeptVectors
 from evaluation.rows import table_rows
@@ -46,7 +47,7 @@ def compare_on_texts(
                 kept.add(cell, Sample(texts, None, model.encode([{"text": texts}]), len(texts)))
     if not rows:
         raise InputError("; ".join(failures))
-    rows.sort(key=lambda row: row["contract"] is None)  # baselines last: the first row is what the others are compared with
+    rows.sort(key=lambda row: is_baseline(row["fingerprint"]))  # baselines last: the first row is what the others are compared with
     for row in rows[1:]:
         result = unlabelled.compare(*(scores[r["fingerprint"]] for r in (rows[0], row)), splits)
         row |= {"ratio": result.ratio, "interval": [result.low, result.high], "verdict": result.verdict}
