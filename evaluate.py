@@ -48,7 +48,7 @@ from evaluation.finished import FinishedCells, partial
 from evaluation.hub_data import prefetch
 from evaluation.report import check_report, write_report
 from evaluation.report_map import KeptVectors
-from evaluation.rows import changes_to_run, check_baselines, read_mean_texts
+from evaluation.rows import changes_to_run, check_baselines, check_model, read_mean_texts
 from evaluation.scores import Scores, Stores, as_json, check_out, score_all, table, write_results
 from evaluation.stored import StoredResults, check_folder
 from evaluation.sweep import AXES, UNTUNED, axis, spread
@@ -60,52 +60,65 @@ from files.writing import write_json
 from prompts import PROMPTS, get_prompt
 
 # flags of our encoder, which rows of sentence-transformers do not obey
-OF_OURS = ("prompt", "pooling", "scope", "layers", "sweep", "attention_layer", "embed_filter", "max_tokens", "dims", "quantize", "compile")
+OF_OURS = (
+    *("sweep", "prompt", "pooling", "scope", "layers", "attention_layer", "embed_filter", "token_prepending", "remove_mean"),
+    *("keep_bos", "max_tokens", "dims", "quantize", "override_contract", "compile"),
+)
 
 
 def check_flags(args: argparse.Namespace) -> None:
     """Raise InputError for what the flags alone, the names of the models and the contracts of runs show. It costs no slow import."""
     if args.paper:
         paper.fill(args)
-    if args.texts and (args.task or args.data or args.bundled or args.benchmark):
-        raise InputError("--texts compares models without labels: leave --task, --data, --bundled and --benchmark out")
     check_sources(args)
-    if args.column and not args.texts and not args.remove_mean:
-        raise InputError("--column names the column of --texts and --remove-mean: of --data the columns are text and label")
     check_dtype(args.dtype)
     if args.facets:
         check_facets(args)
+    check_baselines(args, ())
+    check_reading(args)
+    check_models_flags(args)
+
+
+def check_reading(args: argparse.Namespace) -> None:
+    """Raise InputError for flags that say how texts become vectors, and that no model could obey."""
     if args.query_prompt and not args.prompt:
         raise InputError("--query-prompt stands beside the prompt of the documents: give --prompt as well, none if there is none")
     for prompt in args.prompt or []:
         get_prompt(prompt, args.query_prompt)
-    check_baselines(args, ())
     if args.keep_bos and "all" not in (args.scope or []):
         raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
-    others = [spec for spec in args.model or [] if sentence_transformer.is_sentence_transformer(spec)]
-    runs = [spec for spec in args.model or [] if is_run(spec)]
-    if args.layer_sets != [None] and args.model and len(runs) == len(args.model):
-        raise InputError("--sweep layers is a grid of untuned bases, and every --model is a run: add its base, or leave it out")
-    if args.attention_layer is not None and not runs and "attention" not in (args.pooling or []):
-        raise InputError("--attention-layer works with --pooling attention: add that, or leave it out")
     for flag, value in (("--max-tokens", args.max_tokens), ("--dims", args.dims)):
         if value is not None and value < 1:
             raise InputError(f"{flag} must be 1 or more, not {value}")
+
+
+def check_models_flags(args: argparse.Namespace) -> None:
+    """Raise InputError for flags that contradict the kinds of models: runs, sentence-transformers models, untuned bases."""
+    models = args.model or []
+    others = [spec for spec in models if sentence_transformer.is_sentence_transformer(spec)]
+    runs = [spec for spec in models if is_run(spec)]
+    if args.layer_sets != [None] and models and len(runs) == len(models):
+        raise InputError("--sweep layers is a grid of untuned bases, and every --model is a run: add its base, or leave it out")
+    if args.attention_layer is not None and not runs and "attention" not in (args.pooling or []):
+        raise InputError("--attention-layer works with --pooling attention: add that, or leave it out")
     for spec in runs:
         changes_to_run(spec, args)
     for spec in others:
         sentence_transformer.check_spec(spec)
-    if others and len(others) == len(args.model) and (given := [name for name in OF_OURS if getattr(args, name)]):
-        raise InputError(
-            f"--{given[0].replace('_', '-')} is for our encoder, and every --model is one of sentence-transformers: leave it out"
-        )
-    for spec in args.model or []:
+    if others and len(others) == len(models) and (given := [name for name in OF_OURS if getattr(args, name)]):
+        flag = given[0].replace("_", "-")
+        raise InputError(f"--{flag} is for our encoder, and every --model is one of sentence-transformers: leave it out")
+    for spec in models:
         if spec not in others:
             find_base(base_of(spec))
 
 
 def check_sources(args: argparse.Namespace) -> None:
-    """Raise InputError for data or texts beside flags of mteb's tasks, which would not be obeyed."""
+    """Raise InputError for flags that say what is scored, where one of them would not be obeyed."""
+    if args.texts and (args.task or args.data or args.bundled or args.benchmark):
+        raise InputError("--texts compares models without labels: leave --task, --data, --bundled and --benchmark out")
+    if args.column and not args.texts and not args.remove_mean:
+        raise InputError("--column names the column of --texts and --remove-mean: of --data the columns are text and label")
     own = [flag for flag, given in (("--data", args.data), ("--bundled", args.bundled), ("--texts", args.texts)) if given]
     if len(own) > 1:
         raise InputError(f"{own[0]} and {own[1]} are scored in tables of their own: leave one of them out")
@@ -117,17 +130,6 @@ def check_sources(args: argparse.Namespace) -> None:
             raise InputError(f"--prefetch scores nothing that {flag} could hold: leave one of them out")
     if args.facets and args.report:
         raise InputError("--report has no page for --facets: leave one of them out")
-
-
-def check_models(args: argparse.Namespace) -> None:
-    """Raise InputError for models whose config alone shows that they cannot be loaded, before the first one is scored."""
-    from encoder.base_models import check_base
-
-    for spec in args.model or []:
-        if sentence_transformer.is_sentence_transformer(spec):
-            sentence_transformer.find_folder(spec, args.trust_remote_code, ("modules.json",))
-        else:
-            check_base(base_of(spec), args.trust_remote_code)
 
 
 def refuse(message: str) -> NoReturn:
@@ -232,7 +234,8 @@ def main(args: argparse.Namespace) -> None:
         end_with(failures)
         return
     if not args.paper:  # which goes on without the models that are missing
-        check_models(args)
+        for spec in args.model or []:  # before the first one is scored
+            check_model(spec, args.trust_remote_code)
     for path in filter(None, (out, report)):
         path.parent.mkdir(parents=True, exist_ok=True)
     kept = KeptVectors([task.metadata.type for task in tasks]) if args.report else None
@@ -270,6 +273,8 @@ def fill_table(
     for line in paper.table(scores.cells) if args.paper else ():
         say(line)
     if not scores.cells:
+        for path in filter(None, (out, report)):
+            say(f"{path} is not written: there is no score", error=True)
         return
     published = {"published": [entry._asdict() for entry in paper.PUBLISHED]} if args.paper else {}
     results = as_json(scores) | published if out or report else {}

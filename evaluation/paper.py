@@ -5,18 +5,38 @@ otherwise, and the paper does not say on which of mteb's two English tracks.
 """
 
 import argparse
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from encoder.contract import CONTRACT_FILE, Contract
-from encoder.names import base_of, find_base
+from encoder.names import find_base, is_run
 from evaluation import rows
+from evaluation.sentence_transformer import PREFIX, is_sentence_transformer
 from evaluation.task_choice import BENCHMARK, FORMER
 from files.console import InputError, short_path, warn
 from prompts import ROTH, prompt_label
 
 MODELS = ("llama-3.2-1b", "qwen3-0.6b")
+OF_OTHER_GRIDS = (
+    *(
+        "task",
+        "benchmark",
+        "data",
+        "bundled",
+        "texts",
+        "facets",
+        "sweep",
+        "prompt",
+        "query_prompt",
+        "pooling",
+        "scope",
+        "layers",
+        "keep_bos",
+    ),
+    *("attention_layer", "embed_filter", "token_prepending", "dims"),  # a base's row would stand beside figures of other vectors
+)
 PROMPTS, POOLING = ("none", "cluster"), "last"  # what the paper compares; its vectors are the last token's
 QWEN = "Zhang et al. 2025, arXiv 2506.05176"
 
@@ -45,31 +65,29 @@ PUBLISHED = (
 
 def fill(args: argparse.Namespace) -> None:
     """Take the paper's models where no others are named. Raises InputError for flags that would make it another grid."""
-    names = ("task", "benchmark", "data", "bundled", "texts", "sweep", "prompt", "query_prompt", "pooling", "scope", "layers", "keep_bos")
-    if given := [name for name in names if getattr(args, name)]:
+    if given := [name for name in OF_OTHER_GRIDS if getattr(args, name)]:
         raise InputError(f"--paper has its own tasks, prompts and pooling: leave --{given[0].replace('_', '-')} out")
     args.model = args.model or list(MODELS)
 
 
 def grids(args: argparse.Namespace, failures: list[str]) -> list[argparse.Namespace]:
-    """The flags of the grid's two parts: the bases under both prompts, and the runs trained from them under their contracts.
+    """The flags of the grid's two parts: the bases under both prompts, then what keeps its contract or settings: runs and
+    sentence-transformers models among --model, and the runs trained from the bases.
 
     Models that are not here, and cannot be fetched, are left out; why is added to `failures`.
     """
-    from encoder.base_models import check_base
-
-    bases = []
+    bases, others = [], []
     for spec in args.model:
         try:
-            check_base(base_of(spec), args.trust_remote_code)
-            bases.append(spec)
+            rows.check_model(spec, args.trust_remote_code)
+            (others if is_run(spec) or is_sentence_transformer(spec) else bases).append(spec)
         except InputError as error:
             failures.append(str(error))
-    parts = [
-        argparse.Namespace(**vars(args) | {"model": bases, "prompt": list(PROMPTS), "pooling": [POOLING]}),
-        argparse.Namespace(**vars(args) | {"model": runs_of({find_base(spec)[0] for spec in bases}), "baselines": None}),
-    ]
-    return [part for part in parts if part.model]
+    named = {Path(spec).resolve() for spec in others}
+    others += [run for run in runs_of({find_base(spec)[0] for spec in bases}) if Path(run).resolve() not in named]
+    untuned = {"model": bases, "prompt": list(PROMPTS), "pooling": [POOLING]}
+    parts = [untuned, {"model": others} | ({"baselines": None} if bases else {})]
+    return [argparse.Namespace(**vars(args) | part) for part in parts if part["model"]]
 
 
 def runs_of(bases: set[str]) -> list[str]:
@@ -98,7 +116,8 @@ def measured(cells: list[dict], tracks: dict[str, list[str]]) -> list[dict]:
             means[track] = (float(np.mean(scores)), len(scores)) if scores else None
         untuned = contract is not None and contract["data"] is None and not label.startswith(short_path(rows.RUNS))
         prompt = prompt_label(contract["prompts"]) if untuned else ""
-        lines.append({"label": label, "base": contract["base"] if contract else "", "prompt": prompt, "means": means})
+        base = contract["base"] if contract else label.removeprefix(PREFIX)  # one of sentence-transformers is what was published
+        lines.append({"label": label, "base": base, "prompt": prompt, "means": means})
     return lines
 
 
@@ -113,7 +132,7 @@ def table(cells: list[dict]) -> list[str]:
     lines = [["mean V-measure, clustering", *(f"{track}, measured" for track in tracks), "published", "on", "source"]]
     left = list(PUBLISHED)
     for row in measured(cells, tracks):
-        beside = next((p for p in left if p.prompt and (p.model, p.prompt) == (row["base"], row["prompt"])), None)
+        beside = next((p for p in left if (p.model, p.prompt) == (row["base"], row["prompt"])), None)
         if beside:
             left.remove(beside)
         values = [shown(mean, len(tracks[track])) for track, mean in row["means"].items()]

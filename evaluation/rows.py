@@ -129,6 +129,16 @@ def digest_of(texts: list[str]) -> bytes:
     return digest.digest()
 
 
+def check_model(spec: str, trust_remote_code: bool) -> None:
+    """Raise InputError for a model whose config alone shows that it cannot be loaded."""
+    from encoder.base_models import check_base
+
+    if sentence_transformer.is_sentence_transformer(spec):
+        sentence_transformer.find_folder(spec, trust_remote_code, ("modules.json",))
+    else:
+        check_base(base_of(spec), trust_remote_code)
+
+
 def fetch_model(spec: str, args: argparse.Namespace) -> Path | None:
     """The folder of a hub model in the cache, downloaded where the hub answers; None for what lies here. Raises InputError."""
     from encoder.base_models import fetch

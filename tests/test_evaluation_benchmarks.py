@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_run
+from report_pages import data_of
 from short_evaluations import (
     choose,
     labelled,
@@ -310,8 +311,28 @@ def test_what_is_no_sentence_transformers_model_is_refused(llama, sentence_trans
     ):
         with pytest.raises(InputError, match=message):
             run("--data", path, "--model", spec)
-    with pytest.raises(InputError, match="--pooling is for our encoder"):
-        run("--data", path, "--model", f"st:{sentence_transformer}", "--pooling", "mean")
+    texts = tmp_path / "texts.txt"
+    texts.write_text("one text\nanother text\n")
+    for flags in (
+        ("--pooling", "mean"),
+        ("--sweep", "pooling=mean,last"),
+        ("--token-prepending", "1..20%"),
+        ("--remove-mean", str(texts)),
+        ("--override-contract",),
+    ):
+        with pytest.raises(InputError, match=f"{flags[0]} is for our encoder, and every --model is one of sentence-transformers"):
+            run("--data", path, "--model", f"st:{sentence_transformer}", *flags)
+
+
+def test_a_sentence_transformers_model_is_no_baseline(llama, sentence_transformer, tmp_path, capsys):
+    """Where it is the first model the others are compared with it, and the map of a page has it."""
+    path, html, spec = labelled(tmp_path / "mine.csv"), tmp_path / "page.html", f"st:{sentence_transformer}"
+    run("--data", path, "--model", spec, llama, "--baselines", "tfidf", "--report", html)
+    assert f"less {spec} " in capsys.readouterr().out
+    titles = [panel["title"] for panel in data_of(html)["maps"][0]["panels"]]
+    assert titles[0].startswith("llama, cluster") and titles[1].startswith("st:")
+    text = html.read_text()
+    assert "a sentence-transformers model under its own settings" in text and text.count(": a baseline</p>") == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ prefetch
@@ -399,8 +420,37 @@ def test_the_paper_without_models_and_data_shows_what_was_published(hub, capsys)
     assert len(missing) == 19 + 2 and sum("meta-llama/Llama-3.2-1B" in line or "Qwen/Qwen3-0.6B" in line for line in missing) == 2
 
 
+def test_runs_and_sentence_transformers_models_are_rows_of_the_paper(hub, llama, sentence_transformer, tmp_path, capsys, monkeypatch):
+    """A run is scored once, under its contract; a model that was published stands beside the figure of its name."""
+    hub("TwentyNewsgroupsClustering.v2")
+    tuned = make_run(llama, tmp_path / "runs" / "tuned", prompt="prompt-eol", pooling="mean", scope="text")
+    monkeypatch.chdir(tmp_path)
+    named = paper.PUBLISHED[2]._replace(model=sentence_transformer)
+    monkeypatch.setattr(paper, "PUBLISHED", (*paper.PUBLISHED[:2], named, *paper.PUBLISHED[3:]))
+    mean = labelled(tmp_path / "mine.csv")
+    failed("--paper", "--model", tuned, llama, f"st:{sentence_transformer}", "--remove-mean", mean, "--column", "text", "--out", "r.json")
+    printed, cells = capsys.readouterr(), json.loads((tmp_path / "r.json").read_text())["results"]
+    missing = printed.err.partition("could not be computed:\n")[2].splitlines()
+    assert len(missing) == 11 + 8 - 2 and all("its data is not in the cache" in line for line in missing)
+    assert {cell["task"] for cell in cells} == {"TwentyNewsgroupsClustering", "TwentyNewsgroupsClustering.v2"}  # of one revision
+    labels = [cell["model"] for cell in cells if cell["task"] == "TwentyNewsgroupsClustering"]
+    assert [label for label in labels if label.startswith("runs/")] == ["runs/tuned", "runs/tuned, mean of mine.csv removed"]
+    assert len(labels) == 2 * 2 + 2 + 1
+    lines = printed.out[printed.out.index("mean V-measure, clustering") :].splitlines()
+    assert "54.05" in next(line for line in lines if line.startswith("st:")) and sum("54.05" in line for line in lines) == 1
+    failed("--paper", "--model", tuned)  # no base among the models
+
+
+def test_nothing_is_written_of_no_score_and_the_last_lines_say_so(hub, llama, tmp_path, capsys):
+    failed("--paper", "--model", llama, "--out", tmp_path / "r.json", "--report", tmp_path / "r.html")
+    said = capsys.readouterr().err
+    assert "r.json is not written: there is no score" in said and "r.html is not written" in said
+    assert not list(tmp_path.glob("r.*"))
+
+
 def test_the_paper_has_its_own_grid(llama):
-    for flags in (("--task", "sts"), ("--pooling", "mean"), ("--bundled",), ("--sweep", "pooling=mean")):
+    other = (("--embed-filter", "0.5"), ("--token-prepending", "1..20%"), ("--dims", "8"), ("--facets", "a=x {text}", "b=y {text}"))
+    for flags in (("--task", "sts"), ("--pooling", "mean"), ("--bundled",), ("--sweep", "pooling=mean"), *other):
         with pytest.raises(InputError, match="--paper has its own tasks, prompts and pooling: leave --"):
             run("--paper", "--model", llama, *flags)
 
