@@ -21,17 +21,19 @@ FITTED = ("tfidf", "side-by-side")  # baselines that are fitted on the texts tha
 def tfidf(texts: list[str], setting: str = "TF-IDF") -> np.ndarray:
     """TF-IDF reduced to 100 dimensions by SVD, fitted on N `texts` themselves: vectors (N, D).
 
-    Where the setting leaves no words, all words count. Raises InputError where there are none at all.
+    Where the setting leaves fewer than two different words, all words count. Raises InputError where these are too few as well.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     try:
         counts = TfidfVectorizer(**SETTINGS[setting]).fit_transform(texts)
-    except ValueError:
+    except ValueError:  # no words
+        counts = None
+    if counts is None or counts.shape[1] < 2:
         if SETTINGS[setting]:
             return tfidf(texts)
-        raise InputError("--baselines tfidf finds no words of two letters or more in these texts: leave it out") from None
+        raise InputError("--baselines tfidf needs two different words of two letters or more in the texts: leave it out")
     return TruncatedSVD(max(1, min(DIMENSIONS, *(n - 1 for n in counts.shape))), random_state=0).fit_transform(counts).astype(np.float32)
 
 

@@ -16,8 +16,12 @@ def test_stop_words_count_in_one_setting_only():
     assert without[0] @ without[1] == pytest.approx(1, abs=1e-5) and every[0] @ every[1] < 0.99
     rare = ["one two", "three four", "five six"]  # no word twice: the setting would leave none
     np.testing.assert_array_equal(baselines.tfidf(rare, "TF-IDF without stop words"), baselines.tfidf(rare))
-    with pytest.raises(InputError, match="no words of two letters"):
-        baselines.tfidf(["1", "2"])
+    for texts in (["1", "2"], ["same", "same"]):
+        for setting in baselines.SETTINGS:
+            with pytest.raises(InputError, match="needs two different words of two letters"):
+                baselines.tfidf(texts, setting)
+    one_left = ["the bank", "a bank", "by the bank"]  # without stop words
+    np.testing.assert_array_equal(baselines.tfidf(one_left, "TF-IDF without stop words"), baselines.tfidf(one_left))
 
 
 def test_side_by_side_both_have_the_same_say():
