@@ -23,10 +23,11 @@ by module, none of which is in the docstring pairs. Vectors are normalized befor
 --task classification) or `text1,text2,score` (STS), or a folder with corpus.jsonl, queries.jsonl (`_id`, `text`) and qrels.tsv (retrieval).
 
 --out FILE.json: {"results": [{"task", "type", "metric", "score" in 0..1, "splits": {split: score}, "ami" (clustering),
-"bootstrap_scores": [...] or null, "std" of these or null, "rests_on": texts behind the score, "model", "fingerprint", "contract",
+"bootstrap_scores": [...] or null, "std" of these or null, "rests_on": texts behind the score, "model", "fingerprint", "contract" or null,
 "computed": dtype and device, "seconds", "texts" encoded for it, "texts_per_second" or null where all vectors were there}],
 "differences": [{"model" "less" another, "task" (or the mean), "difference", "interval", "sd_rows", "sd_algorithm", "verdict"}],
-"chosen_on_halves": [...], "versions": {...}}; evaluation/differences.py says what they mean
+"chosen_on_halves": [...], "versions": {...}}; evaluation/differences.py says what they mean. --paper adds "published": the figures with
+their sources. The files of --texts and --facets are lists and objects of their own (evaluation/without_labels.py, evaluation/facets.py).
 
 --results DIR keeps the scores of mteb's tasks for later tables, and for mteb itself (evaluation/stored.py). The exit status is 2 where a
 flag or a file is refused, 1 where a task or a model failed and the others went on, each with its reason in the last lines.
@@ -40,7 +41,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-from encoder.contract import QUANTIZATIONS, SCOPES
+from encoder.contract import POOLING_PRESETS, QUANTIZATIONS, SCOPES
 from encoder.names import DTYPES, PRESETS, base_of, check_dtype, find_base, is_run
 from evaluation import paper, sentence_transformer
 from evaluation.facets import check_facets, facet, read_labelled, score_facets
@@ -87,6 +88,11 @@ def check_reading(args: argparse.Namespace) -> None:
         get_prompt(prompt, args.query_prompt)
     if args.keep_bos and "all" not in (args.scope or []):
         raise InputError("--keep-bos works with --scope all: scope text is the text's own tokens")
+    presets = [POOLING_PRESETS.get(name, {}) for name in args.pooling or []]
+    if presets and (args.layers or args.layer_sets != [None]) and all("layers" in preset for preset in presets):
+        raise InputError(f"--pooling {args.pooling[0]} has its own layers: leave --layers out")
+    if presets and args.scope and not any(preset.get("scope", scope) == scope for preset in presets for scope in args.scope):
+        raise InputError(f"--pooling {args.pooling[0]} has --scope {presets[0]['scope']}: leave --scope out")
     for flag, value in (("--max-tokens", args.max_tokens), ("--dims", args.dims)):
         if value is not None and value < 1:
             raise InputError(f"{flag} must be 1 or more, not {value}")

@@ -57,3 +57,5 @@ def spread(args: argparse.Namespace) -> None:
             args.layer_sets = [(value,) for value in values]
         else:
             setattr(args, flag, values)
+    for name in ("model", "task", "prompt", "token_prepending"):  # what is given twice is scored once
+        setattr(args, name, getattr(args, name) and list(dict.fromkeys(getattr(args, name))))

@@ -50,8 +50,21 @@ def test_what_would_change_nothing_is_refused(llama, tmp_path):
         run("--model", source, "--bundled", "--sweep", "layers=1,2")
     with pytest.raises(InputError, match="--attention-layer works with --pooling attention"):
         run("--model", llama, "--bundled", "--attention-layer", 1)
+    for flags, message in (
+        (("--pooling", "first-last", "--layers", "2"), "--pooling first-last has its own layers: leave --layers out"),
+        (("--sweep", "pooling=first-last", "layers=1,2"), "--pooling first-last has its own layers"),
+        (("--pooling", "eos", "--scope", "text"), "--pooling eos has --scope all: leave --scope out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run("--model", llama, "--bundled", *flags)
     with pytest.raises(InputError, match="eos is False in the run, True was asked for"):
         run("--model", source, "--bundled", "--pooling", "eos")
+
+
+def test_what_is_given_twice_is_scored_once(llama, tmp_path):
+    args = parse("--model", llama, llama, "--sweep", "prompt=none,cluster,none", "token-prepending=1,none,1")
+    spread(args)
+    assert (args.model, args.prompt, args.token_prepending, args.task) == ([llama], ["none", "cluster"], [(1, 1), None], None)
 
 
 def test_rows_of_a_grid_are_those_of_single_calls(llama):
