@@ -86,7 +86,8 @@ def grids(args: argparse.Namespace, failures: list[str]) -> list[argparse.Namesp
     named = {Path(spec).resolve() for spec in others}
     others += [run for run in runs_of({find_base(spec)[0] for spec in bases}) if Path(run).resolve() not in named]
     untuned = {"model": bases, "prompt": list(PROMPTS), "pooling": [POOLING]}
-    parts = [untuned, {"model": others} | ({"baselines": None} if bases else {})]
+    once = [name for name in args.baselines or [] if name != "tfidf" or not bases]
+    parts = [untuned, {"model": others, "baselines": once}]
     return [argparse.Namespace(**vars(args) | part) for part in parts if part["model"]]
 
 

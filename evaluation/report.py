@@ -63,6 +63,7 @@ def write_report(path: Path, results: dict | list[dict], remarks: list[str], kep
         *[tag("p", escape(line, 600), "best") for line in remarks[:1]],
         tag("div", scores_table(results) if with_labels else texts_table(results), "scrolls"),
         *[tag("p", escape(line, 600), "aside") for line in [*reading(results), *remarks[1:]]],
+        published_section(results["published"]) if with_labels and "published" in results else "",
         '<h2>Grid</h2><div id="grid"></div>' if grid else "",
         map_section(maps),
         *[confused_section(pair) for pair in views if pair[-1].sample.labels],
@@ -125,6 +126,16 @@ def difference(found: dict | None) -> str:
 
 def verdict(text: str, word: str) -> str:
     return tag("span", f"{MARKS[word]} {escape(text)}", word.replace(" ", "-"))
+
+
+def published_section(published: list[dict]) -> str:
+    """The figures of --paper that others have published, in a table of their own."""
+    text = "Mean V-measure x 100 by other programs, which draw other samples of the tasks' texts: none of it was measured here."
+    lines = [tag("thead", tag("tr", "".join(tag("th", name) for name in ("model", "setting", "v-measure", "track", "source"))))]
+    for entry in published:
+        cells = (entry["model"], entry["setting"], f"{entry['v_measure']:g}", entry["track"], entry["source"])
+        lines.append(tag("tr", "".join(tag("td", escape(cell)) for cell in cells)))
+    return "\n".join([tag("h2", "Published figures"), tag("p", text), '<div class="scrolls"><table>', *lines, "</table></div>"])
 
 
 def texts_table(rows: list[dict]) -> str:

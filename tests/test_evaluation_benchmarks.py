@@ -438,7 +438,10 @@ def test_runs_and_sentence_transformers_models_are_rows_of_the_paper(hub, llama,
     assert len(labels) == 2 * 2 + 2 + 1
     lines = printed.out[printed.out.index("mean V-measure, clustering") :].splitlines()
     assert "54.05" in next(line for line in lines if line.startswith("st:")) and sum("54.05" in line for line in lines) == 1
-    failed("--paper", "--model", tuned)  # no base among the models
+    failed("--paper", "--model", tuned, "--baselines", "side-by-side", "--report", "r.html")  # no base among the models
+    assert f"{Path('runs/tuned')} + TF-IDF" in capsys.readouterr().out
+    page = (tmp_path / "r.html").read_text()
+    assert "Published figures" in page and "<bdi>46.8</bdi></td><td><bdi>not stated</bdi>" in page
 
 
 def test_nothing_is_written_of_no_score_and_the_last_lines_say_so(hub, llama, tmp_path, capsys):
