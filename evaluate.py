@@ -146,23 +146,21 @@ def refuse(message: str) -> NoReturn:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.error = refuse
-    add = parser.add_argument
-    # what is scored, on what
+    add = parser.add_argument_group("what is scored").add_argument
     models = f"runs, folders, hub ids, {', '.join(PRESETS)}, or st:PATH for a sentence-transformers model, by folder or hub id"
     add("--model", nargs="+", help=f"{models} (default: the newest run and its base, else tiny)")
     add("--baselines", nargs="+", metavar="NAME", help="reference rows: tfidf, side-by-side (each model beside TF-IDF) (default: none)")
     add("--task", nargs="+", help=f"{', '.join(TYPES)}, or names of mteb's tasks or of those in tasks/ (default: clustering)")
     add("--benchmark", nargs="?", const=BENCHMARK, help=f"an mteb benchmark; without --task all its tasks (default: {BENCHMARK})")
-    add("--paper", action="store_true", help="the paper's grid on both clustering tracks, beside published figures (default: off)")
+    add(
+        "--paper",
+        action="store_true",
+        help="the paper's models, or --model, on both clustering tracks, beside published figures (default: off)",
+    )
     add("--prefetch", action="store_true", help="download the tasks' data and the models instead of scoring (default: off)")
     add("--bundled", action="store_true", help="run the bundled clustering tasks, without trying the network first (default: off)")
-    add(
-        "--data",
-        nargs="+",
-        type=Path,
-        metavar="PATH",
-        help="your own labelled files or folders, see evaluate.py's first lines (default: off)",
-    )
+    labelled = "your own files with columns text,label or text1,text2,score, or folders with corpus, queries and qrels (default: off)"
+    add("--data", nargs="+", type=Path, metavar="PATH", help=labelled)
     add("--texts", type=Path, metavar="FILE", help="compare the models on texts without labels, see tasks/unlabelled.py (default: off)")
     add("--column", help="column of --texts and --remove-mean that holds the text (default: guessed, and printed)")
     add(
@@ -173,7 +171,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="columns of --data, each with a prompt that names it: do vectors follow the prompt? --prompt is the neutral one, see "
         "evaluation/facets.py (default: off)",
     )
-    # how texts become vectors: for untuned bases; a run has its contract
+    add = parser.add_argument_group("how texts become vectors: for untuned bases, as a run has its contract").add_argument
     add("--prompt", nargs="+", help=f"{', '.join(PROMPTS)}, or strings with {{text}} in them; 'A || B' averages both (default: by type)")
     add("--query-prompt", metavar="PROMPT", help="of search queries, beside --prompt for documents (default: that of --prompt)")
     add(
@@ -193,7 +191,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RANGE",
         help="give a placeholder before the text the last token's state in layers such as 1..20%%, or none (default: none)",
     )
-    add("--remove-mean", type=Path, metavar="FILE", help="beside each row one without the mean direction of these texts (default: none)")
+    add(
+        "--remove-mean",
+        type=Path,
+        metavar="FILE",
+        help="beside each row of our encoder one without the mean direction of these texts (default: none)",
+    )
     add(
         "--sweep",
         nargs="+",
@@ -206,13 +209,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dims", type=int, help="keep the first so many numbers of a vector; of a run, those of its --matryoshka (default: all)")
     add("--quantize", choices=QUANTIZATIONS, help="load the weights of untuned bases in 4 or 8 bits, needs bitsandbytes (default: off)")
     add("--override-contract", action="store_true", help="let the flags above change a run's contract (default: off)")
-    # the machine
+    add = parser.add_argument_group("on which machine").add_argument
     add("--dtype", help=f"auto, {', '.join(DTYPES)} (default: float32 on a CPU, bfloat16 elsewhere)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda where there is one, else cpu)")
     add("--compile", action="store_true", help="torch.compile the model, for many texts; on a CPU it needs a C++ compiler (default: off)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (default: off)")
+    add = parser.add_argument_group("where results go").add_argument
     add("--results", type=Path, metavar="DIR", help="keep mteb's scores in its own layout, and take those from there (default: off)")
-    add("--out", type=Path, help="write every score to this JSON file (default: off)")
+    add("--out", type=Path, metavar="FILE.json", help="write every score to this JSON file (default: off)")
     add("--report", type=Path, metavar="FILE.html", help="write a page of scores, grid, map and confused classes (default: off)")
     return parser
 
