@@ -77,7 +77,7 @@ def check_flags(args: argparse.Namespace) -> None:
         check_facets(args)
     check_baselines(args, ())
     check_reading(args)
-    check_models_flags(args)
+    check_flags_of_models(args)
 
 
 def check_reading(args: argparse.Namespace) -> None:
@@ -98,7 +98,7 @@ def check_reading(args: argparse.Namespace) -> None:
             raise InputError(f"{flag} must be 1 or more, not {value}")
 
 
-def check_models_flags(args: argparse.Namespace) -> None:
+def check_flags_of_models(args: argparse.Namespace) -> None:
     """Raise InputError for flags that contradict the kinds of models: runs, sentence-transformers models, untuned bases."""
     models = args.model or []
     others = [spec for spec in models if sentence_transformer.is_sentence_transformer(spec)]

@@ -171,11 +171,11 @@ import os
 import evaluate
 from files.console import run_script
 
-def fail(args):
+def fail(*args):
     raise RuntimeError("this process alone failed")
 
 if os.environ["RANK"] == "1":
-    evaluate.check_models = fail
+    evaluate.check_model = fail
 run_script(lambda: evaluate.main(evaluate.build_parser().parse_args()))
 """
 

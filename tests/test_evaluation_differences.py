@@ -171,7 +171,7 @@ def test_what_is_seen_of_a_task_gives_its_score(kind, tmp_path):
 
     kept, model = {}, MtebModel("noise", "f" * 16, None, vectors)
     cell = scores.score(task, model, kept)
-    found = kept[Row("noise", "f" * 16, None, True)][task.metadata.name]
+    found = kept[Row("noise", "f" * 16)][task.metadata.name]
     assert found.scores[0].mean() == pytest.approx(cell["score"], abs=0.15 if kind == "Clustering" else 1e-4)
     assert found.redrawn[0].std() > 0 and found.n == (12 if kind == "Retrieval" else 30 if kind == "Classification" else 60)
     unit = {"STS": "pairs", "Retrieval": "queries"}.get(kind, "texts")

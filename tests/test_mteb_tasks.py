@@ -127,7 +127,7 @@ def test_labels_are_strings_numbers_or_booleans_and_rows_may_come_from_standard_
         monkeypatch.setattr(sys, "stdin", f)
         clustering, classification = choose("--data", "-", "--task", "clustering", "classification")  # read once for both
     assert clustering.dataset["test"]["labels"][:] == ["a", "1", "1.5", "True", "1"]
-    assert clustering.metadata.name == "stdin" == classification.metadata.name
+    assert (clustering.metadata.name, classification.metadata.name) == ("stdin-clustering", "stdin-classification")
 
 
 def test_data_whose_scores_mean_little_is_scored_with_a_warning(tmp_path, capsys):
