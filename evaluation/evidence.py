@@ -17,6 +17,7 @@ import numpy as np
 SEEDS, REDRAWS, SPLITS = 10, 1000, 6
 MIN_START = 500  # rows that k-means draws its first centres from, at least
 MAX_ROWS = 5000  # of a task that are compared; more would make the interval narrower and k-means long
+MIN_OF_SET = 1000  # of each set where a task has many: they share MAX_ROWS
 
 
 class Evidence(NamedTuple):
@@ -92,11 +93,11 @@ def refit_scores(vectors: np.ndarray, labels: np.ndarray, split: int) -> np.ndar
     return np.stack([clustering_scores(labels, cluster(vectors, labels, seed), once)[:, 0] for seed in seeds])
 
 
-def of_clustering(vectors: np.ndarray, labels: np.ndarray, rows: str) -> Evidence:
-    """Evidence of vectors (N, D) and their labels (N,); of more than MAX_ROWS rows so many, drawn at random."""
+def of_clustering(vectors: np.ndarray, labels: np.ndarray, rows: str, most: int = MAX_ROWS) -> Evidence:
+    """Evidence of vectors (N, D) and their labels (N,); of more than `most` rows so many, drawn at random."""
     labels = np.unique(labels, return_inverse=True)[1]
-    if len(labels) > MAX_ROWS:
-        chosen = np.sort(np.random.default_rng(2).permutation(len(labels))[:MAX_ROWS])
+    if len(labels) > most:
+        chosen = np.sort(np.random.default_rng(2).permutation(len(labels))[:most])
         vectors, labels = vectors[chosen], labels[chosen]
     once = np.ones((len(labels), 1), np.int64)
     scores, redrawn = [], []
@@ -106,6 +107,11 @@ def of_clustering(vectors: np.ndarray, labels: np.ndarray, rows: str) -> Evidenc
         redrawn.append(clustering_scores(labels, clusters, redraws(len(labels))))
     refit = np.array([[refit_scores(vectors[half], labels[half], i) for half in split] for i, split in enumerate(halves(len(labels)))])
     return Evidence(rows, len(labels), np.stack(scores, 1), np.stack(redrawn, 1), np.moveaxis(refit, 3, 0))
+
+
+def of_one_label(rows: str) -> Evidence:
+    """Evidence of texts that all have one label: V-measure and AMI are 1, whatever the clusters."""
+    return Evidence(rows, 0, np.ones((2, SEEDS)), np.ones((2, SEEDS, REDRAWS)), np.ones((2, SPLITS, 2, 2)))
 
 
 def of_means(row_scores: np.ndarray, rows: str) -> Evidence:

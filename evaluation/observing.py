@@ -100,15 +100,41 @@ def watch_clustering(task, seen: Observation, module, bootstrapped) -> None:
 
 
 def watch_clustering_of_sets(task, seen: Observation) -> None:
-    """Tasks of mteb's first track: the score is a mean over sets of texts, each clustered by itself. No evidence is kept, only numbers."""
-    evaluate_subset = task._evaluate_subset
+    """Tasks of mteb's first track: the score is a mean over sets of texts, each clustered by itself."""
+    evaluate_subset, evaluator = task._evaluate_subset, task.evaluator
+    kept: list[Evidence] = []  # of the sets with several labels, in order
+
+    class Watched(evaluator):
+        def __call__(self, model, **options):
+            encode = model.encode
+
+            def watched(*args, **encode_options):
+                vectors = encode(*args, **encode_options)
+                labels = [str(label) for label in self.dataset[task.label_column_name]]
+                seen.sample = seen.sample or Sample(model.texts, labels, vectors, len(labels))
+                kept.append(evidence.of_clustering(vectors, np.array(labels), digest(labels), Watched.most))
+                return vectors
+
+            model.encode = watched
+            try:
+                return super().__call__(model, **options)
+            finally:
+                del model.encode
 
     def subset(model, data_split, **options):
-        n = sum(map(len, data_split[task.label_column_name]))
+        sets = data_split[task.label_column_name]
+        n = sum(map(len, sets))
         seen.used, seen.whole = seen.used + n, seen.whole + n
-        return evaluate_subset(model, data_split, **options)
+        Watched.most = max(evidence.MIN_OF_SET, evidence.MAX_ROWS // len(sets))
+        kept.clear()
+        scores = evaluate_subset(model, data_split, **options)
+        of_sets = iter(kept)
+        seen.parts.append(
+            evidence.joined([next(of_sets) if len(set(one)) > 1 else evidence.of_one_label(digest(len(one))) for one in sets])
+        )
+        return scores
 
-    task._evaluate_subset = subset
+    task._evaluate_subset, task.evaluator = subset, Watched
 
 
 def watch_classification(task, seen: Observation) -> None:

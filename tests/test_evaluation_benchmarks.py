@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_run
+from datasets import Dataset
 from report_pages import data_of
 from short_evaluations import (
     choose,
@@ -24,6 +25,7 @@ from short_evaluations import (
 
 from encoder import Encoder
 from evaluation import hub_data, paper, rows, scores
+from evaluation.mteb_model import MtebModel
 from evaluation.task_choice import TYPES
 from files.console import InputError
 from files.reading import read_rows
@@ -98,6 +100,30 @@ def test_every_type_of_task_runs_without_network_under_its_prompts(name, hub, ll
     if cell["type"] == "Clustering":
         assert cell["rests_on"] == {"RedditClustering": "120 texts"}.get(name, "2 of 60 texts")
     assert cell["metric"] == task.metadata.main_score and not task.data_loaded and cell["texts_per_second"] > 0
+
+
+def test_tasks_of_many_sets_have_intervals(hub, llama):
+    hub("RedditClustering")
+    (task,), kept = choose("--task", "RedditClustering"), scores.Scores()
+    flags = ("--model", llama, "--prompt", "none", "cluster", "--pooling", "mean")
+    scores.score_all(parse("--task", "RedditClustering", *flags), [task], [], kept)
+    assert [one["RedditClustering"].n for one in kept.evidence.values()] == [120, 120]
+    assert "no interval" not in "\n".join(kept.compare())
+
+
+def test_a_set_of_one_label_counts_as_mteb_counts_it():
+    """The clusters of one set are those of its labels, those of another say nothing, and the third has nothing to tell apart."""
+    labels = [["a", "b"] * 20, ["a", "a", "b", "b"] * 10, ["a"] * 40]
+    sentences = [[f"{number % 2} {number} {label}" for number, label in enumerate(one)] for one in labels]
+    task = mteb.get_task("RedditClustering")
+    task.dataset, task.data_loaded = {"default": {"test": Dataset.from_dict({"sentences": sentences, "labels": labels})}}, True
+    model = MtebModel("parity", "f" * 16, None, lambda texts, role: np.array([[float(text[0]), 1 - float(text[0])] for text in texts]))
+    kept = {}
+    cell = scores.score(task, model, kept)
+    (known,) = (one["RedditClustering"] for one in kept.values())
+    assert cell["score"] == pytest.approx(2 / 3) and known.n == 80 and model.encode == MtebModel.encode.__get__(model)
+    np.testing.assert_allclose(known.scores[0], 2 / 3)
+    assert np.ptp(known.redrawn[0, 0]) > 0.001  # of the second set
 
 
 def test_an_aggregate_needs_the_data_of_all_its_parts(hub, llama, monkeypatch):
