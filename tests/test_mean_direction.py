@@ -234,7 +234,7 @@ def test_bad_input_is_one_line(without_mean, llama, tmp_path, capsys):
         evaluate("--model", llama, "--data", data, "--remove-mean", write_csv(tmp_path / "others.csv", "a,b", [("x y", "z w")] * 3))
     with pytest.raises(InputError, match=r"token_prepending is None in the run, \(1, 2\) was asked for"):
         evaluate("--model", tmp_path / "run", "--data", data, "--token-prepending", "1..2")
-    with pytest.raises(SystemExit):
+    with pytest.raises(InputError, match=r"'one': take layers such as 1\.\.20%, or none"):
         evaluate("--model", llama, "--data", data, "--token-prepending", "one")
     with pytest.raises(InputError, match=r"same\.csv holds one text over and over: a mean needs different ones"):
         evaluate("--model", llama, "--data", data, "--remove-mean", write_csv(tmp_path / "same.csv", "text", [("a",)] * 3))

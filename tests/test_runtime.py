@@ -17,7 +17,7 @@ from conftest import TEXTS, make_run, randomize_adapter
 from encoder import Encoder, processes
 from encoder.checks import NonFiniteError
 from encoder.packing import PackedAttention, select_tokens
-from encoder.runtime import is_out_of_memory, keep_freed_memory, pick_device, pick_dtype
+from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
 from files.console import InputError
 from training.gradients import embed
 
@@ -32,27 +32,37 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
 
 
+KEPT_MEMORY = """
+import ctypes, os, torch
+from encoder.runtime import keep_freed_memory
+
+class MallocInfo(ctypes.Structure):
+    _fields_ = (("before", ctypes.c_size_t * 3), ("hblks", ctypes.c_size_t), ("behind", ctypes.c_size_t * 6))
+
+libc = ctypes.CDLL(None)
+libc.mallinfo2.restype = MallocInfo
+
+def is_mapped():
+    before = libc.mallinfo2().hblks
+    tensor = torch.empty(2**20)  # 4 MiB
+    return libc.mallinfo2().hblks > before and tensor.numel() > 0
+
+libc.mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, as a process begins
+assert is_mapped()
+os.environ["MALLOC_ARENA_MAX"] = "1"  # somebody has set it up already
+keep_freed_memory.__wrapped__()
+assert is_mapped()
+del os.environ["MALLOC_ARENA_MAX"]
+keep_freed_memory.__wrapped__()
+assert not is_mapped()
+"""
+
+
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks glibc where memory comes from")
-def test_memory_of_large_tensors_is_not_mapped_anew(monkeypatch):
-    class MallocInfo(ctypes.Structure):
-        _fields_ = (("before", ctypes.c_size_t * 3), ("hblks", ctypes.c_size_t), ("behind", ctypes.c_size_t * 6))
-
-    libc = ctypes.CDLL(None)
-    libc.mallinfo2.restype = MallocInfo
-
-    def is_mapped() -> bool:
-        before = libc.mallinfo2().hblks
-        tensor = torch.empty(2**20)  # 4 MiB
-        return libc.mallinfo2().hblks > before and tensor.numel() > 0
-
-    libc.mallopt(-3, 2**17)  # M_MMAP_THRESHOLD, as a process begins
-    assert is_mapped()
-    monkeypatch.setenv("MALLOC_ARENA_MAX", "1")  # somebody has set it up already
-    keep_freed_memory.__wrapped__()
-    assert is_mapped()
-    monkeypatch.delenv("MALLOC_ARENA_MAX")
-    keep_freed_memory.__wrapped__()
-    assert not is_mapped()
+def test_memory_of_large_tensors_is_not_mapped_anew():
+    """In a process of its own: where other tests have left memory free, no tensor of this size would be mapped."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    subprocess.run([sys.executable, "-c", KEPT_MEMORY], cwd=HERE, env=clean, check=True)
 
 
 def test_the_gpu_of_a_process_is_that_of_its_local_rank(two_gpus, monkeypatch):
