@@ -200,9 +200,8 @@ def test_mteb_is_left_as_it_was(tmp_path):
     assert clustering._evaluate_clustering_bootstrapped is before
 
 
-def test_a_task_with_many_rows_is_compared_on_some(monkeypatch):
-    monkeypatch.setattr(evidence, "MAX_ROWS", 50)
-    found = of(0.3)
+def test_a_task_with_many_rows_is_compared_on_some():
+    found = evidence.of_clustering(*topics(200, 0.3), "same", most=50)
     assert found.n == 50 and found.scores[0].mean() > 0.5  # labels went with their vectors
 
 
