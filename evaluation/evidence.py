@@ -137,6 +137,28 @@ def of_correlation(similarities: np.ndarray, gold: np.ndarray, rows: str) -> Evi
     return Evidence(rows, n, everything[None], redrawn[None, None], None)
 
 
+def of_average_precision(similarities: list[np.ndarray], positive: np.ndarray, rows: str) -> Evidence:
+    """Evidence where the score is the best average precision of `positive` (N,) when ranked by one of several `similarities` (N,)."""
+    n, rng = len(positive), np.random.default_rng(0)
+    ranked = []  # order of the rows and the last of each group of equals
+    for values in {values.tobytes(): values for values in similarities}.values():  # of vectors of norm 1 some are the same
+        order = np.argsort(-values, kind="stable")
+        ranked.append((order, np.flatnonzero(np.append(np.diff(values[order]) != 0, True))))
+
+    def precision(drawn: np.ndarray) -> np.ndarray:  # how often each row is drawn (N, R) -> (R,)
+        best = np.zeros(drawn.shape[1])
+        for order, ends in ranked:
+            total, hits = (np.cumsum(drawn[order] * weight, 0)[ends] for weight in (1, positive[order, None]))
+            steps = np.diff(hits, axis=0, prepend=0)
+            of_all = np.divide(steps * hits, total, out=np.zeros(hits.shape), where=total > 0).sum(0)
+            best = np.maximum(best, np.divide(of_all, hits[-1], out=np.zeros(len(of_all)), where=hits[-1] > 0))
+        return best
+
+    drawn = (np.stack([np.bincount(rng.integers(n, size=n), minlength=n) for _ in range(REDRAWS // 50)], 1) for _ in range(50))
+    redrawn = np.concatenate([precision(some) for some in drawn])
+    return Evidence(rows, n, precision(np.ones((n, 1), int))[None], redrawn[None, None], None)
+
+
 def joined(parts: list[Evidence]) -> Evidence | None:
     """One evidence for a cell of several parts (levels, subsets, splits), whose score is their mean; None without parts."""
     if not parts:

@@ -1,8 +1,9 @@
 """What mteb's tasks do not tell: the rows behind a score, seen while mteb computes it.
 
-The four types of task whose score can be taken apart are watched: clustering (labels and vectors of the sample that mteb drew),
-classification by accuracy (right or wrong, for each test text and draw of training texts), STS by Spearman's correlation (similarity of
-each pair) and retrieval (score of each query). Every other cell has no evidence, and so no interval.
+Every type of the English tracks is watched: clustering (labels and vectors of the sample that mteb drew), classification by accuracy
+(right or wrong, for each test text and draw of training texts), STS by Spearman's correlation and pair classification by average precision
+(similarities of each pair), retrieval and reranking (score of each query), and summarization (score of each article). A cell of another
+type or measure, or of a task that mteb puts together from others, has no evidence, and so no interval.
 """
 
 import contextlib
@@ -16,7 +17,20 @@ import numpy as np
 from evaluation import evidence
 from evaluation.evidence import Evidence
 
-UNITS = {"Clustering": "texts", "Classification": "texts", "STS": "pairs", "Retrieval": "queries"}
+UNITS = {
+    "Clustering": "texts",
+    "Classification": "texts",
+    "STS": "pairs",
+    "PairClassification": "pairs",
+    "Retrieval": "queries",
+    "Reranking": "queries",
+    "Summarization": "articles",
+}
+
+
+MERGED = "max_over_subqueries_"  # of a measure: the parts of a query are merged before they are scored
+# of pair classification: the similarities that mteb computes, 1 where larger is more alike, -1 where smaller is
+SIMILARITIES = {"similarity_scores": 1, "cosine_scores": 1, "manhattan_distances": -1, "euclidean_distances": -1, "dot_scores": 1}
 
 
 class Sample(NamedTuple):
@@ -55,8 +69,9 @@ def digest(*values) -> str:
 def observed(task) -> Iterator[Observation]:
     """Watch `task`, which must be a copy that runs once, while mteb scores a row of the table with it."""
     import mteb.abstasks.clustering as clustering
-    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskRetrieval, AbsTaskSTS
+    from mteb.abstasks import AbsTaskClassification, AbsTaskClustering, AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
     from mteb.abstasks.clustering_legacy import AbsTaskClusteringLegacy
+    from mteb.abstasks.text.summarization import AbsTaskSummarization
 
     seen, metric = Observation(UNITS.get(task.metadata.type, "rows")), task.metadata.main_score
     original = clustering._evaluate_clustering_bootstrapped
@@ -68,7 +83,11 @@ def observed(task) -> Iterator[Observation]:
         watch_classification(task, seen)
     elif isinstance(task, AbsTaskSTS) and metric == "cosine_spearman":
         watch_sts(task, seen)
-    elif isinstance(task, AbsTaskRetrieval) and task.metadata.type == "Retrieval" and metric.startswith("ndcg_at_"):
+    elif isinstance(task, AbsTaskPairClassification) and metric == "max_ap":
+        watch_pair_classification(task, seen)
+    elif isinstance(task, AbsTaskSummarization) and metric == "cosine_spearman":
+        watch_summarization(task, seen)
+    elif isinstance(task, AbsTaskRetrieval) and metric.removeprefix(MERGED).startswith(("ndcg_at_", "map_at_")):
         watch_retrieval(task, seen, metric.replace("_at_", "_cut_"))
     try:
         yield seen
@@ -172,13 +191,64 @@ def watch_sts(task, seen: Observation) -> None:
     task._calculate_scores = scores
 
 
+def watch_pair_classification(task, seen: Observation) -> None:
+    compute = task._compute_metrics
+
+    def metrics(similarities, labels):
+        """The similarities are those of five functions, and the score is that of the best."""
+        values = [sign * np.asarray(similarities[name]) for name, sign in SIMILARITIES.items()]
+        seen.used += len(labels)
+        seen.parts.append(evidence.of_average_precision(values, np.asarray(labels) == 1, digest(list(labels))))
+        return compute(similarities, labels)
+
+    task._compute_metrics = metrics
+
+
+def watch_summarization(task, seen: Observation) -> None:
+    from scipy.stats import spearmanr
+
+    class Watched(task.evaluator):
+        def _calculate_metrics(self, distances):
+            by_article = list(zip(distances["human_scores"], distances["cosine_scores"], strict=True))
+            seen.used += len(by_article)
+            correlations = np.array([[spearmanr(human, cosines).statistic for human, cosines in by_article]])
+            seen.parts.append(evidence.of_means(correlations, digest(distances["human_scores"])))
+            return super()._calculate_metrics(distances)
+
+    task.evaluator = Watched
+
+
 def watch_retrieval(task, seen: Observation, metric: str) -> None:
-    specific_scores = task.task_specific_scores
+    """The scores of queries, or, where mteb merges the parts of a query and scores these (MIND), of merged ones."""
+    specific_scores, of_parts = task.task_specific_scores, not metric.startswith(MERGED)
 
     def scores(of_query, *args, **options):
+        merged: list[dict] = []
+        with merged_scores(merged):
+            result = specific_scores(of_query, *args, **options)
+        of_query = of_query if of_parts else merged[0]
         ids = sorted(of_query)
         seen.used += len(ids)
-        seen.parts.append(evidence.of_means(np.array([[of_query[i][metric] for i in ids]]), digest(ids)))
-        return specific_scores(of_query, *args, **options)
+        seen.parts.append(evidence.of_means(np.array([[of_query[i][metric.removeprefix(MERGED)] for i in ids]]), digest(ids)))
+        return result
 
     task.task_specific_scores = scores
+
+
+@contextlib.contextmanager
+def merged_scores(merged: list[dict]) -> Iterator[None]:
+    """While it is open, the scores of each query that mteb computes of merged parts are appended to `merged`."""
+    import mteb._evaluators.retrieval_metrics as module
+
+    calculate = module.calculate_retrieval_scores
+
+    def calculated(*args, **options):
+        result = calculate(*args, **options)
+        merged.append(result[0])
+        return result
+
+    module.calculate_retrieval_scores = calculated
+    try:
+        yield
+    finally:
+        module.calculate_retrieval_scores = calculate

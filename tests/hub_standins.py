@@ -35,10 +35,14 @@ def retrieval(n: int = 12) -> dict[str, dict[str, dict]]:
     }
 
 
-def reranking(n: int = 12) -> dict[str, dict[str, dict]]:
-    ids = [f"q{i}" for i in range(n)]
+def reranking(n: int = 12, parts: int = 1) -> dict[str, dict[str, dict]]:
+    """With `parts` more than 1, every so many queries are parts of one, and want the same document."""
+    ids = [f"q{i}" if parts == 1 else f"q{i // parts}_{i % parts}" for i in range(n)]
     ranked = [[f"d{(i + shift) % n}" for shift in range(4)] for i in range(n)]
-    return retrieval(n) | {"top_ranked": {"test": {"query-id": ids, "corpus-ids": ranked}}}
+    wanted = [f"d{i - i % parts}" for i in range(n)]
+    queries = {"queries": {"test": {"_id": ids, "text": texts(n, "question")}}}
+    qrels = {"default": {"test": {"query-id": ids, "corpus-id": wanted, "score": [1] * n}}}
+    return retrieval(n) | queries | qrels | {"top_ranked": {"test": {"query-id": ids, "corpus-ids": ranked}}}
 
 
 def pairs(n: int = 30) -> dict[str, list]:
@@ -65,6 +69,7 @@ DATASETS = {
     "STS17": {"default": {"test": pairs() | {"lang": [("en-en", "en-de", "ar-ar")[i // 10] for i in range(30)]}}},
     "ArguAna": retrieval(),
     "AskUbuntuDupQuestions": reranking(),
+    "MindSmallReranking": reranking(parts=2),
     "TwitterSemEval2015": {
         "default": {
             "test": {

@@ -11,7 +11,7 @@ from short_evaluations import (
     run,
     write_csv,
 )
-from sklearn.metrics import adjusted_mutual_info_score, v_measure_score
+from sklearn.metrics import adjusted_mutual_info_score, average_precision_score, v_measure_score
 
 from evaluation import differences, evidence, scores
 from evaluation.differences import Row
@@ -148,6 +148,19 @@ def test_a_task_that_could_not_be_seen_does_not_cost_the_others_their_intervals(
     assert differences.lines(table, ["summarization"]) == [] == differences.lines(dict(list(table.items())[:1]), ["task"])
     table[Row("late", "l")] = {}  # failed on this task
     assert any(line.split() == ["late", "no", "interval", "no", "interval"] for line in differences.lines(table, ["task"]))
+
+
+def test_average_precision_of_redrawn_pairs_is_that_of_scikit_learn():
+    """Also where similarities are equal, and the best of several."""
+    rng = np.random.default_rng(0)
+    positive = rng.random(60) < 0.3
+    near = np.round(rng.normal(size=60) + positive, 1)
+    seen = evidence.of_average_precision([near, near, -near], positive, "rows")
+    assert seen.scores[0, 0] == pytest.approx(average_precision_score(positive, near), abs=1e-12)
+    drawn = np.random.default_rng(0).integers(60, size=(evidence.REDRAWS, 60))
+    expected = [max(average_precision_score(positive[rows], side[rows]) for side in (near, -near)) for rows in drawn]
+    assert seen.redrawn[0, 0] == pytest.approx(np.array(expected), abs=1e-12)
+    assert evidence.of_average_precision([near], np.zeros(60, bool), "rows").scores == 0  # no positive at all
 
 
 @pytest.mark.parametrize("kind", ["Clustering", "Classification", "STS", "Retrieval"])
