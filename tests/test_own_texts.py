@@ -17,6 +17,7 @@ import make_pairs
 from encoder import Contract, Encoder
 from files.console import InputError
 from pair_engines.teacher import look_at, side_by_side
+from tasks import unlabelled
 from training.gradients import chunked_backward
 from training.losses import COSINE_WEIGHT, LossSettings, batch_loss, distillation
 from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts
@@ -238,6 +239,15 @@ def test_a_resumed_run_is_the_whole_run_to_the_bit(small, folder, tmp_path):
     (out / "summary.json").unlink()
     run("--out", out, "--resume")
     assert_same_adapter(tmp_path / "whole", out)
+
+
+@pytest.mark.parametrize("flags", [("--lora-dropout", 0.1), ("--dora",), ()])
+def test_every_adapter_is_compared_with_its_base_in_half_precision(small, folder, tmp_path, flags, monkeypatch):
+    """Those that peft computes need autocast, as in training."""
+    monkeypatch.setattr(unlabelled, "MIN_TEXTS", 10)
+    monkeypatch.setattr(unlabelled, "MAX_SHARE", 0.5)
+    run(*small("run", "--dtype", "bfloat16", *flags))
+    assert summary(tmp_path / "run")["against_base_without_labels"]["verdict"]
 
 
 @pytest.mark.slow

@@ -79,7 +79,9 @@ def compare_with_base(encoder: Encoder, texts: list[str]) -> unlabelled.Comparis
     if not splits:
         return None
     models = encoder.untuned(), encoder
-    return unlabelled.compare(*([unlabelled.scores(model.encode(s.texts), s) for s in splits] for model in models), splits)
+    with autocast(encoder):  # which adapters with dropout or DoRA need here, see `keep_input_dtype`
+        scores = ([unlabelled.scores(model.encode(s.texts), s) for s in splits] for model in models)
+        return unlabelled.compare(*scores, splits)
 
 
 def _encode(encoder: Encoder, texts: list[str], role: str = "document") -> np.ndarray:
