@@ -32,6 +32,7 @@ LAYERS = [
     {"training.losses"},
     {"training.gradients"},
     {"training.checkpoint", "training.validation", "training.monitoring", "training.run_record", "training.plan"},
+    {"attention_analysis", "attention_analysis.stored"},
     {"models.packed_text"},
     {"pair_engines", "pair_engines.inputs", "pair_engines.outputs"},
     {"pair_engines.durable"},
@@ -67,7 +68,7 @@ LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 def modules() -> dict[str, Path]:
     paths = [
         p
-        for folder in (".", "files", "pair_engines", "encoder", "tasks", "evaluation", "training", "serving", "models", "bench")
+        for folder in (".", "files", "pair_engines", "encoder", "tasks", "evaluation", "training", "serving", "attention_analysis", "models", "bench")
         for p in (ROOT / folder).glob("*.py")
     ]
     names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths}
