@@ -62,15 +62,12 @@ LAYERS = [
     },
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}
+FOLDERS = ("files", "pair_engines", "encoder", "tasks", "evaluation", "training", "serving", "attention_analysis", "models", "bench")
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 
 def modules() -> dict[str, Path]:
-    paths = [
-        p
-        for folder in (".", "files", "pair_engines", "encoder", "tasks", "evaluation", "training", "serving", "attention_analysis", "models", "bench")
-        for p in (ROOT / folder).glob("*.py")
-    ]
+    paths = [p for folder in (".", *FOLDERS) for p in (ROOT / folder).glob("*.py")]
     names = {p: ".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in paths}
     return {name: path for path, name in names.items()}
 
