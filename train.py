@@ -21,6 +21,7 @@ Leaves behind, in --out (default runs/MODEL):
     embedding.json                                    the embedding contract (encoder/contract.py)
     arguments.json                                    all arguments, versions, commit
     metrics.jsonl, loss.png                           the numbers of every step, one line each; their curve
+    adapters/step-000020/ ...                         with --keep-adapters, the adapter of that step, which every script takes as a run
     checkpoint.safetensors, checkpoint.previous...    the last two checkpoints: adapter, optimizer, random generators
     summary.json                                      steps, the best of them, pairs, tokens, cost; written at the very end
     .lock                                             while a run is at work in the folder; one that a kill left behind does no harm
@@ -65,6 +66,8 @@ from training.run_record import (
     check_out,
     check_record,
     has_checkpoint,
+    keep_adapter,
+    kept_steps,
     make_record,
     plain_arguments,
     read_record,
@@ -185,6 +188,12 @@ def add_run_arguments(add) -> None:
     add("--validate-every", type=int, help="steps between validations (default 50; below 320 pairs a fifth of all steps, 50 at most)")
     add("--patience", type=int, help="end after this many validations without a better score (default: train all steps)")
     add("--checkpoint-every", type=int, default=50, help="steps between checkpoints (default 50)")
+    add(
+        "--keep-adapters",
+        type=int,
+        metavar="N",
+        help="keep the adapters of N evenly spaced steps, the last being the run's (default: none)",
+    )
     add("--track", choices=("tensorboard", "wandb"), help="write the numbers of every step there as well (default: metrics.jsonl only)")
     add(
         "--resume",
@@ -269,6 +278,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         ),
         (("steps",), lambda n: 1 <= n <= 10**7, "between 1 and 10 million"),
         (("batch_size",), lambda n: n >= 2, "2 or more, as a pair's negatives are the others of its batch"),
+        (("keep_adapters",), lambda n: n >= 2, "2 or more, as the last is the run's"),
         (("seed",), lambda n: 0 <= n < 2**32, f"0 or more and below {2**32}"),
         (("matryoshka",), lambda numbers: min(numbers) >= 1, "numbers above 0"),
     )
@@ -366,7 +376,7 @@ def train(run: "Run") -> int | None:
     energy, seconds_before, began = EnergyMeter(encoder.device, state.joules), state.seconds, time.perf_counter()
     # where patience ran out already, the run was killed before it could finish
     steps = range(data.steps if is_out_of_patience(run) else state.step, data.steps)
-    interrupted, is_last = False, True
+    interrupted, is_last, to_keep = False, True, kept_steps(data.steps, args.keep_adapters)
     encoder.decoder.train()
     with (
         Progress(data.steps, "training", "step", initial=state.step) as progress,
@@ -409,6 +419,8 @@ def train(run: "Run") -> int | None:
             # save
             interrupted = all_reduce_number(len(signals), "max") > 0
             state.seconds, state.joules = seconds_before + time.perf_counter() - began, energy.read()
+            if is_first_process and state.step in to_keep:
+                keep_adapter(args.out, encoder, state.step)
             if interrupted or is_last or state.step % args.checkpoint_every == 0:
                 save(run)
             if interrupted or is_last:

@@ -20,6 +20,7 @@ PACKED_TYPES = (
     *("qwen2", "qwen3_moe", "seed_oss", "smollm3", "starcoder2"),
 )
 DTYPES = ("float32", "bfloat16", "float16")
+KEPT_FOLDER = "adapters"  # in a run's folder: the adapters that `train.py --keep-adapters` kept on the way, each a run by itself
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,13 @@ def newest_run(folder: Path) -> Path | None:
     """The run in `folder` whose contract was written last."""
     runs = [path.parent for path in folder.glob(f"*/{CONTRACT_FILE}")]
     return max(runs, key=lambda run: (run / CONTRACT_FILE).stat().st_mtime) if runs else None
+
+
+def kept_adapters(run: str | Path) -> dict[int, Path]:
+    """The adapters that a run has kept on the way, by their step, in order; each folder can be loaded as a run."""
+    folders = Path(run, KEPT_FOLDER).glob(f"step-*/{CONTRACT_FILE}")
+    numbers = {path.parent.name.removeprefix("step-"): path.parent for path in folders}
+    return {int(number): numbers[number] for number in sorted(numbers) if number.isdecimal()}
 
 
 def find_base(spec: str) -> tuple[str, str, str | None]:

@@ -34,6 +34,7 @@ from short_runs import (
 
 import train
 from encoder import Encoder
+from encoder.names import kept_adapters
 from files.console import InputError
 from files.writing import errors_of_writing
 from training.run_record import CHECKPOINT, LOCK, PREVIOUS_CHECKPOINT, reserve
@@ -95,6 +96,54 @@ def test_resuming_from_the_checkpoint_before_a_damaged_one_changes_nothing(small
     assert "checkpoint.safetensors is damaged and deleted: going on from checkpoint.previous.safetensors, step 2" in capsys.readouterr().err
     assert_same_adapter(tmp_path / "whole", out)
     assert [row["step"] for row in metrics(out)] == [1, 2, 3]
+
+
+def test_adapters_that_are_kept_on_the_way(small, tmp_path, monkeypatch):
+    """They change nothing; an interrupted run has kept the same ones when it ends, also those that it writes again."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    flags = ("--steps", 6, "--hold-out", 0)
+    run(*small("plain", *flags))
+    run(*small("whole", *flags, "--keep-adapters", 3))
+    assert_same_adapter(tmp_path / "plain", whole)
+    kept = kept_adapters(whole)
+    assert list(kept) == [2, 4] and not kept_adapters(tmp_path / "plain") and not list(whole.glob(".*.tmp"))
+    encoders = {step: Encoder.load(str(folder)) for step, folder in kept.items()}
+    for encoder in encoders.values():
+        assert encoder.contract == Encoder.load(str(whole)).contract and not encoder.notes
+    assert len({e.fingerprint for e in (*encoders.values(), Encoder.load(str(whole)))}) == 3
+
+    rate = train.learning_rate
+
+    def stop(step, *rest):
+        if step == 5:
+            raise KeyboardInterrupt  # as a kill would: step 4 was kept, and the last checkpoint is that of step 3
+        return rate(step, *rest)
+
+    monkeypatch.setattr(train, "learning_rate", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(*small("parts", *flags, "--keep-adapters", 3, "--checkpoint-every", 3))
+    assert list(kept_adapters(parts)) == [2, 4]
+    (kept_adapters(parts)[4] / ADAPTER).write_bytes(b"of another trajectory")
+    monkeypatch.setattr(train, "learning_rate", rate)
+    run("--out", parts, "--resume")
+    assert_same_adapter(whole, parts)
+    assert {step: Encoder.load(str(folder)).fingerprint for step, folder in kept_adapters(parts).items()} == {
+        step: encoder.fingerprint for step, encoder in encoders.items()
+    }
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_forgets_what_it_kept(small, tmp_path, monkeypatch):
+    def stop(step, *_):
+        if step == 2:
+            raise KeyboardInterrupt
+        return 1e-3
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "learning_rate", stop)
+        run(*small("run", "--keep-adapters", 3))
+    assert list(kept_adapters(tmp_path / "run")) == [1, 2]
+    run(*small("run", "--keep-adapters", 2))
+    assert list(kept_adapters(tmp_path / "run")) == [2]
 
 
 def test_resume_never_trains_over_what_is_there(small, tmp_path):

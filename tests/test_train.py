@@ -443,6 +443,7 @@ def test_training_goes_on_when_the_gpu_no_longer_tells_its_energy(small, tmp_pat
 def test_bad_arguments(small, tmp_path):
     for flags, message in (
         (("--batch-size", 1), "must be 2 or more"),
+        (("--keep-adapters", 1), "--keep-adapters must be 2 or more"),
         (("--batch-size", 100), "more than the 24 pairs"),
         (("--lr", 0), "--lr must be above 0"),
         (("--steps", 0), "--steps must be between 1 and 10 million"),

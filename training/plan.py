@@ -20,7 +20,7 @@ from files.writing import write_json, write_text
 from training.checkpoint import TrainingState, load_checkpoint
 from training.optimization import TEMPERATURE, make_optimizer
 from training.pair_data import MIN_HELD_OUT, SMALL_SET, PairDataset, PairSampler, hold_out, under_prompt
-from training.run_record import METRICS, check_record, read_metrics
+from training.run_record import METRICS, check_record, forget_adapters, read_metrics
 from training.validation import Validation
 
 # Defaults for fewer pairs than this differ: of 300, one pass in batches of 120 would be two steps.
@@ -192,6 +192,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
         run.rows = read_metrics(args.out / METRICS, run.state.step)
         encoder.set_gradient_checkpointing(run.state.gradient_checkpointing)
     if rank == 0:
+        forget_adapters(args.out, after=run.state.step)
         write_json(args.out / ARGUMENTS_FILE, record)
         write_text(args.out / METRICS, "".join(json.dumps(row) + "\n" for row in run.rows))
     return run

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,19 +15,25 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from encoder.contract import ARGUMENTS_FILE
+from encoder.names import KEPT_FOLDER, kept_adapters
 from encoder.processes import distributed
 from files.console import InputError, reason, say
+from files.writing import errors_of_writing
 from training.monitoring import peak_memory
 
 if TYPE_CHECKING:
+    from encoder import Encoder
     from training.plan import Run
 
 METRICS, LOCK = "metrics.jsonl", ".lock"
 CHECKPOINT, PREVIOUS_CHECKPOINT = "checkpoint.safetensors", "checkpoint.previous.safetensors"
-BEFORE_A_CHECKPOINT = {ARGUMENTS_FILE, METRICS, "tensorboard", "wandb"}  # what a run writes before its first checkpoint
+BEFORE_A_CHECKPOINT = {ARGUMENTS_FILE, METRICS, KEPT_FOLDER, "tensorboard", "wandb"}  # what a run writes before its first checkpoint
 
 # these may differ between a run and its resumption; everything else must be the same
-FREE_ON_RESUME = {"resume", "checkpoint_every", "out", "device", "pairs", "validation", "track", "versions", "commit", "command"}
+FREE_ON_RESUME = {
+    *("resume", "checkpoint_every", "keep_adapters", "out", "device"),
+    *("pairs", "validation", "track", "versions", "commit", "command"),
+}
 
 
 def _lock(out: Path) -> IO:
@@ -84,6 +91,30 @@ def has_checkpoint(folder: Path) -> bool:
 def after_a_failed_write(folder: Path) -> str:
     """What a user can do whose run could not be written any further."""
     return "its last checkpoint stays, go on with --resume" if has_checkpoint(folder) else "there was no checkpoint yet, start it again"
+
+
+def kept_steps(n_steps: int, n_adapters: int | None) -> set[int]:
+    """At which steps the adapter is kept: `n_adapters` evenly spaced ones, without the last, whose adapter is the run's."""
+    return {round(i * n_steps / n_adapters) for i in range(1, n_adapters or 1)} - {0, n_steps}
+
+
+def keep_adapter(folder: Path, encoder: "Encoder", step: int) -> None:
+    """Write the adapter as it is after a step, with its config and contract, complete or not at all. Raises WriteError."""
+    kept, temporary = folder / KEPT_FOLDER / f"step-{step:06d}", folder / f".step-{step:06d}.tmp"
+    try:
+        encoder.save(temporary)
+        with errors_of_writing(kept):
+            kept.parent.mkdir(exist_ok=True)
+            temporary.rename(kept)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def forget_adapters(folder: Path, after: int) -> None:
+    """Delete the kept adapters of later steps than the one that a run goes on from: it will come there again."""
+    for step, kept in kept_adapters(folder).items():
+        if step > after:
+            shutil.rmtree(kept)
 
 
 def check_out(out: Path, resume: bool) -> None:
