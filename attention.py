@@ -7,7 +7,7 @@
 Leaves behind, in --out (default attention/MODEL):
 
     attention.json      {"model", "prompt", "role", "fingerprint", "normalization", "texts": [{"text", "shares": {part: {side: share}},
-                        "tokens": [{"piece", "part": "bos" | "prompt" | "text" | "eos", "base": weight, "adapter": weight}]}]}
+                        "tokens": [{"piece", "part": "bos" | "prefix" | "text" | "suffix" | "eos", "base": weight, "adapter": weight}]}]}
     text-001.png ...    one picture a text (at most --pictures), a bar a token, in rows; of more than 480 tokens the middle is left out
 
 Weights are the softmax over all tokens of the sequence, averaged over the heads, so that each side sums to 1.
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # torch and transformers are imported where they are used: wh
 
 ROOT = Path(__file__).resolve().parent
 NORMALIZATION = "softmax over all tokens of the sequence, mean over heads"
-COLOURS = {"bos": "tab:gray", "prompt": "tab:orange", "text": "tab:blue", "eos": "tab:purple"}
+COLOURS = {"bos": "tab:gray", "prefix": "tab:orange", "suffix": "tab:red", "text": "tab:blue", "eos": "tab:purple"}
 PER_ROW, MOST_ROWS = 60, 8  # tokens of a row of a picture
 
 

@@ -24,6 +24,7 @@ tokenization.py      texts to token ids, prompt included
 packing.py           token ids to batches; attention of packed rows
 embed_filter.py      directions of the unembedding matrix taken out of a vector
 mean_direction.py    the direction of a mean taken out of vectors
+token_attention.py   what the last token of a text attends to
 token_prepending.py  states that tokens before the text take from the last one
 checks.py            what shows only when a model runs
 lora.py              the adapter: add, load, save, a fused layer
@@ -42,7 +43,7 @@ if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & set(os.environ):
 _EXPORTS = {
     "Encoder": "encoder",
     "EncodingReport": "streaming",
-    "TokenAttention": "encoder",
+    "TokenAttention": "token_attention",
     "Contract": "contract",
     "PoolingConfig": "contract",
 }

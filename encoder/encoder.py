@@ -12,10 +12,9 @@ import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -44,7 +43,7 @@ from encoder.embed_filter import projection, unembedding
 from encoder.loading import LoadedBase, contract_fields, load_base
 from encoder.mean_direction import identity, load_direction, mean_directions, project_off, save_direction
 from encoder.nearest import Nearest, nearest
-from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, collate, pad, plan_batches, trim_hook
+from encoder.packing import MIN_SHARED_PREFIX, PackedAttention, PackedBatch, ReadLayer, collate, pad, plan_batches, trim_hook
 from encoder.processes import distributed, shard_model
 from encoder.runtime import (
     default_batch_tokens,
@@ -56,8 +55,9 @@ from encoder.runtime import (
 )
 from encoder.states import HiddenStates, check_layer, pool, pooled_width, recorded_states, scored_block
 from encoder.streaming import EncodingReport, run_batch, tokenized_windows
+from encoder.token_attention import TokenAttention, last_token_attention
 from encoder.token_prepending import prepended, replaced_layers
-from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list, readable_pieces
+from encoder.tokenization import PromptTokenizer, TokenizedTexts, check_list
 from files.console import InputError, Progress
 from files.writing import write_atomic, write_text
 
@@ -77,14 +77,6 @@ ELSEWHERE = {
     "truncate_dim": ": Encoder.load(..., dims=...)",
     "device": ": Encoder.load(..., device=...)",
 }
-
-
-class TokenAttention(NamedTuple):
-    """What the last token of a sequence attends to."""
-
-    pieces: list[str]  # each token as readable text, see `readable_pieces`
-    parts: list[str]  # the part of the sequence that each token belongs to: "bos", "prompt", "text" or "eos"
-    weights: np.ndarray  # (L, H) float32, softmax over all tokens of the sequence: each head's weights sum to 1
 
 
 class Encoder:
@@ -373,20 +365,24 @@ class Encoder:
 
     # ----------------------------------------------------------------------------------------------- forward and pool
 
-    def forward(self, batch: PackedBatch, poolings: list[PoolingConfig] | None = None) -> HiddenStates:
-        """One forward pass -> the states that `poolings` need (default: the contract's)."""
+    def forward(self, batch: PackedBatch, poolings: list[PoolingConfig] | None = None, read: ReadLayer | None = None) -> HiddenStates:
+        """One forward pass -> the states that `poolings` need (default: the contract's).
+
+        read    is shown the queries and keys of every layer, see `PackedAttention`; the last layer is then computed whole
+        """
         poolings = poolings or [self.contract.pooling_config()]
         numbers = {index: check_layer(index, len(self.blocks)) for pooling in poolings for index in pooling.layers}
         scored_layers = {scored_block(p.attention_layer, len(self.blocks)) for p in poolings if p.pooling == "attention"}
-        if scored_layers:
+        if scored_layers or read:
             self._check_attention_is_read()
-        last_layer, trim = len(self.blocks) - 1, _can_trim(self, batch, poolings, numbers)
+        last_layer, trim = len(self.blocks) - 1, read is None and _can_trim(self, batch, poolings, numbers)
         packed = PackedAttention(
             batch,
             self.contract.attention == "causal",
             scored_layers=scored_layers,
             trimmed_layer=last_layer if trim else None,
             implementation=self.attention_implementation,
+            read=read,
         )
         if not len(batch.ids):  # sequences without a token
             empty = torch.zeros(0, self.decoder.config.hidden_size, device=self.device)
@@ -554,32 +550,20 @@ class Encoder:
             return nearest(vectors, (arrays[0] for arrays in windows), k)
 
     def last_token_attention(
-        self, texts: Iterable[str], role: str = "document", *, batch_tokens: int | None = None, report: EncodingReport | None = None
+        self,
+        texts: Iterable[str],
+        role: str = "document",
+        *,
+        layers: Sequence[int] | None = None,
+        batch_tokens: int | None = None,
+        report: EncodingReport | None = None,
     ) -> list[TokenAttention]:
-        """What each text's last token attends to in the last layer, in the order given. A text without a token has no weights."""
-        report = EncodingReport() if report is None else report
-        budget = batch_tokens or memory_budget(self.decoder.config, self.dtype, self.device)
-        self.decoder.eval()
-        if len(self.contract.prompts_of(role)) > 1:
-            raise InputError("under several prompts a text has several last tokens: take one prompt to look at its attention")
+        """What each text's last token attends to, in the order given. A text without a token has no weights.
 
-        @torch.no_grad()
-        def compute(batch: PackedBatch) -> list[np.ndarray]:
-            states = self.forward(batch, [PoolingConfig("attention", keep_bos=True)])
-            whole = batch.locate(np.zeros_like(batch.lengths), batch.lengths)
-            scores = states.attention.scores(len(self.blocks) - 1, *whole)  # (M, H)
-            return [of_text.softmax(0).cpu().numpy() for of_text in scores.split(batch.lengths.tolist())]
-
-        out: list[TokenAttention] = []
-        for tokenized in tokenized_windows(self, texts, role, report):
-            weights: dict[int, np.ndarray] = {}
-            for rows in self.plan(tokenized, [i for i, ids in enumerate(tokenized.ids) if ids], budget):
-                for some_rows, some_weights in run_batch(self, tokenized, rows, compute, report):
-                    weights |= zip(some_rows, some_weights, strict=True)
-            for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
-                pieces, parts = readable_pieces(self.tokenizer.decode, ids), self.prompt_tokenizer.parts(len(ids), span)
-                out.append(TokenAttention(pieces, parts, weights.get(i, np.zeros((0, 0), np.float32))))
-        return out
+        layers    1 for the first block to the number of blocks, -1 for the last; None: the last alone, and weights have no axis of layers
+        """
+        out = last_token_attention(self, texts, role, layers=(-1,) if layers is None else layers, batch_tokens=batch_tokens, report=report)
+        return [text._replace(weights=text.weights[:, 0]) for text in out] if layers is None else out
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import inspect
 import itertools
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import NamedTuple
 
 import numpy as np
@@ -153,6 +153,10 @@ def select_tokens(values: Tensor, prefix_length: int, places: np.ndarray, positi
     return torch.cat([copies, values[prefix_length:]]).index_select(0, to_device(rows, device))
 
 
+# what `PackedAttention` shows the queries and keys of every layer to: layer (from 0), query (T, H, d), key (T, K, d), scale, window
+ReadLayer = Callable[["PackedAttention", int, Tensor, Tensor, float, int | None], None]
+
+
 class KeysReady(Exception):
     """The trimmed layer's keys and values are stored; the rest of this pass through the layer is not needed."""
 
@@ -166,6 +170,7 @@ class PackedAttention:
 
     scored_layers    the layers whose keys, and whose queries of each sequence's last token, are kept for `scores`
     trimmed_layer    the layer that computes each sequence's last token only, see `trim_hook`
+    read             is shown queries and keys of every layer before they are used; for passes without a trimmed layer
     """
 
     def __init__(
@@ -175,9 +180,10 @@ class PackedAttention:
         scored_layers: Collection[int] = (),
         trimmed_layer: int | None = None,
         implementation: str = "auto",
+        read: ReadLayer | None = None,
     ):
         self.batch, self.causal, self.scored_layers, self.trimmed_layer = batch, causal, scored_layers, trimmed_layer
-        self.implementation = implementation
+        self.implementation, self.read = implementation, read
         self.prefix_length, self.device = batch.prefix_length, batch.ids.device
         rests = np.diff(batch.starts)
         self.shape = len(rests), int(rests.max(initial=0))  # B, L
@@ -197,6 +203,8 @@ class PackedAttention:
 
     def __call__(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
         """query (T, H, d), key and value (T, K, d) -> (T, H, d); in a trimmed layer B instead of T."""
+        if self.read is not None:
+            self.read(self, layer, query, key, scale, window)
         if layer in self.scored_layers:
             scored = query[self.last_places], key, scale, window
             if not self.released:  # gradient checkpointing comes here again, and must do the same
@@ -223,7 +231,12 @@ class PackedAttention:
 
     def scores(self, layer: int, places: np.ndarray, positions: np.ndarray, sequence: np.ndarray) -> Tensor:
         """Scores (M, H) in a layer, before the softmax, that each sequence's last token gives to the tokens of `PackedBatch.locate`."""
-        query, key, scale, window = self.scored[layer]
+        return self.last_scores(*self.scored[layer], places, positions, sequence)
+
+    def last_scores(
+        self, query: Tensor, key: Tensor, scale: float, window: int | None, places: np.ndarray, positions: np.ndarray, sequence: np.ndarray
+    ) -> Tensor:
+        """The same from the queries of the last tokens (B, H, d) and all keys (T, K, d)."""
         query = query.unflatten(1, (key.shape[1], -1))  # (B, K, H/K, d)
         beyond = 0 if window is None else self.batch.lengths[sequence] - 1 - positions - window + self.causal  # above 0: out of the window
         chunks = zip(self._on_device(places).split(8192), self._on_device(sequence).split(8192), strict=True)  # (M, H, d) is large

@@ -14,6 +14,7 @@ from files.console import InputError
 from prompts import ROLES
 
 QUOTATION_MARKS = ('"', "'", "“", "‘", "„", "«")
+PARTS = ("bos", "prefix", "text", "suffix", "eos")  # of a sequence; prefix and suffix are the prompt before and behind the text
 CHUNK = 512  # texts that are tokenized at a time: the tokenizer's result takes many times the memory of the ids
 
 
@@ -120,8 +121,8 @@ class PromptTokenizer:
             raise InputError(f"text {number} holds half a surrogate pair and cannot be written as UTF-8: {text[:60]!a}") from None
 
     def parts(self, length: int, span: tuple[int, int]) -> list[str]:
-        """The part of a sequence that each of its tokens belongs to: "bos", "prompt", "text" or "eos"; of two texts the first is prompt."""
-        parts = ["text" if span[0] <= i < span[1] else "prompt" for i in range(length)]
+        """The part of a sequence that each of its tokens belongs to, one of PARTS; of two texts the first is prefix."""
+        parts = ["prefix"] * span[0] + ["text"] * (span[1] - span[0]) + ["suffix"] * (length - span[1])
         if self.bos:
             parts[0] = "bos"
         if self.eos:

@@ -32,7 +32,7 @@ def test_parts_cover_the_sequence(llama):
     encoder = Encoder.load(llama, prompt="cluster", eos=True)
     (token_attention,) = encoder.last_token_attention(["The cat sat."])
     order = [part for i, part in enumerate(token_attention.parts) if i == 0 or part != token_attention.parts[i - 1]]
-    assert order == ["bos", "prompt", "text", "prompt", "eos"]
+    assert order == ["bos", "prefix", "text", "suffix", "eos"]
     text = "".join(piece for piece, part in zip(token_attention.pieces, token_attention.parts, strict=True) if part == "text")
     assert text.replace(" ", "") == "Thecatsat."
 
@@ -60,7 +60,7 @@ def test_numbers_and_pictures(llama, tmp_path, capsys):
             assert sum(t[side] for t in item["tokens"]) == pytest.approx(1, abs=1e-5)
             assert sum(s[side] for s in item["shares"].values()) == pytest.approx(1, abs=1e-5)
         assert item["tokens"][0]["base"] != item["tokens"][0]["adapter"]
-        assert set(item["shares"]) == {"bos", "prompt", "text"}
+        assert set(item["shares"]) == {"bos", "prefix", "text", "suffix"}
     with pytest.raises(InputError, match="exists already"):
         run("--model", model, "--text", "a", "--out", tmp_path / "out")
 

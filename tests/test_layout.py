@@ -18,7 +18,7 @@ LAYERS = [
     {"encoder.base_models", "encoder.tokenization"},
     {"encoder.packing", "encoder.lora", "encoder.loading", "encoder.nearest", "encoder.embed_filter"},
     {"encoder.states", "encoder.streaming", "encoder.mean_direction", "encoder.checks"},
-    {"encoder.token_prepending"},
+    {"encoder.token_prepending", "encoder.token_attention"},
     {"encoder.encoder", "encoder"},
     {"tasks", "tasks.mteb_tasks", "tasks.draw", "tasks.unlabelled"},
     {"evaluation", "evaluation.mteb_model", "evaluation.evidence", "evaluation.failures"},

@@ -1,0 +1,121 @@
+"""What the last token of each text attends to, in every layer and head, read out of the ordinary packed forward pass.
+
+A softmax row needs one query and all keys. Each layer's rows are computed when the layer comes by, from the queries and keys that
+the model itself is about to use, so that no matrix of all pairs of tokens is ever made: memory grows with the tokens, and the model
+computes what it always computes.
+
+Legend: B sequences of a batch, M tokens of all of them with the shared prefix in each, n tokens of one, L layers read, H heads.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from encoder.contract import PoolingConfig
+from encoder.packing import PackedAttention, PackedBatch
+from encoder.runtime import memory_budget, to_device
+from encoder.states import scored_block
+from encoder.streaming import EncodingReport, run_batch, tokenized_windows
+from encoder.tokenization import check_list, readable_pieces
+from files.console import InputError
+
+if TYPE_CHECKING:
+    from encoder.encoder import Encoder
+
+
+class TokenAttention(NamedTuple):
+    """What the last token of a sequence attends to."""
+
+    pieces: list[str]  # each token as readable text, see `readable_pieces`
+    parts: list[str]  # the part of the sequence that each token belongs to, one of `tokenization.PARTS`
+    weights: np.ndarray  # (n, L, H) float32, softmax over all tokens of the sequence: each head's weights sum to 1
+
+
+class AttentionRows(NamedTuple):
+    """The rows of one batch of texts."""
+
+    numbers: list[int]  # of the texts, counted over all of them
+    ids: list[list[int]]  # of each, prompt included
+    spans: list[tuple[int, int]]  # where in them the text is
+    weights: Tensor  # (M, L, H) float32 on the device, one sequence behind the other
+
+
+def read_rows(encoder: "Encoder", batch: PackedBatch, blocks: Sequence[int]) -> Tensor:
+    """One forward pass -> the softmax rows (M, L, H) of the blocks, counted from 0, one sequence of the batch behind the other."""
+    located = batch.locate(np.zeros_like(batch.lengths), batch.lengths)
+    sequence = to_device(located[2], batch.ids.device)
+    rows: dict[int, Tensor] = {}
+
+    def read(attention: PackedAttention, layer: int, query: Tensor, key: Tensor, scale: float, window: int | None) -> None:
+        if layer in blocks:
+            scores = attention.last_scores(query[attention.last_places], key, scale, window, *located)
+            rows[layer] = softmax_rows(scores, sequence, len(batch.lengths))
+
+    encoder.forward(batch, [PoolingConfig("mean")], read)
+    return torch.stack([rows[block] for block in blocks], 1)
+
+
+def softmax_rows(scores: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
+    """Scores (M, H), and the sequence that each belongs to (M,) -> their softmax (M, H) over each sequence, summed in float64."""
+    index = sequence[:, None].expand_as(scores)
+    highest = scores.new_zeros(n_sequences, scores.shape[1]).scatter_reduce_(0, index, scores, "amax", include_self=False)
+    weights = (scores - highest[sequence]).exp_()
+    totals = torch.zeros_like(highest, dtype=torch.float64).index_add_(0, sequence, weights.double())
+    return weights / totals.float()[sequence]
+
+
+def attention_rows(
+    encoder: "Encoder",
+    texts: Iterable[str],
+    role: str = "document",
+    *,
+    layers: Sequence[int] | None = None,
+    batch_tokens: int | None = None,
+    report: EncodingReport | None = None,
+    done: Callable[[int], object] = lambda n: None,
+) -> Iterator[AttentionRows]:
+    """The rows of every text that has a token, a batch at a time, longest first within a window of texts.
+
+    layers    as in contracts, 1 for the first block, -1 for the last; None: all
+    done      is called with the number of texts after every batch
+    Raises InputError for a layer that does not exist, under several prompts, and for a class whose attention cannot be read.
+    """
+    blocks = range(len(encoder.blocks)) if layers is None else [scored_block(layer, len(encoder.blocks)) for layer in layers]
+    if len(encoder.contract.prompts_of(role)) > 1:
+        raise InputError("under several prompts a text has several last tokens: take one prompt to look at its attention")
+    report = EncodingReport() if report is None else report
+    budget = batch_tokens or memory_budget(encoder.decoder.config, encoder.dtype, encoder.device)
+    encoder.decoder.eval()
+    compute = torch.no_grad()(lambda batch: read_rows(encoder, batch, blocks))
+    n_before = 0
+    for tokenized in tokenized_windows(encoder, texts, role, report):
+        for rows in encoder.plan(tokenized, tokenized.filled(), budget):
+            for some, weights in run_batch(encoder, tokenized, rows, compute, report):
+                ids, spans = ([values[i] for i in some] for values in (tokenized.ids, tokenized.spans))
+                yield AttentionRows([n_before + i for i in some], ids, spans, weights)
+                done(len(some))
+        n_before += len(tokenized.ids)
+
+
+def last_token_attention(
+    encoder: "Encoder",
+    texts: Iterable[str],
+    role: str = "document",
+    *,
+    layers: Sequence[int] | None = None,
+    batch_tokens: int | None = None,
+    report: EncodingReport | None = None,
+) -> list[TokenAttention]:
+    """Pieces, parts and rows of every text, in the order given; see `attention_rows`. A text without a token has no weights."""
+    texts, decode = list(check_list(texts)), encoder.tokenizer.decode
+    n_layers, n_heads = len(encoder.blocks) if layers is None else len(layers), encoder.decoder.config.num_attention_heads
+    out = [TokenAttention([], [], np.zeros((0, n_layers, n_heads), np.float32))] * len(texts)
+    for batch in attention_rows(encoder, texts, role, layers=layers, batch_tokens=batch_tokens, report=report):
+        of_each = batch.weights.cpu().split(list(map(len, batch.ids)))
+        for number, ids, span, weights in zip(batch.numbers, batch.ids, batch.spans, of_each, strict=True):
+            parts = encoder.prompt_tokenizer.parts(len(ids), span)
+            out[number] = TokenAttention(readable_pieces(decode, ids), parts, weights.numpy())
+    return out
