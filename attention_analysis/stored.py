@@ -19,7 +19,7 @@ corpus (`--data`)
                      "shares": [{"side", "layer", "category", "bos", "mean", "low", "high", "n_seeds"}],
                      "differences": the same with "less", the side that is subtracted}
                     "layer" 1 to L, or "all" for the mean over layers; "bos" false: BOS left out and the rest renormalized;
-                    "low" and "high" end a 95 % interval
+                    "low" and "high" end a 95 % interval; "category" may also be "text", the sum of those in OF_TEXT
     shares.npz      by_layer float32 (M, N, L, C) shares of the categories, mean over heads, for every model and text;
                     by_head float32 (M, L, H, C) mean over texts
 
@@ -39,6 +39,7 @@ from files.writing import write_atomic, write_json
 
 # what a token may be; "prefix" and "suffix" are the prompt before and behind the text, a token of the text is one of the next three
 CATEGORIES = ("bos", "prefix", "suffix", "content", "function", "punctuation", "eos")
+OF_TEXT = ("content", "function", "punctuation")
 TEXTS, CORPUS = "attention", "shares"  # names of the files, without .json and .npz
 INTERVAL = 0.95
 
