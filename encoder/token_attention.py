@@ -7,6 +7,7 @@ computes what it always computes.
 Legend: B sequences of a batch, M tokens of all of them with the shared prefix in each, n tokens of one, L layers read, H heads.
 """
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -43,8 +44,12 @@ class AttentionRows(NamedTuple):
     weights: Tensor  # (M, L, H) float32 on the device, one sequence behind the other
 
 
+class AllRead(Exception):
+    """All that was asked for has been read; the rest of the forward pass is not needed."""
+
+
 def read_rows(encoder: "Encoder", batch: PackedBatch, blocks: Sequence[int]) -> Tensor:
-    """One forward pass -> the softmax rows (M, L, H) of the blocks, counted from 0, one sequence of the batch behind the other."""
+    """One forward pass, as far as it is needed -> the softmax rows (M, L, H) of the blocks, counted from 0, a sequence behind the other."""
     located = batch.locate(np.zeros_like(batch.lengths), batch.lengths)
     sequence = to_device(located[2], batch.ids.device)
     rows: dict[int, Tensor] = {}
@@ -53,8 +58,11 @@ def read_rows(encoder: "Encoder", batch: PackedBatch, blocks: Sequence[int]) -> 
         if layer in blocks:
             scores = attention.last_scores(query[attention.last_places], key, scale, window, *located)
             rows[layer] = softmax_rows(scores, sequence, len(batch.lengths))
+        if len(rows) == len(set(blocks)) and not encoder.sharded:  # where weights are sharded, all processes finish every pass
+            raise AllRead
 
-    encoder.forward(batch, [PoolingConfig("mean")], read)
+    with contextlib.suppress(AllRead):
+        encoder.forward(batch, [PoolingConfig("mean")], read)
     return torch.stack([rows[block] for block in blocks], 1)
 
 
