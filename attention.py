@@ -143,7 +143,9 @@ def read_corpus_texts(args: argparse.Namespace) -> list[str]:
         say(f"{args.limit:,} of {len(texts):,} texts are drawn at random")
         texts = [texts[i] for i in chosen]
     if len(texts) < MIN_TEXTS:
-        raise InputError(f"--data: {len(texts)} texts are too few for intervals, {MIN_TEXTS} are the least; --input shows single texts")
+        raise InputError(
+            f"--data {args.data}: {len(texts)} texts are too few for intervals, {MIN_TEXTS} are the least; --input shows single texts"
+        )
     return texts
 
 

@@ -4,10 +4,14 @@ from attention_analysis.stored import CATEGORIES, OF_TEXT
 
 
 def text_lines(about: dict) -> list[str]:
-    """The mean shares of the texts in the last layer, a pair of lines for each side: with BOS, and without. about: attention.json."""
+    """The mean shares of the texts in the last layer, for each side a line with BOS and, where there is one, a line without.
+
+    about    what attention.json holds
+    """
     lines, items = [], about["texts"]
+    has_bos = any("bos" in item["shares"] for item in items)
     for side in (side["name"] for side in about["sides"]):
-        for name, label in (("shares", side), ("shares_without_bos", "without BOS")):
+        for name, label in (("shares", side), ("shares_without_bos", "without BOS"))[: 1 + has_bos]:
             means = {c: sum(item[name].get(c, {}).get(side, 0) for item in items) / len(items) for c in CATEGORIES}
             means = {c: mean for c, mean in means.items() if any(c in item[name] for item in items)}
             text = sum(means.get(c, 0) for c in OF_TEXT)
@@ -20,10 +24,12 @@ def text_lines(about: dict) -> list[str]:
 def corpus_lines(about: dict) -> list[str]:
     """Shares of base and last side with their difference, in the last layer and in the mean of all, with BOS and without it."""
     sides = list(dict.fromkeys(row["side"] for row in about["shares"]))
+    has_bos = any(row["category"] == "bos" and row["mean"] > 0 for row in about["shares"])
+    whole = "all tokens" if has_bos else "all tokens, there is no BOS"
     lines = [f"shares of the last token's attention in %; {about['note']}"]
     for layer, where in ((about["layers"], f"last layer ({about['layers']})"), ("all", "mean over layers")):
-        for bos in (True, False):
-            lines += ["", f"{where}, {'all tokens' if bos else 'BOS left out, the rest renormalized'}"]
+        for bos in (True, False)[: 1 + has_bos]:
+            lines += ["", f"{where}, {whole if bos else 'BOS left out, the rest renormalized'}"]
             lines += block(about, [sides[0], *(sides[-1:] if len(sides) > 1 else [])], layer, bos)
     if len(sides) > 2:
         lines += ["", *curve(about, sides)]

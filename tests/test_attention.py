@@ -281,6 +281,14 @@ def test_one_run_has_intervals_over_texts_only(llama, tmp_path, corpus, capsys, 
     assert read_corpus(tmp_path / "out").by_layer.shape == (3, 20, 3, 7)
 
 
+def test_a_model_without_bos_has_no_second_table(models_dir, tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr("attention_analysis.pictures.draw_corpus", lambda _: 0)
+    run("--model", models_dir["qwen3"], "--data", corpus, "--out", tmp_path / "out")
+    run("--model", models_dir["qwen3"], "--text", "a cat", "--pictures", 0, "--out", tmp_path / "texts")
+    printed = capsys.readouterr().out
+    assert "last layer (3), all tokens, there is no BOS" in printed and "BOS left out" not in printed and "without BOS" not in printed
+
+
 def test_runs_that_cannot_be_compared_are_refused(llama, models_dir, tmp_path, corpus, monkeypatch):
     runs = two_runs(llama, tmp_path)
     other_prompt = make_run(llama, tmp_path / "none", prompt="none")
