@@ -144,7 +144,7 @@ def read_corpus_texts(args: argparse.Namespace) -> list[str]:
         texts = [texts[i] for i in chosen]
     if len(texts) < MIN_TEXTS:
         raise InputError(
-            f"--data {args.data}: {len(texts)} texts are too few for intervals, {MIN_TEXTS} are the least; --input shows single texts"
+            f"--data {args.data}: too few texts for intervals, {len(texts)} where {MIN_TEXTS} are the least; --input shows single texts"
         )
     return texts
 

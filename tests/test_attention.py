@@ -192,7 +192,7 @@ def test_bad_input(llama, tmp_path):
         (("--text", "a", "--data", empty), "take one of them"),
         (("--data", empty), "holds no text"),
         (("--data", tmp_path), "is a folder"),
-        (("--data", few, "--model", "tiny"), "2 texts are too few for intervals, 20 are the least"),
+        (("--data", few, "--model", "tiny"), "too few texts for intervals, 2 where 20 are the least"),
         (("--input", few, "--model", "tiny", "--function-words", "frequency"), "needs 100 texts or more, there are 2"),
         (("--data", few, "--model", "tiny", llama), "tiny: several models must be runs of one base"),
         (("--text", "a", "--dtype", "int4"), "unknown dtype"),
