@@ -87,13 +87,13 @@ def cut_lines(lines: list[list["Placed"]]) -> tuple[list[list["Placed"]], int]:
 
 def _shade(word: Word, weights: np.ndarray, tokens: list[dict], fonts: Fonts) -> Shaded:
     sums = weights[:, word.start : word.stop].sum(1).tolist()
-    category, drawn = tokens[word.stop - 1]["category"], fonts.drawable(word.text)
+    drawn = fonts.drawable(word.text)
     if len(drawn) > MOST_CHARACTERS:
         drawn = drawn[: MOST_CHARACTERS - 1] + "…"
     gap = word.gap if tokens[word.start]["part"] == "text" else word.gap[:1].replace("\n", " ")
     if word.start and tokens[word.start - 1]["category"] == "bos":
         gap = " "  # its weight stands between
-    return Shaded(drawn, gap, sums, category, _is_leftwards(word.text))
+    return Shaded(drawn, gap, sums, word.category, _is_leftwards(word.text))
 
 
 def _is_leftwards(text: str) -> bool:

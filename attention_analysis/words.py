@@ -14,6 +14,7 @@ class Word(NamedTuple):
     start: int  # its first token
     stop: int  # the token behind its last
     gap: str  # white space before it
+    category: str  # that of its first token with a letter or sign
     text: str  # without white space around; "⏎" and "␣" for white space that is a token of its own, "·" for a part of a character
 
 
@@ -33,7 +34,8 @@ def words_of(tokens: list[dict]) -> list[Word]:
         piece = "".join(token["piece"] for token in tokens[start:stop])
         text = piece.strip()
         lead = piece[: len(piece) - len(piece.lstrip())] if text else ""
-        words.append(Word(start, stop, space + lead, text or _sign(piece)))
+        seen = next((token for token in tokens[start:stop] if token["piece"].strip()), tokens[start])
+        words.append(Word(start, stop, space + lead, seen["category"], text or _sign(piece)))
         space = piece[len(piece.rstrip()) :] if text else piece * ("\n" in piece)
     return words
 
