@@ -91,6 +91,8 @@ def draw_differences(corpus: Corpus, title: str) -> "Figure":
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.62 * len(categories) + 1.9), sharex=True, sharey=True, layout="constrained")
     for axis, bos in zip(axes, (True, False), strict=True):
         for place, category in enumerate(categories):
+            if category not in corpus.categories(bos):
+                continue
             for offset, layer in ((-0.17, corpus.n_layers), (0.17, "all")):
                 if row := corpus.differences.get((layer, category, bos)):
                     _interval(axis, row, place + offset, category, filled=layer != "all")
@@ -128,6 +130,8 @@ def draw_differences_by_layer(corpus: Corpus, title: str) -> "Figure":
     layers = range(1, corpus.n_layers + 1)
     for axis, category in zip(axes.flat, categories, strict=False):
         for bos, line in ((True, "-"), (False, "--")):
+            if category not in corpus.categories(bos):
+                continue
             rows = [corpus.differences.get((layer, category, bos)) for layer in layers]
             at = [layer for layer, row in zip(layers, rows, strict=True) if row]
             mean, low, high = ([100 * row[name] for row in rows if row] for name in ("mean", "low", "high"))

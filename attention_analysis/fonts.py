@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from matplotlib.font_manager import FontEntry
 
 
+LONGEST = 24  # characters of a token on an axis
+
+
 class Fonts(NamedTuple):
     """families: the default and those that stand in for it; missing: characters that none of them has."""
 
@@ -20,7 +23,8 @@ class Fonts(NamedTuple):
 
     def label(self, piece: str) -> str:
         """A token on an axis; · is one that ends a character that another one began."""
-        return self.drawable(piece.strip()) or ("␣" if piece else "·")
+        drawn = self.drawable(piece.strip()) or ("␣" if piece else "·")
+        return drawn if len(drawn) <= LONGEST else drawn[: LONGEST - 1] + "…"
 
 
 def choose_fonts(text: str) -> Fonts:
