@@ -5,12 +5,13 @@
     python attention.py --model runs/mine --text "What swallows cards?" --role query      # under the prompt of queries
     python attention.py --model runs/mine --data texts.csv --limit 1000      # shares over a corpus, with intervals
     python attention.py --model runs/seed0 runs/seed1 runs/seed2 --data texts.csv         # over seeds of training as well
+    python attention.py --redraw attention/mine                              # pictures and page again, without the model
 
 Leaves behind, in --out (default attention/MODEL; of a corpus attention/MODEL-DATA), in formats that attention_analysis/stored.py describes:
 
     attention.json, attention.npz    of texts: every token's weight in every layer and head, on every side of the model
     shares.json, shares.npz          of a corpus: shares by category of token, layer and head, and their differences, with intervals
-    *.png, *.svg                     pictures of these numbers
+    *.png, *.svg, page.html          pictures of these numbers, and a page to look through them; --redraw FOLDER makes them again
 
 Weights are the softmax over all tokens of the sequence. Shares are printed twice: of all tokens, and with BOS left out and the rest
 renormalized, as much attention rests on BOS in models that were trained with it.
@@ -57,6 +58,7 @@ def add_input_arguments(add) -> None:
     add("--limit", type=positive_int, help="draw this many texts of --data at random (default: all)")
     add("--out", type=Path, help="a folder (default attention/MODEL, or attention/MODEL-DATA, beside attention.py)")
     add("--pictures", type=count, default=8, help="draw at most this many texts (default 8)")
+    add("--redraw", type=Path, metavar="FOLDER", help="draw the pictures and the page of a folder again, from its numbers alone")
 
 
 def add_reading_arguments(add) -> None:
@@ -157,7 +159,7 @@ def make_folder(out: Path) -> None:
 def show_texts(args: argparse.Namespace, model: str, out: Path, settings: dict) -> None:
     """Look at every text, store tokens and weights, then draw."""
     texts = collect_texts(args)
-    from attention_analysis.pictures import draw_texts
+    from attention_analysis.pictures import draw_folder
     from attention_analysis.printed import text_lines
     from attention_analysis.stored import write_texts
     from attention_analysis.texts import look
@@ -168,19 +170,19 @@ def show_texts(args: argparse.Namespace, model: str, out: Path, settings: dict) 
         warn(line)
     make_folder(out)
     write_texts(out, stored)
-    n_drawn = draw_texts(out, args.pictures)
+    made = draw_folder(out, args.pictures)
     about = stored.about
     say(f"model {about['model']}, fingerprint {about['sides'][-1]['fingerprint']}; last layer, {about['normalization']}; {about['how']}")
     for line in text_lines(about):
         say(line)
-    say(f"{out}: attention.json, attention.npz and pictures of {n_drawn} text{'s' * (n_drawn != 1)}")
+    say(f"{out}: attention.json, attention.npz, {made}")
 
 
 def measure_corpus(args: argparse.Namespace, models: list[str], out: Path, settings: dict) -> None:
     """Measure every side of every run on the corpus, store the shares, then draw."""
     texts = read_corpus_texts(args)
     sides, left_out = common_sides(models)
-    from attention_analysis.pictures import draw_corpus
+    from attention_analysis.pictures import draw_folder
     from attention_analysis.printed import corpus_lines
     from attention_analysis.shares import make_corpus, measure_sides
     from attention_analysis.stored import write_corpus
@@ -198,11 +200,24 @@ def measure_corpus(args: argparse.Namespace, models: list[str], out: Path, setti
     say(about["how"])
     for line in corpus_lines(about):
         say(line)
-    n_drawn = draw_corpus(out)
-    say(f"{out}: shares.json, shares.npz and {n_drawn} pictures")
+    made = draw_folder(out)
+    say(f"{out}: shares.json, shares.npz, {made}")
+
+
+def redraw(args: argparse.Namespace) -> None:
+    """Draw a folder again. Raises InputError for flags that have no say in that."""
+    unused = [name for name in ("model", "text", "input", "data", "column", "limit", "out") if getattr(args, name) is not None]
+    if unused:
+        raise InputError(f"--redraw draws what its folder holds: leave out {', '.join(f'--{name}' for name in unused)}")
+    from attention_analysis.pictures import draw_folder
+
+    say(f"{args.redraw}: {draw_folder(args.redraw, args.pictures)}")
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.redraw is not None:
+        redraw(args)
+        return
     models = args.model or [str(newest_run(ROOT / "runs") or "tiny")]
     out = args.out or default_out(models, args.data)
     check_flags(args, models, out)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attention_analysis.drawing import COLOURS, INTERVAL_NOTE, MARKERS, NAMES, SHORT, differences, shades, write_on
+from attention_analysis.drawing import COLOURS, MARKERS, NAMES, SHORT, differences, shades, write_on
 from attention_analysis.looking import Corpus
 from attention_analysis.text_pictures import head_grid, number_ticks
 
@@ -25,7 +25,7 @@ def draw_training(corpus: Corpus, title: str) -> "Figure":
     size = (max(9.5, 1.1 * len(corpus.sides) + 5), 7.6)
     figure, axes = plt.subplots(2, 2, figsize=size, sharex=True, squeeze=False, layout="constrained")
     for axis, (layer, bos) in zip(axes.flat, [(layer, bos) for layer in layers for bos in (True, False)], strict=True):
-        for category in corpus.categories(bos):
+        for category in corpus.kinds(bos):
             _curve(axis, corpus, layer, bos, category)
         axis.set_title(f"{corpus.layer_name(layer)}, {WITH_BOS[bos]}", fontsize=9, loc="left")
         axis.set_ylabel("share of the attention, %", fontsize=8)
@@ -35,7 +35,7 @@ def draw_training(corpus: Corpus, title: str) -> "Figure":
         turned = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"} if len(corpus.sides) > 6 else {}
         axis.set_xticks(range(len(corpus.sides)), corpus.sides, fontsize=8, **turned)
         axis.tick_params(axis="y", labelsize=8)
-    _head(figure, f"{title}\n{INTERVAL_NOTE}", corpus)
+    _head(figure, f"{title}\n{corpus.stored.about['note']}", corpus)
     return figure
 
 
@@ -87,11 +87,11 @@ def draw_differences(corpus: Corpus, title: str) -> "Figure":
     """The last side less the first, a line a category, in the last layer and as mean over layers, with intervals in figures."""
     import matplotlib.pyplot as plt
 
-    categories = corpus.categories(True)
+    categories = corpus.kinds(True)
     figure, axes = plt.subplots(1, 2, figsize=(12, 0.62 * len(categories) + 1.9), sharex=True, sharey=True, layout="constrained")
     for axis, bos in zip(axes, (True, False), strict=True):
         for place, category in enumerate(categories):
-            if category not in corpus.categories(bos):
+            if category not in corpus.kinds(bos):
                 continue
             for offset, layer in ((-0.17, corpus.n_layers), (0.17, "all")):
                 if row := corpus.differences.get((layer, category, bos)):
@@ -103,7 +103,7 @@ def draw_differences(corpus: Corpus, title: str) -> "Figure":
         axis.tick_params(axis="x", labelsize=8)
         axis.set_title(WITH_BOS[bos], fontsize=9, loc="left")
     first, last = corpus.ends
-    marks = f"●  {corpus.layer_name(corpus.n_layers)}   □  {corpus.layer_name('all')}; {INTERVAL_NOTE}"
+    marks = f"●  {corpus.layer_name(corpus.n_layers)}   □  {corpus.layer_name('all')}; {corpus.stored.about['note']}"
     figure.suptitle(f"{title}\n{last} less {first}: {marks}", fontsize=9, x=0.01, ha="left")
     return figure
 
@@ -122,7 +122,7 @@ def draw_differences_by_layer(corpus: Corpus, title: str) -> "Figure":
     """The last side less the first in every layer, a panel a category: with BOS filled, without dashed."""
     import matplotlib.pyplot as plt
 
-    categories = corpus.categories(True)
+    categories = corpus.kinds(True)
     n_columns = min(4, len(categories))
     n_rows = -(-len(categories) // n_columns)
     size = (3 * n_columns + 0.6, 2.2 * n_rows + 1.2)
@@ -130,7 +130,7 @@ def draw_differences_by_layer(corpus: Corpus, title: str) -> "Figure":
     layers = range(1, corpus.n_layers + 1)
     for axis, category in zip(axes.flat, categories, strict=False):
         for bos, line in ((True, "-"), (False, "--")):
-            if category not in corpus.categories(bos):
+            if category not in corpus.kinds(bos):
                 continue
             rows = [corpus.differences.get((layer, category, bos)) for layer in layers]
             at = [layer for layer, row in zip(layers, rows, strict=True) if row]
@@ -149,7 +149,9 @@ def draw_differences_by_layer(corpus: Corpus, title: str) -> "Figure":
     axes[0, 0].legend(fontsize=7.5, frameon=False)
     figure.supylabel("difference of the shares, points", fontsize=8)
     first, last = corpus.ends
-    figure.suptitle(f"{title}\n{last} less {first} in every layer, mean over heads; {INTERVAL_NOTE}", fontsize=9, x=0.01, ha="left")
+    figure.suptitle(
+        f"{title}\n{last} less {first} in every layer, mean over heads; {corpus.stored.about['note']}", fontsize=9, x=0.01, ha="left"
+    )
     return figure
 
 
@@ -165,6 +167,6 @@ def _head(figure: "Figure", title: str, corpus: Corpus) -> None:
     from matplotlib.lines import Line2D
 
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
-    categories = corpus.categories(True)
+    categories = corpus.kinds(True)
     handles = [Line2D([], [], color=COLOURS[category], marker=MARKERS[category], label=NAMES[category]) for category in categories]
     figure.legend(handles=handles, loc="outside lower left", ncols=len(handles), fontsize=8, frameon=False)

@@ -24,6 +24,7 @@ COLOURS = {
     "function": "#56b4e9",
     "punctuation": "#009e73",
     "eos": "#cc79a7",
+    "text": "#1b1f24",  # its own tokens, of all three categories
 }
 NAMES = {
     "bos": "BOS",
@@ -33,15 +34,15 @@ NAMES = {
     "function": "function words",
     "punctuation": "punctuation",
     "eos": "EOS",
+    "text": "text in all",
 }
 SHORT = NAMES | {"prefix": "prompt before", "suffix": "prompt behind", "content": "content", "function": "function"}
-MARKERS = {"bos": "o", "prefix": "v", "suffix": "^", "content": "s", "function": "D", "punctuation": "P", "eos": "X"}
-INTERVAL_NOTE = "intervals of 95 % over texts and seeds of training"
+MARKERS = {"bos": "o", "prefix": "v", "suffix": "^", "content": "s", "function": "D", "punctuation": "P", "eos": "X", "text": "*"}
 SHADES = ("#ffffff", "#8db8d8", "#0b4f8a")  # none to much
 DIFFERENCES = ("#a83f00", "#ffffff", "#00568a")  # less, as much, more
 FORMATS = ("png", "svg")
 DPI = 110
-assert tuple(COLOURS) == tuple(NAMES) == CATEGORIES
+assert tuple(COLOURS) == tuple(NAMES) == tuple(MARKERS) == (*CATEGORIES, "text")
 
 
 @contextmanager

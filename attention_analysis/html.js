@@ -7,7 +7,7 @@ const colourOf = (category) => data.categories[category].colour;
 const nameOf = (category) => data.categories[category].name;
 const scaleOf = (colours) => colours.map((colour, i) => [i / (colours.length - 1), colour]);
 const symbols = {
-  bos: "circle", prefix: "triangle-down", suffix: "triangle-up", content: "square", function: "diamond", punctuation: "cross", eos: "x",
+  bos: "circle", prefix: "triangle-down", suffix: "triangle-up", content: "square", function: "diamond", punctuation: "cross", eos: "x", text: "star",
 };
 const plain = { ...plotlyConfig, responsive: false };
 
@@ -288,15 +288,17 @@ function drawCurves() {
 function drawCorpusLayers() {
   const bos = String(!withoutBos());
   const side = data.sides.length > 1 ? chosen("side") : 0;
-  const columns = data.shown[bos].map((category) => data.categories[category].short);
+  const kept = data.shown[bos].map((category) => category !== "text");
+  const columns = data.shown[bos].filter((_, c) => kept[c]).map((category) => data.categories[category].short);
   const tables = [data.shares[bos][side].slice(1)];
   const names = [data.sides[side]];
   if (side) {
     tables.push(data.less[bos][side].slice(1));
     names.push(`${data.sides[side]} less ${data.sides[0]}`);
   }
-  const grids = tables.map((table) => table.map((row) => row.map((found) => found && found[0])));
-  const shown = tables.map((table, i) => table.map((row) => row.map((found) => (found ? interval(found, i ? "points" : "%") : ""))));
+  const own = tables.map((table) => table.map((row) => row.filter((_, c) => kept[c])));
+  const grids = own.map((table) => table.map((row) => row.map((found) => found && found[0])));
+  const shown = own.map((table, i) => table.map((row) => row.map((found) => (found ? interval(found, i ? "points" : "%") : ""))));
   return drawGrids("layers", grids, names, "", { columns, shown, signed: side ? 1 : -1 });
 }
 

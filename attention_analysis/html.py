@@ -35,7 +35,7 @@ def write_page(folder: Path) -> Path:
     title, body, data = texts_page(read_texts(folder)) if kind_of(folder) == TEXTS else corpus_page(corpus_of(read_corpus(folder)))
     here = Path(__file__)
     style, script = (here.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".css", ".js"))
-    names = {category: {"name": NAMES[category], "short": SHORT[category], "colour": colour} for category, colour in COLOURS.items()}
+    names = {name: {"name": NAMES[name], "short": SHORT[name], "colour": colour} for name, colour in COLOURS.items()}
     data |= {"categories": names, "shades": SHADES, "differences": DIFFERENCES}
     write_text(folder / NAME, page(title, f"<style>\n{style}</style>\n{body}", data, script))
     return folder / NAME
@@ -177,7 +177,7 @@ def corpus_page(corpus: Corpus) -> tuple[str, str, dict]:
         "kind": "corpus",
         "sides": [plain(side, 60) for side in corpus.sides],
         "layers": corpus.n_layers,
-        "shown": {name: corpus.categories(bos) for name, bos in BOTH.items()},
+        "shown": {name: corpus.kinds(bos) for name, bos in BOTH.items()},
         "heads": [corpus.heads(side, "content").round(5).tolist() for side in corpus.sides],
         "shares": {name: table(corpus, corpus.shares, bos) for name, bos in BOTH.items()},
         "less": {name: table(corpus, differences_of(corpus), bos) for name, bos in BOTH.items()},
@@ -188,7 +188,7 @@ def corpus_page(corpus: Corpus) -> tuple[str, str, dict]:
 def table(corpus: Corpus, rows: dict, bos: bool) -> list:
     """Mean and interval in percent by side, layer (first the mean over layers) and category; null where there is none."""
     layers = ["all", *range(1, corpus.n_layers + 1)]
-    return [[[cell(rows.get((side, at, name, bos))) for name in corpus.categories(bos)] for at in layers] for side in corpus.sides]
+    return [[[cell(rows.get((side, at, name, bos))) for name in corpus.kinds(bos)] for at in layers] for side in corpus.sides]
 
 
 def differences_of(corpus: Corpus) -> dict:

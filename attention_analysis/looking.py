@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from attention_analysis.drawing import present
-from attention_analysis.stored import StoredCorpus, StoredTexts, without_bos
+from attention_analysis.stored import OF_TEXT, StoredCorpus, StoredTexts, without_bos
 
 Shares = dict[str, dict[str, float]]  # category: side: share
 
@@ -82,6 +82,11 @@ class Corpus(NamedTuple):
         has = self.stored.by_layer.any((0, 1, 2))
         return present(name for name, there in zip(names, has, strict=True) if there and (bos or name != "bos"))
 
+    def kinds(self, bos: bool) -> list[str]:
+        """The categories, and "text" for all of the text's own tokens."""
+        own = (self.sides[0], self.n_layers, "text", bos) in self.shares
+        return [*self.categories(bos), *["text"] * own]
+
     def layer_name(self, layer: int | str) -> str:
         return "mean over layers" if layer == "all" else f"layer {layer}" + " (the last)" * (layer == self.n_layers)
 
@@ -102,16 +107,17 @@ class Corpus(NamedTuple):
         names = list(dict.fromkeys(model["run"] for model in models if model["run"] is not None))
         if len(names) < 2:
             return []
-        column = self.stored.about["categories"].index(category)
+        categories = self.stored.about["categories"]
+        columns = [categories.index(name) for name in (OF_TEXT if category == "text" else (category,))]
         curves = []
         for name in names:
             rows = {model["side"]: i for i, model in enumerate(models) if model["run"] in (None, name)}
             at = [i for i, side in enumerate(self.sides) if side in rows]
             values = self.stored.by_layer[[rows[self.sides[i]] for i in at]]  # (sides, N, L, C)
             if not bos:
-                values = without_bos(values, self.stored.about["categories"])
+                values = without_bos(values, categories)
             values = values.mean(2) if layer == "all" else values[:, :, layer - 1]
-            curves.append((at, (100 * values[..., column].mean(1)).tolist()))
+            curves.append((at, (100 * values[..., columns].sum(2).mean(1)).tolist()))
         return curves
 
 

@@ -13,12 +13,26 @@ from pathlib import Path
 from attention_analysis import corpus_pictures
 from attention_analysis.drawing import save, style
 from attention_analysis.fonts import choose_fonts, warn_of_missing
+from attention_analysis.html import write_page
 from attention_analysis.looking import corpus_of, ends, spread, text_of
-from attention_analysis.stored import StoredTexts, read_corpus, read_texts
+from attention_analysis.stored import TEXTS, StoredTexts, kind_of, read_corpus, read_texts
 from attention_analysis.text_pictures import draw_bars, draw_heads, draw_layers, draw_training
 from attention_analysis.word_pictures import draw_words
 
 MOST_SIDES = 5  # panels of the picture of training
+
+
+def draw_folder(folder: Path, most: int = 8) -> str:
+    """All pictures, of at most so many texts, and the page -> what was made, in words.
+
+    Raises InputError where the folder has no numbers, or they are damaged.
+    """
+    if kind_of(folder) == TEXTS:
+        n = draw_texts(folder, most)
+        made = f"pictures of {n} text{'s' * (n != 1)}"
+    else:
+        made = f"{draw_corpus(folder)} pictures"
+    return f"{made} and {write_page(folder).name}"
 
 
 def draw_texts(folder: Path, most: int = 8) -> int:

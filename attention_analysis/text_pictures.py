@@ -11,12 +11,12 @@ import numpy as np
 from attention_analysis.drawing import COLOURS, NAMES, differences, legend_of, percent, present, shades, write_on
 from attention_analysis.fonts import Fonts
 from attention_analysis.looking import Text
+from attention_analysis.stored import OF_TEXT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 PER_ROW, MOST_PANELS = 60, 16  # tokens of a row of bars, panels of a picture
-WORDS = ("content", "function", "punctuation")  # what tokens of the text itself are
 MOST_COLUMNS = 120  # tokens of a heat map
 
 
@@ -59,7 +59,7 @@ def draw_training(text: Text, title: str, fonts: Fonts) -> "Figure":
     titles = []
     for side in text.sides:
         bos = shares.get("bos", {}).get(side)
-        own = sum(by_side[side] for category, by_side in rest.items() if category in WORDS)
+        own = sum(by_side[side] for category, by_side in rest.items() if category in OF_TEXT)
         content = rest["content"][side] if "content" in rest else 0
         beside = "" if bos is None else f" BOS, not drawn, has {percent(bos)};"
         titles.append(f"{side}:{beside} of the rest the text has {percent(own)}, its content words {percent(content)}")
@@ -180,7 +180,7 @@ def draw_heads(text: Text, title: str, fonts: Fonts) -> "Figure":
     categories = np.array(text.categories)
     chosen, of = categories == "content", NAMES["content"]
     if not chosen.any():
-        chosen, of = np.isin(categories, WORDS), "text"
+        chosen, of = np.isin(categories, OF_TEXT), "text"
     grids = text.weights[:, chosen].sum(1)  # (S, L, H)
     return head_grid(
         grids, [fonts.drawable(side) for side in text.sides], f"{title}\nshare of the {of} in the attention of each head, in %"

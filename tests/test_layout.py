@@ -37,6 +37,7 @@ LAYERS = [
     {"attention_analysis.drawing"},
     {"attention_analysis.looking"},
     {"attention_analysis.text_pictures", "attention_analysis.word_pictures", "attention_analysis.corpus_pictures"},
+    {"attention_analysis.html"},
     {"attention_analysis.pictures"},
     {"attention_analysis.categories", "attention_analysis.sides", "attention_analysis.intervals", "attention_analysis.printed"},
     {"attention_analysis.shares", "attention_analysis.texts"},
