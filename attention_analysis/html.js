@@ -11,10 +11,7 @@ const symbols = {
 };
 const plain = { ...plotlyConfig, responsive: false };
 
-function percent(share) {
-  const value = 100 * share;
-  return `${value.toFixed(value >= 9.95 ? 1 : 2)} %`;
-}
+const percent = (share) => `${(100 * share).toFixed(2)} %`;
 
 function element(name, text = "", kind = "") {
   const made = document.createElement(name);
