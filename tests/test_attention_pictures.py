@@ -1,6 +1,9 @@
 """Pictures of attention, from made-up numbers."""
 
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,6 +11,7 @@ import pytest
 from attention_folders import SIDES, described, hostile, long_text, make_corpus, make_texts, sentence
 from matplotlib import font_manager
 
+import attention
 from attention_analysis import pictures
 from attention_analysis.corpus_pictures import draw_differences, draw_layers, draw_training
 from attention_analysis.drawing import COLOURS, percent, style
@@ -21,6 +25,7 @@ from attention_analysis.words import words_of
 from files.console import InputError
 
 FONTS = Fonts(["DejaVu Sans"], set())
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -195,7 +200,7 @@ def test_percent():
 # --------------------------------------------------------------------------------------------------------------- folders
 
 
-def test_texts_of_any_kind_are_drawn_without_a_box_and_again_with_the_same_bytes(tmp_path, capsys):
+def test_texts_of_any_kind_are_drawn_without_a_box_and_again_with_the_same_bytes(tmp_path, capsys, monkeypatch):
     make_texts(tmp_path / "out", [hostile()])
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)  # a glyph that is missing, a layout that collapses
@@ -206,9 +211,10 @@ def test_texts_of_any_kind_are_drawn_without_a_box_and_again_with_the_same_bytes
     files = {path.name: path for path in (tmp_path / "out").iterdir() if path.name.startswith("text")}
     assert sorted(files) == sorted(names)
     assert all(path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml") for path in files.values())
-    before = files["text-001.svg"].read_bytes(), files["text-001-layers.png"].read_bytes()
-    pictures.draw_texts(tmp_path / "out", 8)
-    assert before == (files["text-001.svg"].read_bytes(), files["text-001-layers.png"].read_bytes())
+    before, drawn = files["text-001.svg"].read_bytes(), pictures.kinds
+    monkeypatch.setattr(pictures, "kinds", lambda sides: {"": drawn(sides)[""]})
+    pictures.draw_texts(tmp_path / "out")
+    assert files["text-001.svg"].read_bytes() == before
 
 
 def test_as_many_texts_are_drawn_as_wanted(tmp_path):
@@ -268,3 +274,40 @@ def test_a_damaged_folder_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"attention\.npz is damaged"):
         pictures.draw_texts(tmp_path / "out")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["attention.json", "attention.npz"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- redraw
+
+
+def run(*flags) -> None:
+    attention.main(attention.build_parser().parse_args([str(flag) for flag in flags]))
+
+
+def test_redraw_makes_pictures_and_page_again(tmp_path, capsys):
+    make_texts(tmp_path / "out", [sentence()] * 2, ("base",), n_layers=1, n_heads=1)
+    run("--redraw", tmp_path / "out", "--pictures", 1)
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: pictures of 1 text and page.html\n"
+    assert {"text-001.png", "text-001.svg", "page.html"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+def test_redraw_refuses_what_it_cannot_draw(tmp_path):
+    for flags, message in (
+        (("--redraw", tmp_path), "holds neither attention.json nor shares.json: name a folder that attention.py wrote"),
+        (("--redraw", tmp_path / "nothing"), "holds neither"),
+        (("--redraw", tmp_path, "--model", "tiny", "--out", "a"), "--redraw draws what its folder holds: leave out --model, --out"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*flags)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_redraw_needs_no_model(tmp_path):
+    make_texts(tmp_path / "texts", [sentence()])
+    make_corpus(tmp_path / "corpus")
+    program = "import sys; sys.modules.update(torch=None, transformers=None, peft=None); import attention; "
+    program += "attention.main(attention.build_parser().parse_args(sys.argv[1:]))"
+    for name in ("texts", "corpus"):
+        command = [sys.executable, "-c", program, "--redraw", str(tmp_path / name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+        assert done.returncode == 0 and done.stdout.endswith("and page.html\n"), done.stderr
