@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attention_analysis.drawing import COLOURS, MARKERS, NAMES, SHORT, differences, shades, write_on
+from attention_analysis.drawing import COLOURS, INK, MARKERS, MUTED, NAMES, SHORT, differences, shades, write_on
 from attention_analysis.looking import Corpus
 from attention_analysis.text_pictures import head_grid, number_ticks
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WITH_BOS = {True: "all tokens", False: "without BOS"}
+LINES = {True: "-", False: "--"}
 
 
 def draw_training(corpus: Corpus, title: str) -> "Figure":
@@ -96,7 +97,7 @@ def draw_differences(corpus: Corpus, title: str) -> "Figure":
             for offset, layer in ((-0.17, corpus.n_layers), (0.17, "all")):
                 if row := corpus.differences.get((layer, category, bos)):
                     _interval(axis, row, place + offset, category, filled=layer != "all")
-        axis.axvline(0, color="#57606a", linewidth=0.8)
+        axis.axvline(0, color=MUTED, linewidth=0.8)
         axis.set_ylim(len(categories) - 0.5, -0.5)
         axis.set_yticks(range(len(categories)), [NAMES[category] for category in categories], fontsize=8)
         axis.set_xlabel("difference of the shares, points", fontsize=8)
@@ -119,8 +120,9 @@ def _interval(axis, row: dict, y: float, category: str, *, filled: bool) -> None
 
 
 def draw_differences_by_layer(corpus: Corpus, title: str) -> "Figure":
-    """The last side less the first in every layer, a panel a category: with BOS filled, without dashed."""
+    """The last side less the first in every layer, a panel a category: a line with BOS, a dashed one without."""
     import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
 
     categories = corpus.kinds(True)
     n_columns = min(4, len(categories))
@@ -129,16 +131,16 @@ def draw_differences_by_layer(corpus: Corpus, title: str) -> "Figure":
     figure, axes = plt.subplots(n_rows, n_columns, figsize=size, sharey=True, squeeze=False, layout="constrained")
     layers = range(1, corpus.n_layers + 1)
     for axis, category in zip(axes.flat, categories, strict=False):
-        for bos, line in ((True, "-"), (False, "--")):
+        for bos, line in LINES.items():
             if category not in corpus.kinds(bos):
                 continue
             rows = [corpus.differences.get((layer, category, bos)) for layer in layers]
             at = [layer for layer, row in zip(layers, rows, strict=True) if row]
             mean, low, high = ([100 * row[name] for row in rows if row] for name in ("mean", "low", "high"))
-            colour = COLOURS[category] if bos else "#1b1f24"
+            colour = COLOURS[category] if bos else MUTED if category == "text" else INK
             axis.fill_between(at, low, high, color=colour, alpha=0.2, linewidth=0)
-            axis.plot(at, mean, line, color=colour, marker=".", label=WITH_BOS[bos])
-        axis.axhline(0, color="#57606a", linewidth=0.8)
+            axis.plot(at, mean, line, color=colour, marker=".")
+        axis.axhline(0, color=MUTED, linewidth=0.8)
         axis.set_title(NAMES[category], fontsize=9, loc="left")
         axis.set_xlabel("layer", fontsize=8)
         axis.set_xlim(0.6, corpus.n_layers + 0.4)
@@ -146,7 +148,8 @@ def draw_differences_by_layer(corpus: Corpus, title: str) -> "Figure":
         axis.tick_params(labelsize=8)
     for axis in axes.flat[len(categories) :]:
         axis.axis("off")
-    axes[0, 0].legend(fontsize=7.5, frameon=False)
+    handles = [Line2D([], [], color=INK, linestyle=line, marker=".", label=WITH_BOS[bos]) for bos, line in LINES.items()]
+    figure.legend(handles=handles, loc="outside lower left", ncols=2, fontsize=8, frameon=False)
     figure.supylabel("difference of the shares, points", fontsize=8)
     first, last = corpus.ends
     figure.suptitle(

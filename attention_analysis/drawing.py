@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.colors import Colormap
     from matplotlib.figure import Figure
 
+INK, MUTED = "#1b1f24", "#57606a"
 # Okabe and Ito's colours, told apart by all
 COLOURS = {
     "bos": "#999999",
@@ -24,7 +25,7 @@ COLOURS = {
     "function": "#56b4e9",
     "punctuation": "#009e73",
     "eos": "#cc79a7",
-    "text": "#1b1f24",  # its own tokens, of all three categories
+    "text": INK,  # its own tokens, of all three categories
 }
 NAMES = {
     "bos": "BOS",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from attention_analysis.drawing import COLOURS, legend_of, percent, present, shades
+from attention_analysis.drawing import COLOURS, MUTED, legend_of, percent, present, shades
 from attention_analysis.fonts import Fonts
 from attention_analysis.looking import Text
 from attention_analysis.words import Word, words_of
@@ -69,7 +69,7 @@ def draw_words(text: Text, title: str, fonts: Fonts) -> "Figure":
     for number, line in enumerate(lines):
         for side, name in enumerate(text.sides):
             y = number * (n_sides * LINE + BETWEEN) + side * LINE
-            area.text(-8, y + LINE / 2, fonts.drawable(name), ha="right", va="center_baseline", fontsize=7.5, color="#57606a")
+            area.text(-8, y + LINE / 2, fonts.drawable(name), ha="right", va="center_baseline", fontsize=7.5, color=MUTED)
             for placed in line:
                 _draw_word(area, placed, side, y, norm)
     return figure
@@ -157,7 +157,7 @@ def _draw_word(area, placed: Placed, side: int, y: float, norm) -> None:
     from matplotlib.patches import Rectangle
 
     word, weight = placed.word, placed.word.weights[side]
-    ink = "#57606a"
+    ink = MUTED
     if word.category:
         ink = "white" if norm(weight) > 0.62 else "black"
         area.add_patch(Rectangle((placed.x, y + 1.5), placed.width, LINE - 3.5, facecolor=shades()(norm(weight)), edgecolor="none"))
@@ -177,12 +177,12 @@ def _draw_shares(figure: "Figure", text: Text, top: float, height: float) -> Non
     for column, shares in enumerate(both):
         left = MARGIN + column * (WIDTH / 2 + 8)
         axis = figure.add_axes((left / wide, top - tall / height, (WIDTH / 2 - 8) / wide, tall / height))
-        axis.set_title(("share of the attention", "without BOS")[column], loc="left", fontsize=8, pad=1.5, color="#57606a")
+        axis.set_title(("share of the attention", "without BOS")[column], loc="left", fontsize=8, pad=1.5, color=MUTED)
         axis.set(xlim=(0, 1), ylim=(len(text.sides) - 0.5, -0.5))
         axis.axis("off")
         for row, side in enumerate(text.sides):
             if not column:
-                axis.text(-0.012, row, side, ha="right", va="center", fontsize=8, color="#57606a")
+                axis.text(-0.012, row, side, ha="right", va="center", fontsize=8, color=MUTED)
             start = 0.0
             for category in categories:
                 share = shares.get(category, {}).get(side, 0)
@@ -203,4 +203,4 @@ def _draw_scale(figure: "Figure", norm, y: float, height: float) -> None:
     axis.set_yticks([])
     axis.tick_params(length=2, pad=1.5)
     line = "weight of a word in the last layer; the line below a word is its category"
-    figure.text((MARGIN + 194) / wide, y + 12.5 / height, line, fontsize=8, va="center", color="#57606a")
+    figure.text((MARGIN + 194) / wide, y + 12.5 / height, line, fontsize=8, va="center", color=MUTED)
