@@ -61,7 +61,7 @@ def draw_layers(corpus: Corpus, title: str) -> "Figure":
 
     first, last = corpus.ends
     names = [first] if first == last else [first, last, f"{last} less {first}"]
-    wide, tall = 0.5 * len(corpus.categories(True)) + 1.4, max(1.5, min(0.28 * corpus.n_layers, 7))
+    wide, tall = 0.5 * len(corpus.categories(True)) + 1.4, max(1.5, min(0.28 * corpus.n_layers, 9))
     size = (max(6, len(names) * wide), 2 * tall + 3)
     figure, axes = plt.subplots(2, len(names), figsize=size, squeeze=False, layout="constrained")
     for line, bos in zip(axes, (True, False), strict=True):
@@ -79,7 +79,7 @@ def draw_layers(corpus: Corpus, title: str) -> "Figure":
             axis.set_ylabel("layer", fontsize=8)
             axis.set_xticks(range(len(categories)), [SHORT[category] for category in categories], rotation=45, ha="right", fontsize=8)
             number_ticks(axis.yaxis, corpus.n_layers)
-            write_on(axis, values, colours, norm)
+            write_on(axis, values, colours, norm, most=1000)
     figure.suptitle(f"{title}\nmean share of the attention in each layer, in %", fontsize=9, x=0.01, ha="left")
     return figure
 

@@ -91,6 +91,11 @@ def percent(share: float, digits: int | None = None) -> str:
     return signless(f"{value:.{digits}f}") + " %"
 
 
+def tick(share: float, _: int | None = None) -> str:
+    """A share beside a scale, exact: 2.5 %."""
+    return signless(f"{100 * share:.3g}") + " %"
+
+
 def signless(number: str) -> str:
     """A number with a true minus sign, and none before a zero."""
     return number.lstrip("-") if not number.strip("-0.") else number.replace("-", "\N{MINUS SIGN}")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attention_analysis.drawing import COLOURS, NAMES, differences, legend_of, percent, present, shades, write_on
+from attention_analysis.drawing import COLOURS, NAMES, differences, legend_of, percent, present, shades, tick, write_on
 from attention_analysis.fonts import Fonts
 from attention_analysis.looking import Text
 from attention_analysis.stored import OF_TEXT
@@ -136,14 +136,9 @@ def draw_layers(text: Text, title: str, fonts: Fonts) -> "Figure":
         axis.set_ylabel("layer", fontsize=8)
         number_ticks(axis.yaxis, n_layers)
         axis.set_xticks([])
-        bar = figure.colorbar(
-            image,
-            ax=axis,
-            pad=0.01,
-            aspect=12,
-            format=lambda value, _: percent(value),
-            extend="max" if values.max(initial=0) > norm.vmax else "neither",
-        )
+        beyond = values.min(initial=0) < norm.vmin, values.max(initial=0) > norm.vmax
+        ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
+        bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=12, format=tick, extend=ends[beyond])
         bar.ax.tick_params(labelsize=7)
     labels = [fonts.label(token["piece"]) for token in text.tokens]
     axes[-1, 0].set_xticks(range(n_tokens), labels, rotation=90, fontsize=7)
@@ -209,7 +204,7 @@ def head_grid(grids: np.ndarray, names: list[str], title: str) -> "Figure":
         number_ticks(axis.xaxis, n_heads)
         number_ticks(axis.yaxis, n_layers)
         write_on(axis, values, colours, norm)
-        bar = figure.colorbar(image, ax=axis, pad=0.02, format=lambda value, _: percent(value, 0))
+        bar = figure.colorbar(image, ax=axis, pad=0.02, format=tick)
         bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     return figure
