@@ -153,7 +153,7 @@ def section(name: str, heading: str, text: str) -> str:
 def settings(about: dict) -> str:
     """Prompt, role, normalization and how words were told apart."""
     prompt = f"prompt {plain(about.get('prompt', ''), 100)}, {about.get('role', '')}"
-    parts = [prompt, about.get("normalization"), f"words: {about['how']}" if about.get("how") else "", about.get("note")]
+    parts = [prompt, about.get("normalization"), about.get("how"), about.get("note")]
     return "; ".join(filter(None, parts))
 
 
