@@ -24,6 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from encoder import lora
+from encoder.attention_masks import AttentionMask
 from encoder.base_models import PACKED_TYPES, find_blocks
 from encoder.checks import check_padded, refuse_non_finite
 from encoder.contract import (
@@ -103,6 +104,7 @@ class Encoder:
         self.sharded = False  # FSDP: every process must run as many forward passes as the others
         self.packed = model.config.model_type in PACKED_TYPES
         self.share_prefix, self.trim_last_layer, self.attention_implementation = True, True, "auto"
+        self.attention_mask: AttentionMask | None = None  # only in what `hiding` of attention_masks.py returns
         self.memory_limit = sys.maxsize  # tokens of a batch beyond which memory has run out
         self.notes = [] if self.packed else [f"{model.config.model_type} models are not packed: texts are padded, which is slower"]
         self._forward_lock = threading.RLock()  # hooks and the adapter's switch belong to the model, not to a call
@@ -383,6 +385,7 @@ class Encoder:
             trimmed_layer=last_layer if trim else None,
             implementation=self.attention_implementation,
             read=read,
+            hidden=self.attention_mask and self.attention_mask.of(batch),
         )
         if not len(batch.ids):  # sequences without a token
             empty = torch.zeros(0, self.decoder.config.hidden_size, device=self.device)

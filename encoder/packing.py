@@ -171,6 +171,8 @@ class PackedAttention:
     scored_layers    the layers whose keys, and whose queries of each sequence's last token, are kept for `scores`
     trimmed_layer    the layer that computes each sequence's last token only, see `trim_hook`
     read             is shown queries and keys of every layer before they are used; for passes without a trimmed layer
+    hidden           in some layers (from 0) the tokens that a sequence's last token does not see: bool (B, longest) by position in
+                     the sequence, see `encoder/attention_masks.py`
     """
 
     def __init__(
@@ -181,9 +183,10 @@ class PackedAttention:
         trimmed_layer: int | None = None,
         implementation: str = "auto",
         read: ReadLayer | None = None,
+        hidden: dict[int, Tensor] | None = None,
     ):
         self.batch, self.causal, self.scored_layers, self.trimmed_layer = batch, causal, scored_layers, trimmed_layer
-        self.implementation, self.read = implementation, read
+        self.implementation, self.read, self.hidden = implementation, read, hidden or {}
         self.prefix_length, self.device = batch.prefix_length, batch.ids.device
         rests = np.diff(batch.starts)
         self.shape = len(rests), int(rests.max(initial=0))  # B, L
@@ -209,7 +212,7 @@ class PackedAttention:
             scored = query[self.last_places], key, scale, window
             if not self.released:  # gradient checkpointing comes here again, and must do the same
                 self.scored[layer] = scored
-        if layer == self.trimmed_layer:
+        if trimmed := layer == self.trimmed_layer:
             if self.trimmed_keys is None:
                 self.trimmed_keys = key, value
                 raise KeysReady
@@ -218,7 +221,11 @@ class PackedAttention:
         if implementation == "auto":
             implementation = "varlen" if varlen_supports(query) and not dropout else "stacked"
         attend = self.varlen if implementation == "varlen" else self.stacked
-        return attend(query, key, value, scale, window, dropout, layer == self.trimmed_layer)
+        out = attend(query, key, value, scale, window, dropout, trimmed)
+        if layer not in self.hidden:
+            return out
+        last = self.stacked(query if trimmed else query[self.last_places], key, value, scale, window, dropout, True, self.hidden[layer])
+        return last if trimmed else out.index_copy(0, self.last_places, last)
 
     def _on_device(self, array: np.ndarray) -> Tensor:
         return to_device(array, self.device)
@@ -311,7 +318,17 @@ class PackedAttention:
             self._masks[window, trimmed] = visible[:, None]
         return self._masks[window, trimmed]
 
-    def stacked(self, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int | None, dropout: float, trimmed: bool) -> Tensor:
+    def stacked(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: float,
+        window: int | None,
+        dropout: float,
+        trimmed: bool,
+        hidden: Tensor | None = None,
+    ) -> Tensor:
         prefix, (rows, width) = self.prefix_length, self.shape
 
         def stack(x):  # (T, H, d) -> (B, L, H, d)
@@ -328,6 +345,7 @@ class PackedAttention:
 
         visible = self._visible(window, trimmed)
         if trimmed:
+            visible = visible if hidden is None else visible & ~hidden[:, None, None]
             return attend(query[:, None], with_prefix(key), with_prefix(value), visible, False)[:, 0]
         out = attend(stack(query), with_prefix(key), with_prefix(value), visible, self.causal and visible is None).flatten(0, 1)
         out = out if self.equal_lengths else out.index_select(0, self._stacked_layout[1])
