@@ -1,0 +1,121 @@
+"""What a vector loses where its last token may not attend to some of the tokens: the difference in V-measure on labelled texts.
+
+A share of attention says where the last token looks; whether that matters shows only when it is kept from looking there. A category of
+tokens (BOS, the prompt's prefix or suffix, content words, function words, punctuation) is hidden from it in some layers, all texts are
+embedded and clustered again, and the scores are compared on the same texts (`evaluation/differences.py`).
+
+Hiding any tokens may hurt, since the model was not trained so. As a control as many tokens are hidden, drawn at random from all of the
+text's sequence but BOS and the last token: BOS draws much of the attention and would make the control another intervention. The difference
+between a category and its control says whether it matters that it was these tokens.
+"""
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from attention_analysis.stored import CATEGORIES
+from encoder.attention_masks import Hides, hiding
+from evaluation.differences import Difference, aligned, difference, show
+from evaluation.evidence import Evidence, of_clustering
+from files.console import InputError
+
+if TYPE_CHECKING:
+    from encoder import Encoder
+
+HIDEABLE = CATEGORIES[:-1]  # EOS is the last token
+CONTROL_SEED = 0
+
+
+class Cost(NamedTuple):
+    """What hiding a category of tokens costs one model on one labelled set. Scores are in 0..1."""
+
+    category: str
+    n_hidden: float  # tokens hidden of a text, mean
+    less_all: Difference  # vectors with the category hidden, less those with nothing hidden
+    control: Difference  # as many random tokens hidden, less nothing hidden
+    less_control: Difference  # the category hidden, less as many random tokens
+
+
+def hidden_tokens(categories: Sequence[str], category: str, rng: np.random.Generator | None = None) -> np.ndarray:
+    """Which of a sequence's tokens (n,) are hidden: those of a category, or with `rng` as many others at random. Never the last."""
+    of_category = np.array([name == category for name in categories], bool)
+    of_category[-1:] = False
+    if rng is None:
+        return of_category
+    others = [i for i, name in enumerate(categories[:-1]) if name != "bos"]
+    chosen = np.zeros(len(categories), bool)
+    chosen[rng.permutation(others)[: of_category.sum()].astype(int)] = True
+    return chosen
+
+
+def hides(
+    encoder: "Encoder", texts: list[str], categories: list[list[str]], category: str, *, control: bool = False
+) -> tuple[Hides, float]:
+    """What `hiding` is to hide of these texts, and how many tokens of a text that are, mean.
+
+    categories    of every token of every text's sequence, as `Encoder.tokenize` has it
+    control       as many tokens at random; the same for every model, as the draw depends on the number of the text alone
+    """
+    tokenized, by_sequence, total = encoder.tokenize(texts), {}, 0
+    for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
+        rng = np.random.default_rng([CONTROL_SEED, CATEGORIES.index(category), i]) if control else None
+        chosen = by_sequence.setdefault((tuple(ids), tuple(span)), hidden_tokens(categories[i], category, rng))
+        total += int(chosen.sum())
+    return lambda ids, span: by_sequence[tuple(ids), span], total / max(1, len(texts))
+
+
+def check_intervention(encoder: "Encoder", names: Iterable[str]) -> None:
+    """Raise InputError for a category that cannot be hidden, and for a model whose vector is not read at the last token."""
+    for name in names:
+        if name not in HIDEABLE:
+            raise InputError(f"--mask {name}: take one or more of {', '.join(HIDEABLE)}")
+    if encoder.contract.pooling not in ("last", "last+mean"):
+        pooling = encoder.contract.pooling
+        raise InputError(f"--mask hides tokens from the last token, but pooling {pooling} reads others as well: take one of pooling last")
+
+
+def costs(
+    encoder: "Encoder",
+    texts: list[str],
+    labels: Sequence,
+    categories: list[list[str]],
+    names: Iterable[str],
+    layers: Iterable[int] | None = None,
+    whole: Evidence | None = None,
+) -> list[Cost]:
+    """What hiding each category costs on N labelled texts, in V-measure.
+
+    categories    of every token of every text, see `hides`
+    layers        in which the tokens are hidden, from 0 (default: all)
+    whole         evidence of the vectors with nothing hidden, where it was made before (`evidence_of`)
+    """
+    check_intervention(encoder, names := list(names))
+    whole = whole or evidence_of(encoder, texts, labels)
+    found = []
+    for name in names:
+        hide, n_hidden = hides(encoder, texts, categories, name)
+        hide_others, _ = hides(encoder, texts, categories, name, control=True)
+        without, random = (evidence_of(hiding(encoder, some, layers), texts, labels) for some in (hide, hide_others))
+        found.append(Cost(name, n_hidden, difference(without, whole), difference(random, whole), difference(without, random)))
+    return found
+
+
+def evidence_of(encoder: "Encoder", texts: list[str], labels: Sequence) -> Evidence:
+    """The clustering scores of a model's vectors, with what their differences' intervals need."""
+    return of_clustering(encoder.encode(texts), np.asarray(labels), rows=f"{len(texts)} texts", most=len(texts))
+
+
+def lines(title: str, found: list[Cost]) -> list[str]:
+    """The table of one model and one set: V-measure x 100, 95 % intervals on the same texts."""
+    head = [title, "tokens a text", "less nothing hidden", "as many at random", "less as many at random"]
+    rows = [[cost.category, f"{cost.n_hidden:.1f}", *(show(d) for d in (cost.less_all, cost.control, cost.less_control))] for cost in found]
+    return aligned([head, *rows])
+
+
+def as_json(found: list[Cost]) -> list[dict]:
+    def of(d: Difference) -> dict:
+        return {"difference": d.value, "interval": [d.low, d.high], "sd_rows": d.rows, "sd_algorithm": d.algorithm, "verdict": d.verdict}
+
+    fields = ("less_all", "control", "less_control")
+    return [{"category": c.category, "n_hidden": c.n_hidden} | {name: of(getattr(c, name)) for name in fields} for c in found]
