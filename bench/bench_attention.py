@@ -1,0 +1,287 @@
+"""What looking at attention costs, and what the last token's attention has to do with the quality of vectors.
+
+    python bench/bench_attention.py memory                       # a text of 32,768 tokens: peak memory beside the plain forward pass
+    python bench/bench_attention.py time                         # 10,000 short texts: all layers and heads beside encoding
+    python bench/bench_attention.py experiment --runs runs/*-last --data labelled/*.jsonl.gz --out attention.jsonl
+    python bench/bench_attention.py table --out attention.jsonl  # the tables of bench/README.md, from what there is
+
+memory      a random Llama of four layers with long positions; every way of looking in a fresh process, alternating with others. Peak
+            resident memory, and what of it came after the model was loaded
+time        texts of the bundled tasks; rounds of encoding (pooling last) and reading alternate, the ratio is the median of the rounds'
+experiment  runs of train.py --pooling last --keep-adapters N, of one base, several seeds and prompts. For every side of every run (base,
+            kept adapters, final adapter) and labelled set: the categories' shares in the last token's attention, and V-measure. For
+            bases and final adapters also what hiding each category costs (attention_analysis/interventions.py). A line of --out each; a
+            call that is repeated goes on where it was interrupted
+table       shares and V-measure by side, interventions, and how content's share goes with V-measure (attention_analysis/effects.py)
+
+The first --limit rows of a fixed shuffle of each set are taken. Ends with a JSON line (memory, time).
+"""
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+HERE = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(HERE))
+
+from attention_analysis.sides import Side, load_sides, seed_of, sides_of
+from encoder.contract import Contract
+from files.console import Progress
+from files.reading import read_rows
+from files.writing import append_line, write_atomic
+from prompts import prompt_label
+
+if TYPE_CHECKING:
+    from encoder import Encoder
+
+HIDDEN = ("bos", "prefix", "suffix", "content", "function")
+WAYS = ("encode", "attention", "received", "rollout", "gradient")
+LONG = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+# ----------------------------------------------------------------------------------------------------------- memory and time
+
+
+def long_model(folder: Path, n_tokens: int) -> None:
+    """A random Llama with room for a text of `n_tokens` tokens, and the bundled tokenizer."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "models" / "tiny")
+    config = LlamaConfig(**LONG, vocab_size=len(tokenizer), max_position_embeddings=n_tokens + 64, bos_token_id=0, eos_token_id=1)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def look_once(way: str, folder: str, n_tokens: int) -> None:
+    """In a fresh process: one text of `n_tokens` tokens, one way of looking. Prints peak memory as JSON, in MiB."""
+    from encoder import Encoder
+    from training.monitoring import peak_memory
+
+    encoder = Encoder.load(folder, prompt="none", pooling="last", max_tokens=n_tokens)
+    text = "the cat sat on the mat and looked at the dog " * (n_tokens // 8)
+    encoder.encode(["a"])
+    loaded, began = peak_memory(encoder.device), time.perf_counter()
+    if way == "encode":
+        encoder.encode([text])
+    elif way == "attention":
+        encoder.last_token_attention([text], layers=range(1, len(encoder.blocks) + 1))
+    else:
+        from attention_analysis.gradients import gradient_times_input
+        from attention_analysis.received import received_attention
+        from attention_analysis.rollout import attention_rollout
+
+        {"received": received_attention, "rollout": attention_rollout, "gradient": gradient_times_input}[way](encoder, [text])
+    seconds = time.perf_counter() - began
+    print(json.dumps({"way": way, "loaded": loaded, "peak": peak_memory(encoder.device), "seconds": round(seconds, 1)}))
+
+
+def memory(args: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        long_model(Path(folder), args.tokens)
+        rows = []
+        for way in args.ways:
+            command = [sys.executable, __file__, "memory", "--worker", way, folder, "--tokens", str(args.tokens)]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            print(rows[-1], flush=True)
+    plain = next((row for row in rows if row["way"] == "encode"), rows[0])
+    print("| one text, in a fresh process | seconds | peak GiB | of encoding's | above the loaded model GiB | of encoding's |")
+    print("|---|---|---|---|---|---|")
+    for row in rows:
+        above, of_plain = row["peak"] - row["loaded"], plain["peak"] - plain["loaded"]
+        cells = (row["way"], row["seconds"], row["peak"], f"{row['peak'] / plain['peak']:.2f}", f"{above:.2f}", f"{above / of_plain:.2f}")
+        print(f"| {' | '.join(map(str, cells))} |")
+    print(json.dumps({"tokens": args.tokens, "shape": LONG, "rows": rows} | conditions()))
+
+
+def short_texts(n: int) -> list[str]:
+    """Texts of the bundled tasks, over and over."""
+    texts = []
+    for path in sorted((HERE / "tasks").glob("*.jsonl.gz")):
+        with gzip.open(path, "rt", encoding="utf-8") as f:
+            texts += [json.loads(line)["text"] for line in f]
+    return [texts[i % len(texts)] for i in range(n)]
+
+
+def speed(args: argparse.Namespace) -> None:
+    from encoder import Encoder
+    from encoder.token_attention import attention_rows
+
+    encoder, texts = Encoder.load(args.model, prompt="cluster", pooling="last"), short_texts(args.texts)
+
+    def encode() -> None:
+        encoder.encode(texts)
+
+    def read() -> None:
+        for batch in attention_rows(encoder, texts):
+            batch.weights.cpu()
+
+    times: dict[str, list[float]] = {"encode": [], "read": []}
+    for number in range(args.rounds + 1):  # the first warms up
+        for name, call in (("encode", encode), ("read", read))[:: 1 if number % 2 else -1]:
+            began = time.perf_counter()
+            call()
+            if number:
+                times[name].append(time.perf_counter() - began)
+    ratios = [read / encode for encode, read in zip(times["encode"], times["read"], strict=True)]
+    row = {"texts": args.texts, "model": args.model} | {name: [round(s, 1) for s in seconds] for name, seconds in times.items()}
+    print(json.dumps(row | {"ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios]} | conditions()))
+
+
+def conditions() -> dict:
+    return {"date": str(date.today()), "machine": platform.machine(), "cores": os.cpu_count()} | {
+        name: version(name) for name in ("torch", "transformers")
+    }
+
+
+# ------------------------------------------------------------------------------------------------------------ the experiment
+
+
+class Job(NamedTuple):
+    """A line of --out: one side of one run on one labelled set, its shares and score, or what hiding tokens costs it."""
+
+    what: str  # "shares" or "costs"
+    data: Path
+    side: Side
+    prompt: str  # of the run, or of the run whose base it is
+    seed: int | None
+
+    @property
+    def key(self) -> dict:
+        run = None if self.side.run is None else Path(self.side.run).name
+        return {"what": self.what, "set": set_name(self.data), "prompt": self.prompt, "run": run, "side": self.side.name}
+
+
+def set_name(path: Path) -> str:
+    return path.name.split(".")[0]
+
+
+def jobs(runs: list[str], files: list[Path], steps: list[int] | None) -> list[Job]:
+    """All lines, the ones that matter most first: bases and final adapters, then seed by seed what hiding costs, and kept adapters."""
+    found, bases = [], set()
+    for run in runs:
+        prompt, seed = prompt_label(Contract.read(run).prompts), seed_of(run)
+        for side in sides_of(run):
+            if side.run is None and prompt in bases:
+                continue
+            bases.add(prompt)
+            kept = side.name not in ("base", "adapter")
+            if kept and steps and side.step not in steps:
+                continue
+            for path in files:
+                found.append(((1 if kept else 0, seed, side.step), Job("shares", path, side, prompt, seed)))
+                if not kept:
+                    found.append(((1, -1 if side.run is None else seed, 0), Job("costs", path, side, prompt, seed)))
+    return [job for _, job in sorted(found, key=lambda pair: (pair[0][0], pair[0][1], pair[1].what, pair[0][2] or 0))]
+
+
+def labelled(path: Path, limit: int) -> tuple[list[str], list[str]]:
+    """Texts and labels of the first `limit` rows of a fixed shuffle."""
+    rows = [row for _, row in read_rows(path)]
+    random.Random(0).shuffle(rows)
+    return [row["text"] for row in rows[:limit]], [str(row["label"]) for row in rows[:limit]]
+
+
+def shares_of(encoder: "Encoder", texts: list[str], labels: list[str], path: Path) -> dict:
+    """Mean shares in the last layer and V-measure; the shares of every text and layer are left in an .npz file."""
+    import numpy as np
+
+    from attention_analysis.categories import categorize
+    from attention_analysis.shares import measure
+    from attention_analysis.stored import CATEGORIES, without_bos
+    from encoder import EncodingReport
+    from evaluation.evidence import SEEDS, cluster, clustering_scores
+
+    categories = categorize(encoder.tokenizer.backend_tokenizer, texts)
+    by_layer, _ = measure(encoder, texts, categories, "document", EncodingReport(), Progress(0, "", "text", disable=True))
+    write_atomic(path, lambda temporary: np.savez(open(temporary, "wb"), by_layer=by_layer))
+    vectors, codes = encoder.encode(texts), np.unique(labels, return_inverse=True)[1]
+    once = np.ones((len(codes), 1), np.int64)
+    scores = [clustering_scores(codes, cluster(vectors, codes, seed), once)[:, 0] for seed in range(SEEDS)]
+    named = {
+        name: dict(zip(CATEGORIES, values.astype(float).round(5).tolist(), strict=True))
+        for name, values in (("shares", by_layer[:, -1].mean(0)), ("without_bos", without_bos(by_layer)[:, -1].mean(0)))
+    }
+    v_measure, ami = np.mean(scores, 0).tolist()
+    return named | {"v_measure": v_measure, "ami": ami, "how": categories.how, "fingerprint": encoder.fingerprint}
+
+
+def costs_of(encoder: "Encoder", texts: list[str], labels: list[str]) -> dict:
+    from attention_analysis.categories import categorize
+    from attention_analysis.interventions import as_json, costs
+    from attention_analysis.stored import CATEGORIES
+
+    categories, tokenized = categorize(encoder.tokenizer.backend_tokenizer, texts), encoder.tokenize(texts)
+    names = []
+    for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
+        numbers = categories.of_sequence(i, encoder.prompt_tokenizer.parts(len(ids), span))
+        names.append([CATEGORIES[number] for number in numbers])
+    found = costs(encoder, texts, labels, names, HIDDEN)
+    return {"costs": as_json(found), "fingerprint": encoder.fingerprint}
+
+
+def experiment(args: argparse.Namespace) -> None:
+    done = [{name: row[name] for name in ("what", "set", "prompt", "run", "side")} for row in read_lines(args.out)]
+    todo = [job for job in jobs(args.runs, args.data, args.kept) if job.key not in done and job.what in args.what]
+    arrays = args.out.with_suffix(".shares")
+    arrays.mkdir(parents=True, exist_ok=True)
+    for number, job in enumerate(todo, 1):
+        began = time.perf_counter()
+        ((side, encoder),) = load_sides([job.side], dtype=args.dtype)
+        texts, labels = labelled(job.data, args.limit)
+        path = arrays / f"{'-'.join(str(value) for value in list(job.key.values())[1:])}.npz".replace(" ", "-")
+        result = shares_of(encoder, texts, labels, path) if job.what == "shares" else costs_of(encoder, texts, labels)
+        row = job.key | {"seed": job.seed, "step": side.step, "n_texts": len(texts)} | result
+        append_line(args.out, json.dumps(row | {"seconds": round(time.perf_counter() - began), "date": str(date.today())}))
+        print(f"{number} of {len(todo)}: {job.key}, {time.perf_counter() - began:.0f} s", flush=True)
+
+
+def read_lines(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(required=True)
+    add = commands.add_parser("memory").add_argument
+    add("--tokens", type=int, default=32768, help="of the text (default 32768)")
+    add("--ways", nargs="+", choices=WAYS, default=WAYS, help="ways of looking (default: all)")
+    add("--worker", nargs=2, metavar=("WAY", "FOLDER"), help=argparse.SUPPRESS)
+    timing = commands.add_parser("time").add_argument
+    timing("--model", default="tiny", help="a model (default tiny)")
+    timing("--texts", type=int, default=10_000, help="how many (default 10000)")
+    timing("--rounds", type=int, default=3, help="how often (default 3)")
+    trial = commands.add_parser("experiment").add_argument
+    trial("--runs", nargs="+", required=True, help="folders of runs")
+    trial("--data", type=Path, nargs="+", required=True, help="files with the fields text and label")
+    trial("--limit", type=int, default=1000, help="texts of each file (default 1000)")
+    trial("--what", nargs="+", choices=("shares", "costs"), default=("shares", "costs"), help="default: both")
+    trial("--dtype", default="auto", help="of the model (default auto: bfloat16 where it is fast)")
+    trial("--kept", type=int, nargs="+", help="steps whose kept adapters are looked at (default: all)")
+    trial("--out", type=Path, required=True, help="a JSONL file, appended to")
+    args = parser.parse_args()
+    if hasattr(args, "runs"):
+        experiment(args)
+    elif hasattr(args, "worker"):
+        look_once(*args.worker, args.tokens) if args.worker else memory(args)
+    else:
+        speed(args)
+
+
+if __name__ == "__main__":
+    main()
