@@ -6,6 +6,7 @@
     python attention.py --model runs/mine --data texts.csv --limit 1000      # shares over a corpus, with intervals
     python attention.py --model runs/seed0 runs/seed1 runs/seed2 --data texts.csv         # over seeds of training as well
     python attention.py --redraw attention/mine                              # pictures and page again, without the model
+    python attention.py --model runs/mine --data labelled.csv --v-measure --mask prefix content    # does it matter? (columns text,label)
 
 Leaves behind, in --out (default attention/MODEL; of a corpus attention/MODEL-DATA), in formats that attention_analysis/stored.py describes:
 
@@ -26,10 +27,11 @@ import numpy as np
 
 from attention_analysis.categories import WAYS
 from attention_analysis.sides import check_runs, common_sides, sides_of
+from attention_analysis.stored import ALSO, HIDEABLE
 from encoder.names import DTYPES, PACKED_TYPES, PRESETS, base_of, check_dtype, check_prompts, find_base, is_run, newest_run
 from files.arguments import count, positive_int
 from files.console import InputError, run_script, say, warn
-from files.reading import STDIN, read_texts
+from files.reading import STDIN, as_label, as_text, column_names, read_column, read_rows, read_texts
 from files.writing import check_absent
 from prompts import PROMPTS, ROLES
 
@@ -41,6 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add_input_arguments(parser.add_argument_group("model and texts").add_argument)
     add_reading_arguments(parser.add_argument_group("how they are read").add_argument)
+    add_label_arguments(parser.add_argument_group("whether it matters, of --data with labels").add_argument)
     return parser
 
 
@@ -70,10 +73,23 @@ def add_reading_arguments(add) -> None:
         choices=WAYS,
         help="by a list of English stop words, or by their frequency in these texts (default: the list where the texts are English)",
     )
+    add("--also", nargs="+", choices=ALSO, default=[], help="second opinions on single texts, beside the attention (default: none)")
     add("--dtype", help=f"auto, {', '.join(DTYPES)} (default float32 on a CPU, bfloat16 elsewhere)")
     add("--device", help="cpu, cuda or cuda:N (default cuda where there is one, else cpu)")
     add("--override-contract", action="store_true", help="let --prompt contradict a run's contract (default: never)")
     add("--trust-remote-code", action="store_true", help="run code that comes with a hub model (default: never)")
+
+
+def add_label_arguments(add) -> None:
+    add("--v-measure", action="store_true", help="cluster the vectors of every side; how does content words' share go with it?")
+    add(
+        "--mask",
+        nargs="+",
+        choices=HIDEABLE,
+        metavar="CATEGORY",
+        help=f"what does it cost to hide these tokens from the last token, of base and final adapters: {', '.join(HIDEABLE)}",
+    )
+    add("--mask-layers", nargs=2, type=positive_int, metavar=("FIRST", "LAST"), help="hide them in these layers (default: all)")
 
 
 # ---------------------------------------------------------------------------------------- checks before anything is loaded
@@ -94,6 +110,12 @@ def check_flags(args: argparse.Namespace, models: list[str], out: Path) -> None:
         raise InputError(f"--model names {len(models)} models: a text is shown for one, several are for --data")
     if args.data is None and args.limit is not None:
         raise InputError("--limit draws from the texts of --data: leave it out")
+    if args.data is None and (args.mask or args.v_measure):
+        raise InputError("--mask and --v-measure need labelled texts: give --data, a file with columns text,label")
+    if args.data is not None and args.also:
+        raise InputError("--also shows single texts: give --text or --input in place of --data")
+    if args.mask_layers and not (args.mask and args.mask_layers[0] <= args.mask_layers[1]):
+        raise InputError("--mask-layers takes the first and the last layer in which --mask hides tokens")
     for model in models:
         check_prompts(model, args.prompt, args.query_prompt, override_contract=args.override_contract)
     check_absent(out)
@@ -135,20 +157,36 @@ def collect_texts(args: argparse.Namespace) -> list[str]:
     return texts
 
 
-def read_corpus_texts(args: argparse.Namespace) -> list[str]:
-    """The texts of --data, or --limit of them, drawn at random and left in order."""
-    rows, summary = read_texts(args.data, args.column)
-    say(summary)
-    texts = [text for _, text in rows]
+def read_corpus(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """The texts of --data, or --limit of them, drawn at random and left in order, and their labels, if those are needed."""
+    labels = []
+    if args.mask or args.v_measure:
+        texts, labels = read_labelled(args.data, args.column)
+    else:
+        rows, summary = read_texts(args.data, args.column)
+        say(summary)
+        texts = [text for _, text in rows]
     if args.limit is not None and args.limit < len(texts):
         chosen = np.sort(np.random.default_rng(0).choice(len(texts), args.limit, replace=False))
         say(f"{args.limit:,} of {len(texts):,} texts are drawn at random")
-        texts = [texts[i] for i in chosen]
+        texts, labels = [texts[i] for i in chosen], [labels[i] for i in chosen if labels]
     if len(texts) < MIN_TEXTS:
         raise InputError(
             f"--data {args.data}: too few texts for intervals, {len(texts)} where {MIN_TEXTS} are the least; --input shows single texts"
         )
-    return texts
+    if labels and not 1 < len(set(labels)) < len(labels):
+        raise InputError(
+            f"--data {args.data}: V-measure needs two labels or more, and fewer than texts; {len(labels)} texts have {len(set(labels))}"
+        )
+    return texts, labels
+
+
+def read_labelled(path: Path, column: str | None) -> tuple[list[str], list[str]]:
+    """All texts and labels of a file. Raises InputError with the place for a row that lacks one of them."""
+    rows, text = list(read_rows(path)), column or "text"
+    if not {text, "label"} <= set(columns := column_names(rows)):
+        raise InputError(f"--data {path}: --mask and --v-measure need columns {text},label, it has {', '.join(columns)[:200]}")
+    return read_column(rows, text, as_text), read_column(rows, "label", as_label)
 
 
 def make_folder(out: Path) -> None:
@@ -159,12 +197,13 @@ def make_folder(out: Path) -> None:
 def show_texts(args: argparse.Namespace, model: str, out: Path, settings: dict) -> None:
     """Look at every text, store tokens and weights, then draw."""
     texts = collect_texts(args)
+    from attention_analysis.opinions import opinion_lines
     from attention_analysis.pictures import draw_folder
     from attention_analysis.printed import text_lines
     from attention_analysis.stored import write_texts
     from attention_analysis.texts import look
 
-    stored, warnings = look(sides_of(model), texts, args.function_words, args.role, settings)
+    stored, warnings = look(sides_of(model), texts, args.function_words, args.role, settings, args.also)
     stored = stored._replace(about={"model": Path(model).resolve().name} | stored.about)
     for line in warnings:
         warn(line)
@@ -173,24 +212,27 @@ def show_texts(args: argparse.Namespace, model: str, out: Path, settings: dict) 
     made = draw_folder(out, args.pictures)
     about = stored.about
     say(f"model {about['model']}, fingerprint {about['sides'][-1]['fingerprint']}; last layer, {about['normalization']}; {about['how']}")
-    for line in text_lines(about):
+    for line in [*text_lines(about), *opinion_lines(about, stored.starts, stored.also)]:
         say(line)
     say(f"{out}: attention.json, attention.npz, {made}")
 
 
 def measure_corpus(args: argparse.Namespace, models: list[str], out: Path, settings: dict) -> None:
     """Measure every side of every run on the corpus, store the shares, then draw."""
-    texts = read_corpus_texts(args)
+    texts, labels = read_corpus(args)
     sides, left_out = common_sides(models)
     from attention_analysis.pictures import draw_folder
     from attention_analysis.printed import corpus_lines
     from attention_analysis.shares import make_corpus, measure_sides
     from attention_analysis.stored import write_corpus
+    from attention_analysis.worth import costs_of_sides, lines_of_worth, scores_of_sides
 
     if left_out:
         warn(f"not all runs have {', '.join(left_out)}: left out")
+    masked = costs_of_sides(sides, texts, labels, args.mask, args.mask_layers, args.function_words, args.role, settings)
     about, by_layer, by_head, warnings = measure_sides(sides, texts, args.function_words, args.role, settings)
-    stored = make_corpus({"data": args.data.name} | about, by_layer, by_head)
+    scored = scores_of_sides(sides, texts, labels, about["models"], by_layer, args.role, settings) if args.v_measure else {}
+    stored = make_corpus({"data": args.data.name} | about | masked | scored, by_layer, by_head)
     for line in warnings:
         warn(line)
     make_folder(out)
@@ -198,7 +240,7 @@ def measure_corpus(args: argparse.Namespace, models: list[str], out: Path, setti
     about = stored.about
     say(f"{about['n_texts']:,} texts of {about['data']}, prompt {about['prompt']}, {about['role']}; {about['normalization']}")
     say(about["how"])
-    for line in corpus_lines(about):
+    for line in [*corpus_lines(about), *lines_of_worth(about)]:
         say(line)
     made = draw_folder(out)
     say(f"{out}: shares.json, shares.npz, {made}")

@@ -7,13 +7,18 @@ the larger share the higher V-measure?
 
 Sides of one run are not independent of each other: intervals come from redrawing runs, never sides.
 
-Legend: R runs, P sides of a run, in the order of training.
+Legend: R runs, P sides of a run, in the order of training, M models (sides of all runs, the base once), N texts, L layers, C categories.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from attention_analysis.stored import CATEGORIES, without_bos
+
+if TYPE_CHECKING:
+    from encoder import Encoder
 
 REDRAWS = 2000
 MIN_SIDES, MIN_RUNS = 3, 3  # sides of a run that make a correlation, runs that make an interval
@@ -36,6 +41,57 @@ class RunSides(NamedTuple):
     scores: np.ndarray  # (P,) V-measure
 
 
+def v_measure(encoder: "Encoder", texts: list[str], labels: Sequence[str], role: str = "document") -> tuple[float, float]:
+    """V-measure and AMI in 0..1 of k-means on the texts' vectors, mean over the seeds of evaluation/evidence.py."""
+    from evaluation.evidence import SEEDS, cluster, clustering_scores
+
+    vectors, codes = encoder.encode(texts, role), np.unique(labels, return_inverse=True)[1]
+    once = np.ones((len(codes), 1), np.int64)
+    return tuple(np.mean([clustering_scores(codes, cluster(vectors, codes, seed), once)[:, 0] for seed in range(SEEDS)], 0).tolist())
+
+
+def sides_of_runs(models: Sequence[dict], shares: np.ndarray, scores: np.ndarray) -> list[RunSides]:
+    """Each run's sides with the base before them. models: as in shares.json; shares and scores (M,)."""
+    base = [i for i, model in enumerate(models) if model["run"] is None]
+    out = []
+    for run in dict.fromkeys(model["run"] for model in models if model["run"] is not None):
+        members = [*base, *(i for i, model in enumerate(models) if model["run"] == run)]
+        steps = np.array([np.nan if models[i]["step"] is None else models[i]["step"] for i in members], float)
+        out.append(RunSides(steps, shares[members], scores[members]))
+    return out
+
+
+def content_effects(models: Sequence[dict], by_layer: np.ndarray, scores: np.ndarray) -> list[dict]:
+    """How content words' share in the last layer goes with the scores (M,), with and without BOS. by_layer (M, N, L, C)."""
+    content, rows = CATEGORIES.index("content"), []
+    for bos in (True, False):
+        shares = (by_layer if bos else without_bos(by_layer))[:, :, -1, content].mean(1, dtype=np.float64)
+        runs = sides_of_runs(models, shares, scores)
+        of = {"within": within_runs(runs), "within_given_step": within_runs(runs, given_step=True), "between": between_runs([runs])}
+        rows.append({"category": "content", "bos": bos} | {name: as_json(effect) for name, effect in of.items()})
+    return rows
+
+
+def as_json(effect: Effect) -> dict:
+    """NaN, which JSON has not, as None."""
+    return {name: None if np.isnan(value) else value for name, value in effect._asdict().items()}
+
+
+def lines(rows: list[dict]) -> list[str]:
+    """What `content_effects` returned, in words."""
+    names = {
+        "within": "within runs, over their sides",
+        "within_given_step": "within runs, with the step held constant",
+        "between": "between runs, over final adapters",
+    }
+    text = ["Spearman correlation of content words' share in the last layer with V-measure (95 % interval over runs)"]
+    for row in rows:
+        for name, label in names.items():
+            effect = Effect(*(np.nan if value is None else value for value in row[name].values()))
+            text.append(f"  {label}, {'all tokens' if row['bos'] else 'BOS left out'}: {show(effect)}")
+    return text
+
+
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation, ties at their mean rank; NaN where one of both does not vary."""
     from scipy.stats import rankdata
@@ -44,7 +100,9 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def partial_spearman(a: Sequence[float], b: Sequence[float], given: Sequence[float]) -> float:
-    """Rank correlation of a and b with `given` held constant; NaN where nothing is left that varies."""
+    """Rank correlation of a and b with `given` held constant; NaN where that is not known, or nothing is left that varies."""
+    if np.isnan(given).any():
+        return np.nan
     ab, ac, bc = spearman(a, b), spearman(a, given), spearman(b, given)
     left = (1 - ac**2) * (1 - bc**2)
     return float((ab - ac * bc) / np.sqrt(left)) if left > 1e-9 else np.nan
@@ -99,4 +157,4 @@ def show(effect: Effect) -> str:
     if np.isnan(effect.value):
         return "cannot be told"
     interval = "no interval" if np.isnan(effect.low) else f"{effect.low:+.2f} to {effect.high:+.2f}"
-    return f"{effect.value:+.2f} ({interval}; {effect.n_runs} run{"s" * (effect.n_runs != 1)})"
+    return f"{effect.value:+.2f} ({interval}; {effect.n_runs} run{'s' * (effect.n_runs != 1)})"

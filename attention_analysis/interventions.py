@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from attention_analysis.stored import CATEGORIES
+from attention_analysis.categories import Categories
+from attention_analysis.stored import CATEGORIES, HIDEABLE
 from encoder.attention_masks import Hides, hiding
 from evaluation.differences import Difference, aligned, difference, show
 from evaluation.evidence import Evidence, of_clustering
@@ -23,7 +24,6 @@ from files.console import InputError
 if TYPE_CHECKING:
     from encoder import Encoder
 
-HIDEABLE = CATEGORIES[:-1]  # EOS is the last token
 CONTROL_SEED = 0
 
 
@@ -50,19 +50,26 @@ def hidden_tokens(categories: Sequence[str], category: str, rng: np.random.Gener
 
 
 def hides(
-    encoder: "Encoder", texts: list[str], categories: list[list[str]], category: str, *, control: bool = False
+    encoder: "Encoder", texts: list[str], categories: list[list[str]], category: str, role: str = "document", *, control: bool = False
 ) -> tuple[Hides, float]:
     """What `hiding` is to hide of these texts, and how many tokens of a text that are, mean.
 
     categories    of every token of every text's sequence, as `Encoder.tokenize` has it
     control       as many tokens at random; the same for every model, as the draw depends on the number of the text alone
     """
-    tokenized, by_sequence, total = encoder.tokenize(texts), {}, 0
+    tokenized, by_sequence, total = encoder.tokenize(texts, role), {}, 0
     for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
         rng = np.random.default_rng([CONTROL_SEED, CATEGORIES.index(category), i]) if control else None
         chosen = by_sequence.setdefault((tuple(ids), tuple(span)), hidden_tokens(categories[i], category, rng))
         total += int(chosen.sum())
     return lambda ids, span: by_sequence[tuple(ids), span], total / max(1, len(texts))
+
+
+def names_of_tokens(encoder: "Encoder", texts: list[str], categories: Categories, role: str = "document") -> list[list[str]]:
+    """The category of every token of every text in its prompt, by name."""
+    tokenized = encoder.tokenize(texts, role)
+    parts = (encoder.prompt_tokenizer.parts(len(ids), span) for ids, span in zip(tokenized.ids, tokenized.spans, strict=True))
+    return [[CATEGORIES[number] for number in categories.of_sequence(i, of_text)] for i, of_text in enumerate(parts)]
 
 
 def check_intervention(encoder: "Encoder", names: Iterable[str]) -> None:
@@ -82,28 +89,26 @@ def costs(
     categories: list[list[str]],
     names: Iterable[str],
     layers: Iterable[int] | None = None,
-    whole: Evidence | None = None,
+    role: str = "document",
 ) -> list[Cost]:
     """What hiding each category costs on N labelled texts, in V-measure.
 
     categories    of every token of every text, see `hides`
     layers        in which the tokens are hidden, from 0 (default: all)
-    whole         evidence of the vectors with nothing hidden, where it was made before (`evidence_of`)
     """
     check_intervention(encoder, names := list(names))
-    whole = whole or evidence_of(encoder, texts, labels)
-    found = []
+    whole, found = evidence_of(encoder, texts, labels, role), []
     for name in names:
-        hide, n_hidden = hides(encoder, texts, categories, name)
-        hide_others, _ = hides(encoder, texts, categories, name, control=True)
-        without, random = (evidence_of(hiding(encoder, some, layers), texts, labels) for some in (hide, hide_others))
+        hide, n_hidden = hides(encoder, texts, categories, name, role)
+        hide_others, _ = hides(encoder, texts, categories, name, role, control=True)
+        without, random = (evidence_of(hiding(encoder, some, layers), texts, labels, role) for some in (hide, hide_others))
         found.append(Cost(name, n_hidden, difference(without, whole), difference(random, whole), difference(without, random)))
     return found
 
 
-def evidence_of(encoder: "Encoder", texts: list[str], labels: Sequence) -> Evidence:
+def evidence_of(encoder: "Encoder", texts: list[str], labels: Sequence, role: str = "document") -> Evidence:
     """The clustering scores of a model's vectors, with what their differences' intervals need."""
-    return of_clustering(encoder.encode(texts), np.asarray(labels), rows=f"{len(texts)} texts", most=len(texts))
+    return of_clustering(encoder.encode(texts, role), np.asarray(labels), rows=f"{len(texts)} texts", most=len(texts))
 
 
 def lines(title: str, found: list[Cost]) -> list[str]:
@@ -113,9 +118,20 @@ def lines(title: str, found: list[Cost]) -> list[str]:
     return aligned([head, *rows])
 
 
+FIELDS = ("less_all", "control", "less_control")
+
+
 def as_json(found: list[Cost]) -> list[dict]:
     def of(d: Difference) -> dict:
         return {"difference": d.value, "interval": [d.low, d.high], "sd_rows": d.rows, "sd_algorithm": d.algorithm, "verdict": d.verdict}
 
-    fields = ("less_all", "control", "less_control")
-    return [{"category": c.category, "n_hidden": c.n_hidden} | {name: of(getattr(c, name)) for name in fields} for c in found]
+    return [{"category": c.category, "n_hidden": c.n_hidden} | {name: of(getattr(c, name)) for name in FIELDS} for c in found]
+
+
+def from_json(found: list[dict]) -> list[Cost]:
+    """What `as_json` was given."""
+
+    def of(d: dict) -> Difference:
+        return Difference(d["difference"], *d["interval"], d["sd_rows"], d["sd_algorithm"])
+
+    return [Cost(c["category"], c["n_hidden"], *(of(c[name]) for name in FIELDS)) for c in found]

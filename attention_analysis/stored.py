@@ -10,7 +10,9 @@ texts (`--text`, `--input`)
                                 "tokens": [{"piece", "part", "category", "base": weight, "adapter": weight}]}]}
                     weights in "tokens" are those of the last layer, mean over heads; "adapter" only where there is one
     attention.npz   starts int64 (N+1,), where in the T tokens of all texts each text begins;
-                    weights float32 (S, T, L, H) of every side, token, layer and head; a text's weights sum to 1
+                    weights float32 (S, T, L, H) of every side, token, layer and head; a text's weights sum to 1;
+                    with --also "received" float32 (S, T, L, H), "rollout" and "gradient" float32 (S, T), which "also" in
+                    attention.json names and explains, see ALSO
 
 corpus (`--data`)
 
@@ -40,6 +42,13 @@ from files.writing import write_atomic, write_json
 # what a token may be; "prefix" and "suffix" are the prompt before and behind the text, a token of the text is one of the next three
 CATEGORIES = ("bos", "prefix", "suffix", "content", "function", "punctuation", "eos")
 OF_TEXT = ("content", "function", "punctuation")
+HIDEABLE = CATEGORIES[:-1]  # from the last token, which EOS is
+# second opinions on single texts, named as what they are
+ALSO = {
+    "received": "attention received, the mean over all queries, for mean pooling (last layer, mean over heads)",
+    "rollout": "attention rollout (Abnar and Zuidema 2020), product over layers of 0.5 A + 0.5 I, heads averaged",
+    "gradient": "gradient x input of the cosine to the vector of an empty text under the same prompt (absolute values)",
+}
 TEXTS, CORPUS = "attention", "shares"  # names of the files, without .json and .npz
 INTERVAL = 0.95
 
@@ -48,6 +57,7 @@ class StoredTexts(NamedTuple):
     about: dict  # what attention.json holds
     starts: np.ndarray  # (N+1,) int64
     weights: np.ndarray  # (S, T, L, H) float32
+    also: dict[str, np.ndarray] | None = None  # second opinions by name, (S, T, L, H) or (S, T) float32
 
 
 class StoredCorpus(NamedTuple):
@@ -58,7 +68,8 @@ class StoredCorpus(NamedTuple):
 
 def write_texts(folder: Path, stored: StoredTexts) -> None:
     """Write attention.npz and attention.json into an existing folder, each complete or not at all."""
-    _write(folder, TEXTS, stored.about, starts=stored.starts.astype(np.int64), weights=stored.weights.astype(np.float32))
+    arrays = {name: values.astype(np.float32) for name, values in (stored.also or {}).items()}
+    _write(folder, TEXTS, stored.about, starts=stored.starts.astype(np.int64), weights=stored.weights.astype(np.float32), **arrays)
 
 
 def write_corpus(folder: Path, stored: StoredCorpus) -> None:

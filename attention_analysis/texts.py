@@ -1,10 +1,13 @@
 """Single texts: what the last token attends to, token by token, in every layer and head of every side."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from attention_analysis.categories import categorize
+from attention_analysis.opinions import second_opinions
 from attention_analysis.sides import Side, load_sides
-from attention_analysis.stored import CATEGORIES, StoredTexts, without_bos
+from attention_analysis.stored import ALSO, CATEGORIES, StoredTexts, without_bos
 from files.console import InputError
 from prompts import prompt_label
 
@@ -13,16 +16,19 @@ MOST_NUMBERS = 2**29  # that are kept of all texts: 2 GiB
 IN_JSON = ("base", "adapter")  # the sides whose weights of the last layer are beside each token; all are in the .npz
 
 
-def look(sides: list[Side], texts: list[str], way: str | None, role: str, settings: dict) -> tuple[StoredTexts, list[str]]:
+def look(
+    sides: list[Side], texts: list[str], way: str | None, role: str, settings: dict, also: Sequence[str] = ()
+) -> tuple[StoredTexts, list[str]]:
     """Every text's tokens and weights, and the warnings.
 
     way         how content words are told from function words, see `categorize`
     settings    of `Encoder.load`
+    also        second opinions, names of ALSO
     Raises InputError for a text without a token, and for more texts than can be kept whole.
     """
     from encoder import EncodingReport
 
-    described, weights, warnings, tokens = [], [], [], None
+    described, weights, opinions, warnings, tokens = [], [], [], [], None
     for side, encoder in load_sides(sides, **settings):
         report, layers = EncodingReport(), range(1, len(encoder.blocks) + 1)
         check_size(encoder, texts, role, len(sides))
@@ -33,6 +39,7 @@ def look(sides: list[Side], texts: list[str], way: str | None, role: str, settin
         if not all(row.pieces for row in rows):
             raise InputError("an empty text without a prompt has no tokens to look at")
         weights.append(np.concatenate([row.weights for row in rows]))
+        opinions.append(second_opinions(encoder, texts, role, also))
         described.append({"name": side.name, "step": side.step, "fingerprint": encoder.fingerprint})
         warnings += [*encoder.notes, *report.warnings()]
         prompt = prompt_label(encoder.contract.prompts)
@@ -43,7 +50,10 @@ def look(sides: list[Side], texts: list[str], way: str | None, role: str, settin
     items = [describe(text, *tokens[i], stacked[:, starts[i] : starts[i + 1], -1].mean(2), names) for i, text in enumerate(texts)]
     about = {"prompt": prompt, "role": role, "normalization": NORMALIZATION, "how": categories.how, "sides": described}
     about |= {"layers": stacked.shape[2], "heads": stacked.shape[3], "texts": items}
-    return StoredTexts(about, starts, stacked), list(dict.fromkeys(warnings))
+    if also:
+        about["also"] = {name: ALSO[name] for name in also}
+    arrays = {name: np.stack([of_side[name] for of_side in opinions]) for name in also}
+    return StoredTexts(about, starts, stacked, arrays), list(dict.fromkeys(warnings))
 
 
 def check_size(encoder, texts: list[str], role: str, n_sides: int) -> None:

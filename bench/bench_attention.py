@@ -34,8 +34,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-HERE = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from attention_analysis.sides import Side, load_sides, seed_of, sides_of
 from encoder.contract import Contract
@@ -45,8 +44,11 @@ from files.writing import append_line, write_atomic
 from prompts import prompt_label
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from encoder import Encoder
 
+HERE = Path(__file__).resolve().parent.parent
 HIDDEN = ("bos", "prefix", "suffix", "content", "function")
 WAYS = ("encode", "attention", "received", "rollout", "gradient")
 LONG = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -91,6 +93,9 @@ def look_once(way: str, folder: str, n_tokens: int) -> None:
 
 
 def memory(args: argparse.Namespace) -> None:
+    """One way after the other, each in a fresh process."""
+    if args.worker:
+        return look_once(*args.worker, args.tokens)
     with tempfile.TemporaryDirectory() as folder:
         long_model(Path(folder), args.tokens)
         rows = []
@@ -198,40 +203,32 @@ def labelled(path: Path, limit: int) -> tuple[list[str], list[str]]:
 
 
 def shares_of(encoder: "Encoder", texts: list[str], labels: list[str], path: Path) -> dict:
-    """Mean shares in the last layer and V-measure; the shares of every text and layer are left in an .npz file."""
+    """V-measure, and how words were told apart; the shares of every text and layer are left in an .npz file."""
     import numpy as np
 
     from attention_analysis.categories import categorize
+    from attention_analysis.effects import v_measure
     from attention_analysis.shares import measure
-    from attention_analysis.stored import CATEGORIES, without_bos
     from encoder import EncodingReport
-    from evaluation.evidence import SEEDS, cluster, clustering_scores
 
     categories = categorize(encoder.tokenizer.backend_tokenizer, texts)
     by_layer, _ = measure(encoder, texts, categories, "document", EncodingReport(), Progress(0, "", "text", disable=True))
-    write_atomic(path, lambda temporary: np.savez(open(temporary, "wb"), by_layer=by_layer))
-    vectors, codes = encoder.encode(texts), np.unique(labels, return_inverse=True)[1]
-    once = np.ones((len(codes), 1), np.int64)
-    scores = [clustering_scores(codes, cluster(vectors, codes, seed), once)[:, 0] for seed in range(SEEDS)]
-    named = {
-        name: dict(zip(CATEGORIES, values.astype(float).round(5).tolist(), strict=True))
-        for name, values in (("shares", by_layer[:, -1].mean(0)), ("without_bos", without_bos(by_layer)[:, -1].mean(0)))
-    }
-    v_measure, ami = np.mean(scores, 0).tolist()
-    return named | {"v_measure": v_measure, "ami": ami, "how": categories.how, "fingerprint": encoder.fingerprint}
+
+    def write(temporary: Path) -> None:
+        with open(temporary, "wb") as f:
+            np.savez(f, by_layer=by_layer)
+
+    write_atomic(path, write)
+    score, ami = v_measure(encoder, texts, labels)
+    return {"shares": path.name, "v_measure": score, "ami": ami, "how": categories.how, "fingerprint": encoder.fingerprint}
 
 
 def costs_of(encoder: "Encoder", texts: list[str], labels: list[str]) -> dict:
     from attention_analysis.categories import categorize
-    from attention_analysis.interventions import as_json, costs
-    from attention_analysis.stored import CATEGORIES
+    from attention_analysis.interventions import as_json, costs, names_of_tokens
 
-    categories, tokenized = categorize(encoder.tokenizer.backend_tokenizer, texts), encoder.tokenize(texts)
-    names = []
-    for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
-        numbers = categories.of_sequence(i, encoder.prompt_tokenizer.parts(len(ids), span))
-        names.append([CATEGORIES[number] for number in numbers])
-    found = costs(encoder, texts, labels, names, HIDDEN)
+    categories = categorize(encoder.tokenizer.backend_tokenizer, texts)
+    found = costs(encoder, texts, labels, names_of_tokens(encoder, texts, categories), HIDDEN)
     return {"costs": as_json(found), "fingerprint": encoder.fingerprint}
 
 
@@ -244,7 +241,7 @@ def experiment(args: argparse.Namespace) -> None:
         began = time.perf_counter()
         ((side, encoder),) = load_sides([job.side], dtype=args.dtype)
         texts, labels = labelled(job.data, args.limit)
-        path = arrays / f"{'-'.join(str(value) for value in list(job.key.values())[1:])}.npz".replace(" ", "-")
+        path = arrays / f"{set_name(job.data)}-{encoder.fingerprint}.npz"
         result = shares_of(encoder, texts, labels, path) if job.what == "shares" else costs_of(encoder, texts, labels)
         row = job.key | {"seed": job.seed, "step": side.step, "n_texts": len(texts)} | result
         append_line(args.out, json.dumps(row | {"seconds": round(time.perf_counter() - began), "date": str(date.today())}))
@@ -253,6 +250,104 @@ def experiment(args: argparse.Namespace) -> None:
 
 def read_lines(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+# ---------------------------------------------------------------------------------------------------------------- the tables
+
+
+def tables(args: argparse.Namespace) -> None:
+    """All tables of what --out holds, in Markdown."""
+    rows, folder = read_lines(args.out), args.out.with_suffix(".shares")
+    shares, costs = ([row for row in rows if row["what"] == what] for what in ("shares", "costs"))
+    places = list(dict.fromkeys((row["prompt"], row["set"]) for row in rows))
+    print_shares(shares, places, folder)
+    print_costs(costs, places)
+    print_effects(shares, places, folder)
+
+
+def print_rows(head: list[str], rows: list[list[str]]) -> None:
+    print()
+    for row in (head, ["---"] * len(head), *rows):
+        print(f"| {' | '.join(map(str, row))} |")
+
+
+def of_place(rows: list[dict], place: tuple[str, str], folder: Path) -> tuple[list[dict], "np.ndarray"]:
+    """Sides of one prompt on one set as `intervals.share_rows` takes them, in order of training, and shares (M, N, L, C).
+
+    Only sides that as many runs have as have a final adapter.
+    """
+    import numpy as np
+
+    here = [row for row in rows if (row["prompt"], row["set"]) == place]
+    n_runs = sum(row["side"] == "adapter" for row in here)
+    order = {"base": -1, "adapter": 10**9}
+    here.sort(key=lambda row: (order.get(row["side"], row["step"]), row["seed"]))
+    here = [row for row in here if row["side"] == "base" or sum(other["side"] == row["side"] for other in here) == n_runs]
+    return here, np.stack([np.load(folder / row["shares"])["by_layer"] for row in here])
+
+
+def print_shares(rows: list[dict], places: list[tuple[str, str]], folder: Path) -> None:
+    """Shares in the last layer by side, in percent, with 95 % intervals over texts and runs; V-measure with its spread over runs."""
+    from attention_analysis.intervals import share_rows
+
+    categories = ("bos", "prefix", "suffix", "content", "function")
+    lines = []
+    for place in places:
+        models, by_layer = of_place(rows, place, folder)
+        found, n_layers = share_rows(by_layer, models)[0], by_layer.shape[2]
+        for side in dict.fromkeys(model["side"] for model in models):
+            cells = {
+                (row["category"], row["bos"]): "{:.1f} ({:.1f} to {:.1f})".format(*(100 * row[name] for name in ("mean", "low", "high")))
+                for row in found
+                if row["side"] == side and row["layer"] == n_layers
+            }
+            scores = [100 * model["v_measure"] for model in models if model["side"] == side]
+            score = f"{statistics.mean(scores):.1f}" + (f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
+            lines.append([*place, side, len(scores), *(cells[c, True] for c in categories), cells["content", False], score])
+    print_rows(["prompt", "set", "side", "runs", *categories, "content, BOS left out", "V-measure"], lines)
+
+
+def print_costs(rows: list[dict], places: list[tuple[str, str]]) -> None:
+    """What hiding costs in V-measure x 100, of runs their mean; intervals hold texts, k-means and the spread over runs."""
+    lines = []
+    for prompt, name in places:
+        for side in ("base", "adapter"):
+            here = [row["costs"] for row in rows if (row["prompt"], row["set"], row["side"]) == (prompt, name, side)]
+            for of_category in zip(*here, strict=True):
+                cells = (mean_over_runs([cost[field] for cost in of_category]) for field in ("less_all", "control", "less_control"))
+                hidden = f"{of_category[0]['n_hidden']:.1f}"
+                lines.append([prompt, name, side, len(here), of_category[0]["category"], hidden, *cells])
+    head = ["prompt", "set", "side", "runs", "hidden", "tokens", "less nothing hidden", "as many at random", "less as many at random"]
+    print_rows(head, lines)
+
+
+def mean_over_runs(found: list[dict]) -> str:
+    """The mean of one difference over runs. All runs share the texts: their part of the interval does not shrink with more runs."""
+    import numpy as np
+
+    from evaluation.differences import interval, show
+
+    values, texts, algorithm = (np.array([d[name] for d in found]) for name in ("difference", "sd_rows", "sd_algorithm"))
+    over_runs = values.var(ddof=1) / len(values) if len(values) > 1 else 0
+    return show(interval(values.mean(), np.sqrt((texts**2).mean()), np.sqrt((algorithm**2).mean() / len(values) + over_runs)))
+
+
+def print_effects(rows: list[dict], places: list[tuple[str, str]], folder: Path) -> None:
+    """Spearman's correlation of content words' share in the last layer with V-measure, by prompt and set."""
+    import numpy as np
+
+    from attention_analysis.effects import Effect, content_effects, show
+
+    lines = []
+    for place in places:
+        models, by_layer = of_place(rows, place, folder)
+        for row in content_effects(models, by_layer, np.array([model["v_measure"] for model in models])):
+            cells = (
+                show(Effect(*(np.nan if value is None else value for value in row[name].values())))
+                for name in ("within", "within_given_step", "between")
+            )
+            lines.append([*place, "all tokens" if row["bos"] else "BOS left out", *cells])
+    print_rows(["prompt", "set", "share of", "within runs", "within runs, the step held constant", "between runs"], lines)
 
 
 def main() -> None:
@@ -274,13 +369,11 @@ def main() -> None:
     trial("--dtype", default="auto", help="of the model (default auto: bfloat16 where it is fast)")
     trial("--kept", type=int, nargs="+", help="steps whose kept adapters are looked at (default: all)")
     trial("--out", type=Path, required=True, help="a JSONL file, appended to")
+    commands.add_parser("table").add_argument("--out", type=Path, required=True, help="what experiment wrote")
+    for name, call in (("memory", memory), ("time", speed), ("experiment", experiment), ("table", tables)):
+        commands.choices[name].set_defaults(call=call)
     args = parser.parse_args()
-    if hasattr(args, "runs"):
-        experiment(args)
-    elif hasattr(args, "worker"):
-        look_once(*args.worker, args.tokens) if args.worker else memory(args)
-    else:
-        speed(args)
+    args.call(args)
 
 
 if __name__ == "__main__":

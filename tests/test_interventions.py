@@ -57,11 +57,11 @@ def test_hiding_what_tells_labels_apart_costs_more_than_hiding_others(llama, mon
     clear = np.stack([labels, 1 - labels], 1) + 0.05 * rng.normal(size=(120, 2))
     lost = 0.05 * rng.normal(size=(120, 2))
 
-    def encode(self, texts):
+    def encode(self, texts, role):
         hides_content = self.attention_mask and self.attention_mask.hides(CATEGORIES, (3, 7))[3]
         return (lost if hides_content else clear).astype(np.float32)
 
-    def hide_all_of(encoder, texts, categories, category, *, control=False):
+    def hide_all_of(encoder, texts, categories, category, role, *, control=False):
         return lambda ids, span: hidden_tokens(ids, "function" if control else category), 2.0
 
     monkeypatch.setattr(Encoder, "encode", encode)

@@ -41,8 +41,10 @@ LAYERS = [
     {"attention_analysis.html"},
     {"attention_analysis.pictures"},
     {"attention_analysis.categories", "attention_analysis.sides", "attention_analysis.intervals", "attention_analysis.printed"},
-    {"attention_analysis.shares", "attention_analysis.texts", "attention_analysis.received", "attention_analysis.effects"},
-    {"attention_analysis.rollout", "attention_analysis.gradients", "attention_analysis.interventions"},
+    {"attention_analysis.received", "attention_analysis.effects", "attention_analysis.interventions"},
+    {"attention_analysis.rollout", "attention_analysis.gradients"},
+    {"attention_analysis.opinions", "attention_analysis.worth"},
+    {"attention_analysis.shares", "attention_analysis.texts"},
     {"models.packed_text"},
     {"pair_engines", "pair_engines.inputs", "pair_engines.outputs"},
     {"pair_engines.durable"},
@@ -58,7 +60,14 @@ LAYERS = [
     {"serving.onnx_folder", "serving.gguf_folder", "serving.ray_engine"},
     {"serving.card", "serving.server"},
     {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
-    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.encode_worker"},
+    {
+        "bench.bench_encode",
+        "bench.bench_train",
+        "bench.bench_pooling",
+        "bench.bench_options",
+        "bench.encode_worker",
+        "bench.bench_attention",
+    },
     {
         "bench.bench_own_texts",
         "bench.bench_rewrite",
@@ -69,6 +78,7 @@ LAYERS = [
         "bench.bench_sweep",
         "bench.bench_intervals",
         "bench.bench_facets",
+        "bench.bench_attention",
     },
 ]
 SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}
