@@ -5,8 +5,8 @@
     python bench/bench_attention.py experiment --runs runs/*-last --data labelled/*.jsonl.gz --out attention.jsonl
     python bench/bench_attention.py table --out attention.jsonl  # the tables of bench/README.md, from what there is
 
-memory      a random Llama of four layers with long positions; every way of looking in a fresh process, alternating with others. Peak
-            resident memory, and what of it came after the model was loaded
+memory      a random Llama of four layers with long positions; every way of looking in a fresh process. Peak resident
+            memory, and what of it came after the model was loaded
 time        texts of the bundled tasks; rounds of encoding (pooling last) and reading alternate, the ratio is the median of the rounds'
 experiment  runs of train.py --pooling last --keep-adapters N, of one base, several seeds and prompts. For every side of every run (base,
             kept adapters, final adapter) and labelled set: the categories' shares in the last token's attention, and V-measure. For
@@ -95,7 +95,8 @@ def look_once(way: str, folder: str, n_tokens: int) -> None:
 def memory(args: argparse.Namespace) -> None:
     """One way after the other, each in a fresh process."""
     if args.worker:
-        return look_once(*args.worker, args.tokens)
+        look_once(*args.worker, args.tokens)
+        return
     with tempfile.TemporaryDirectory() as folder:
         long_model(Path(folder), args.tokens)
         rows = []
