@@ -4,9 +4,11 @@ A share of attention says where the last token looks; whether that matters shows
 tokens (BOS, the prompt's prefix or suffix, content words, function words, punctuation) is hidden from it in some layers, all texts are
 embedded and clustered again, and the scores are compared on the same texts (`evaluation/differences.py`).
 
-Hiding any tokens may hurt, since the model was not trained so. As a control as many tokens are hidden, drawn at random from all of the
-text's sequence but BOS and the last token: BOS draws much of the attention and would make the control another intervention. The difference
-between a category and its control says whether it matters that it was these tokens.
+Hiding any tokens may hurt, since the model was not trained so. As a control as many others are hidden: for words of the text as many tokens
+drawn at random from the text (from all of it, so that many are the same where the category is most of the text), for BOS and parts of the
+prompt as many other tokens of the prompt, the same in every text. Random tokens of the whole sequence would be no fair control: what is
+hidden of the prompt then differs from text to text, which moves every vector another way and costs more than hiding any category does.
+The difference between a category and its control says whether it matters that it was these tokens.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,6 +26,7 @@ from files.console import InputError
 if TYPE_CHECKING:
     from encoder import Encoder
 
+OF_TEXT, OF_PROMPT = ("content", "function", "punctuation"), ("prefix", "suffix")
 CONTROL_SEED = 0
 
 
@@ -33,17 +36,19 @@ class Cost(NamedTuple):
     category: str
     n_hidden: float  # tokens hidden of a text, mean
     less_all: Difference  # vectors with the category hidden, less those with nothing hidden
-    control: Difference  # as many random tokens hidden, less nothing hidden
-    less_control: Difference  # the category hidden, less as many random tokens
+    control: Difference  # as many others hidden, less nothing hidden
+    less_control: Difference  # the category hidden, less as many others
 
 
-def hidden_tokens(categories: Sequence[str], category: str, rng: np.random.Generator | None = None) -> np.ndarray:
-    """Which of a sequence's tokens (n,) are hidden: those of a category, or with `rng` as many others at random. Never the last."""
+def hidden_tokens(categories: Sequence[str], category: str, number: int | None = None) -> np.ndarray:
+    """Which of a sequence's tokens (n,) are hidden: those of a category, or with the `number` of a text its control. Never the last."""
     of_category = np.array([name == category for name in categories], bool)
     of_category[-1:] = False
-    if rng is None:
+    if number is None:
         return of_category
-    others = [i for i, name in enumerate(categories[:-1]) if name != "bos"]
+    in_text = category in OF_TEXT
+    others = [i for i, name in enumerate(categories[:-1]) if name in (OF_TEXT if in_text else {*OF_PROMPT} - {category})]
+    rng = np.random.default_rng([CONTROL_SEED, CATEGORIES.index(category), number if in_text else 0])
     chosen = np.zeros(len(categories), bool)
     chosen[rng.permutation(others)[: of_category.sum()].astype(int)] = True
     return chosen
@@ -55,12 +60,11 @@ def hides(
     """What `hiding` is to hide of these texts, and how many tokens of a text that are, mean.
 
     categories    of every token of every text's sequence, as `Encoder.tokenize` has it
-    control       as many tokens at random; the same for every model, as the draw depends on the number of the text alone
+    control       the control's tokens instead; the same for every model, as the draw depends on the number of the text alone
     """
     tokenized, by_sequence, total = encoder.tokenize(texts, role), {}, 0
     for i, (ids, span) in enumerate(zip(tokenized.ids, tokenized.spans, strict=True)):
-        rng = np.random.default_rng([CONTROL_SEED, CATEGORIES.index(category), i]) if control else None
-        chosen = by_sequence.setdefault((tuple(ids), tuple(span)), hidden_tokens(categories[i], category, rng))
+        chosen = by_sequence.setdefault((tuple(ids), tuple(span)), hidden_tokens(categories[i], category, i if control else None))
         total += int(chosen.sum())
     return lambda ids, span: by_sequence[tuple(ids), span], total / max(1, len(texts))
 
@@ -101,8 +105,8 @@ def costs(
     for name in names:
         hide, n_hidden = hides(encoder, texts, categories, name, role)
         hide_others, _ = hides(encoder, texts, categories, name, role, control=True)
-        without, random = (evidence_of(hiding(encoder, some, layers), texts, labels, role) for some in (hide, hide_others))
-        found.append(Cost(name, n_hidden, difference(without, whole), difference(random, whole), difference(without, random)))
+        without, others = (evidence_of(hiding(encoder, some, layers), texts, labels, role) for some in (hide, hide_others))
+        found.append(Cost(name, n_hidden, difference(without, whole), difference(others, whole), difference(without, others)))
     return found
 
 
@@ -113,7 +117,7 @@ def evidence_of(encoder: "Encoder", texts: list[str], labels: Sequence, role: st
 
 def lines(title: str, found: list[Cost]) -> list[str]:
     """The table of one model and one set: V-measure x 100, 95 % intervals on the same texts."""
-    head = [title, "tokens a text", "less nothing hidden", "as many at random", "less as many at random"]
+    head = [title, "tokens a text", "less nothing hidden", "as many others hidden", "less as many others"]
     rows = [[cost.category, f"{cost.n_hidden:.1f}", *(show(d) for d in (cost.less_all, cost.control, cost.less_control))] for cost in found]
     return aligned([head, *rows])
 

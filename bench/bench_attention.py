@@ -318,7 +318,7 @@ def print_costs(rows: list[dict], places: list[tuple[str, str]]) -> None:
                 cells = (mean_over_runs([cost[field] for cost in of_category]) for field in ("less_all", "control", "less_control"))
                 hidden = f"{of_category[0]['n_hidden']:.1f}"
                 lines.append([prompt, name, side, len(here), of_category[0]["category"], hidden, *cells])
-    head = ["prompt", "set", "side", "runs", "hidden", "tokens", "less nothing hidden", "as many at random", "less as many at random"]
+    head = ["prompt", "set", "side", "runs", "hidden", "tokens", "less nothing hidden", "as many others hidden", "less as many others"]
     print_rows(head, lines)
 
 

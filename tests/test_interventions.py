@@ -21,11 +21,16 @@ def test_hidden_are_the_tokens_of_a_category_but_never_the_last():
     assert not hidden_tokens([], "content").any() and not hidden_tokens(["content"], "content").any()
 
 
-def test_the_control_hides_as_many_others_at_random():
-    draws = [hidden_tokens(CATEGORIES, "content", np.random.default_rng(seed)) for seed in range(200)]
-    assert {int(draw.sum()) for draw in draws} == {2}
+def test_the_control_hides_as_many_others():
+    draws = [hidden_tokens(CATEGORIES, "content", number) for number in range(200)]
     often = np.mean(draws, 0)
-    assert often[0] == often[-1] == 0 and often[1:-1].min() > 0.15  # neither BOS nor the last token, each of the others
+    assert {int(draw.sum()) for draw in draws} == {2}
+    assert often[3:7].min() > 0.3 and not often[[0, 1, 2, 7, 8]].any()  # each token of the text, none of the prompt
+    # of the prompt the same tokens in every text, and others than those of the category; BOS and the last token never
+    assert {tuple(np.flatnonzero(hidden_tokens(CATEGORIES, "prefix", number))) for number in range(20)} == {(7,)}
+    (of_bos,) = {tuple(np.flatnonzero(hidden_tokens(CATEGORIES, "bos", number))) for number in range(20)}
+    assert len(of_bos) == 1 and of_bos[0] in (1, 2, 7)
+    assert not hidden_tokens(["content", "content"], "bos", 0).any()
 
 
 def by_kind(encoder: Encoder, texts: list[str]) -> list[list[str]]:
