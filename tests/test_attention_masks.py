@@ -68,9 +68,10 @@ def test_the_encoder_stays_as_it_was(llama):
 
 
 def test_everything_may_be_hidden_but_the_last_token_itself(llama):
-    encoder = Encoder.load(llama, prompt="none", pooling="last")
-    vectors = hiding(encoder, lambda ids, _: np.ones(len(ids), bool), {2}).encode(["The cat sat.", "", "a"])
+    encoder, texts = Encoder.load(llama, prompt="none", pooling="last"), ["The cat sat.", "", "a"]
+    vectors = hiding(encoder, lambda ids, _: np.ones(len(ids), bool), {2}).encode(texts)
     assert np.isfinite(vectors).all()
+    assert np.array_equal(hiding(encoder, lambda ids, _: np.arange(len(ids)) < len(ids) - 1, {2}).encode(texts), vectors)
 
 
 def test_a_layer_that_does_not_exist_is_refused(llama):

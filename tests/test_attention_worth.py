@@ -11,6 +11,7 @@ from attention_analysis.received import received_attention
 from attention_analysis.stored import read_corpus, read_texts
 from encoder import Encoder
 from encoder.names import KEPT_FOLDER
+from evaluation import evidence
 from files.console import InputError
 
 WORDS = {"cat": ("The cat sat on the mat", "a cat is on that mat"), "bank": ("The bank raised its rates", "interest and fees of a bank")}
@@ -21,7 +22,9 @@ def run(*flags) -> None:
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labelled(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence, "SEEDS", 3)  # of k-means: what is tested here are files and lines
+    monkeypatch.setattr(evidence, "SPLITS", 2)
     rows = [{"text": f"{WORDS[label][i % 2]} {i}", "label": label} for i in range(15) for label in WORDS]
     (tmp_path / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path / "labelled.jsonl"
