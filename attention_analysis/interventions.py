@@ -112,7 +112,7 @@ def costs(
 
 def evidence_of(encoder: "Encoder", texts: list[str], labels: Sequence, role: str = "document") -> Evidence:
     """The clustering scores of a model's vectors, with what their differences' intervals need."""
-    return of_clustering(encoder.encode(texts, role), np.asarray(labels), rows=f"{len(texts)} texts", most=len(texts))
+    return of_clustering(encoder.encode(texts, role), np.asarray(labels), rows=f"{len(texts)} texts")
 
 
 def lines(title: str, found: list[Cost]) -> list[str]:
