@@ -24,6 +24,7 @@ tokenization.py      texts to token ids, prompt included
 packing.py           token ids to batches; attention of packed rows
 embed_filter.py      directions of the unembedding matrix taken out of a vector
 mean_direction.py    the direction of a mean taken out of vectors
+attention_masks.py   tokens hidden from the last one, to see what its vector loses
 token_attention.py   what the last token of a text attends to
 token_prepending.py  states that tokens before the text take from the last one
 checks.py            what shows only when a model runs
