@@ -1,0 +1,230 @@
+"""The files that the scripts of this folder hand to each other, read and written in one place.
+
+    tiles/SLIDE.h5          coords (N, 2) int32: x, y of each tile's upper left corner, in pixels of level 0
+                            pixels (N, size, size, 3) uint8, RGB, a chunk a tile: only with `tile.py --save-pixels`
+                            attributes: those of TILE_ATTRIBUTES
+    tiles/SLIDE.mask.png    the slide's tissue mask at the resolution of the thumbnail: 255 is tissue
+    tiles/tiles.json        {"arguments", "slides": {name: {"tiles", ...}}, "skipped": {name: reason}}
+    feats/SLIDE.h5          features (N, D) float32 or float16, coords (N, 2) int32
+                            attributes: model, fingerprint, and those of the tiles
+    feats/features.json     {"arguments", "model", "slides": {name: {"tiles", "damaged"}}, "skipped": {name: reason}}
+    labels.csv              columns slide, label, patient and, where there is an external cohort, cohort
+
+SLIDE is the slide's file name without its last suffix. Every file is complete or absent. The same content gives the same bytes.
+"""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from files.console import InputError
+from files.reading import as_label, column_names, read_column, read_rows
+from files.writing import write_atomic
+
+if TYPE_CHECKING:
+    import h5py
+    import numpy as np
+
+# of a file of tiles. slide: its path. mpp: micrometres per pixel of a tile; size: pixels of its edge at mpp; size_level0: the same edge in
+# pixels of level 0; width, height: of level 0; mpp_level0: micrometres per pixel there
+TILE_ATTRIBUTES = ("slide", "mpp", "size", "size_level0", "width", "height", "mpp_level0")
+# of the formats that OpenSlide reads and that are one file a slide
+SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm")
+FEATURE_ATTRIBUTES = ("model", "fingerprint", *TILE_ATTRIBUTES)
+
+
+def require(module: str) -> None:
+    """Raise InputError where a package of pathology/requirements.txt is missing."""
+    from importlib.util import find_spec
+
+    if find_spec(module) is None:
+        raise InputError(
+            f"the package {module} is missing: pip install -r pathology/requirements.txt, or run it in .pathology (make pathology)"
+        )
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The tiles of one slide, without their pixels."""
+
+    path: Path
+    coords: "np.ndarray"  # (N, 2) int32
+    attributes: dict
+    has_pixels: bool
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of one slide's tiles: one bag."""
+
+    path: Path
+    features: "np.ndarray"  # (N, D) float32 or float16
+    coords: "np.ndarray"  # (N, 2) int32
+    attributes: dict
+
+    @property
+    def name(self) -> str:
+        return self.path.stem
+
+
+@dataclass(frozen=True)
+class SlideLabel:
+    """A row of labels.csv; `cohort` is "" where the file has no such column."""
+
+    slide: str
+    label: str
+    patient: str
+    cohort: str
+
+
+# ----------------------------------------------------------------------------------------------------------- HDF5
+
+
+@contextmanager
+def open_h5(path: Path) -> Iterator["h5py.File"]:
+    """An HDF5 file for reading. Raises InputError where it is missing, damaged, or lacks what is read from it."""
+    require("h5py")
+    import h5py
+
+    if not path.is_file():
+        raise InputError(f"no file {path}")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except InputError:
+        raise
+    except (OSError, KeyError, ValueError) as error:  # h5py raises all three for damaged files
+        raise InputError(
+            f"{path} is damaged, or not what this script reads ({str(error).splitlines()[0]}): delete it and make it again"
+        ) from None
+
+
+def write_h5(path: Path, datasets: dict, attributes: dict, pixels: Iterable["np.ndarray"] | None = None, size: int = 0) -> None:
+    """Write arrays and attributes; the file is complete or absent, and repeats to the byte.
+
+    pixels     batches (n, size, size, 3) uint8 of as many tiles as `coords` has rows: written as they come, so that memory stays small
+    """
+    require("h5py")
+    import h5py
+
+    def write(temporary: Path) -> None:
+        with h5py.File(temporary, "w") as file:
+            for name, value in datasets.items():
+                file.create_dataset(name, data=value, track_times=False)
+            for name, value in attributes.items():
+                file.attrs[name] = value
+            if pixels is not None:
+                write_pixels(file, len(datasets["coords"]), size, pixels)
+
+    write_atomic(path, write)
+
+
+def write_pixels(file: "h5py.File", n: int, size: int, batches: Iterable["np.ndarray"]) -> None:
+    # LZF costs a tenth of gzip's time; photographs of tissue are hardly smaller with gzip
+    data = file.create_dataset("pixels", (n, size, size, 3), "u1", chunks=(1, size, size, 3), compression="lzf", track_times=False)
+    start = 0
+    for batch in batches:
+        data[start : start + len(batch)] = batch
+        start += len(batch)
+    if start != n:
+        raise ValueError(f"{n} tiles were announced and {start} came")
+
+
+def checked_attributes(file: "h5py.File", path: Path, names: tuple[str, ...]) -> dict:
+    missing = [name for name in names if name not in file.attrs]
+    if missing:
+        raise InputError(f"{path} lacks {', '.join(missing)}: it was not written by this project, make it again")
+    return {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
+
+
+def checked_coords(file: "h5py.File", path: Path) -> "np.ndarray":
+    coords = file["coords"][:]
+    if coords.ndim != 2 or coords.shape[1] != 2:
+        raise InputError(f"{path}: coords must have shape (N, 2), they have {coords.shape}")
+    return coords
+
+
+# ---------------------------------------------------------------------------------------------------------- tiles
+
+
+def write_tiles(path: Path, coords: "np.ndarray", attributes: dict, pixels: Iterable["np.ndarray"] | None = None) -> None:
+    """Write tiles/SLIDE.h5: coords (N, 2), TILE_ATTRIBUTES, and pixels in batches where they are kept. Raises WriteError."""
+    assert set(attributes) >= set(TILE_ATTRIBUTES), attributes
+    write_h5(path, {"coords": coords.astype("int32").reshape(-1, 2)}, attributes, pixels, attributes["size"])
+
+
+def read_tiles(path: Path) -> Tiles:
+    """The tiles of tiles/SLIDE.h5. Raises InputError where the file is missing or damaged."""
+    with open_h5(path) as file:
+        return Tiles(path, checked_coords(file, path), checked_attributes(file, path, TILE_ATTRIBUTES), "pixels" in file)
+
+
+def read_pixels(path: Path, start: int = 0, stop: int | None = None) -> "np.ndarray":
+    """Pixels (n, size, size, 3) uint8 of tiles start to stop. Raises InputError where they were not kept or are damaged."""
+    with open_h5(path) as file:
+        if "pixels" not in file:
+            raise InputError(f"{path} holds no pixels: run tile.py with --save-pixels")
+        return file["pixels"][start:stop]
+
+
+# ------------------------------------------------------------------------------------------------------- features
+
+
+def write_features(path: Path, features: "np.ndarray", coords: "np.ndarray", attributes: dict) -> None:
+    """Write feats/SLIDE.h5: features (N, D), coords (N, 2), FEATURE_ATTRIBUTES. Raises WriteError."""
+    assert set(attributes) >= set(FEATURE_ATTRIBUTES), attributes
+    write_h5(path, {"features": features, "coords": coords.astype("int32")}, attributes)
+
+
+def read_features(path: Path) -> Features:
+    """The bag of feats/SLIDE.h5. Raises InputError where the file is missing, damaged, or inconsistent."""
+    with open_h5(path) as file:
+        features, coords = file["features"][:], checked_coords(file, path)
+        attributes = checked_attributes(file, path, FEATURE_ATTRIBUTES)
+    if features.ndim != 2 or len(features) != len(coords):
+        raise InputError(f"{path}: features {features.shape} and coords {coords.shape} do not fit together: make it again")
+    return Features(path, features, coords, attributes)
+
+
+# ------------------------------------------------------------------------------------------------- folders, labels
+
+
+def h5_files(folder: Path, what: str) -> list[Path]:
+    """SLIDE.h5 of a folder by name, or the file itself. Raises InputError where there is none; `what` names them: tiles, features."""
+    if folder.is_file():
+        return [folder]
+    if not folder.is_dir():
+        raise InputError(f"no folder {folder}")
+    paths = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
+    if not paths:
+        raise InputError(f"{folder} holds no {what} (SLIDE.h5)")
+    return paths
+
+
+def read_labels(path: Path) -> dict[str, SlideLabel]:
+    """labels.csv by slide. A suffix such as .svs in column slide is left out. Raises InputError with the place of what is wrong."""
+    rows = list(read_rows(path))
+    missing = [column for column in ("slide", "label", "patient") if column not in column_names(rows)]
+    if missing:
+        raise InputError(f"{path}: no column {' and '.join(missing)}: needs slide, label, patient and, if there is one, cohort")
+    columns = [read_column(rows, name, as_label) for name in ("slide", "label", "patient")]
+    cohorts = read_column(rows, "cohort", as_label) if "cohort" in column_names(rows) else [""] * len(rows)
+    labels: dict[str, SlideLabel] = {}
+    for (place, _), slide, label, patient, cohort in zip(rows, *columns, cohorts, strict=True):
+        name = slide_name(slide)
+        if name in labels:
+            raise InputError(f"{place}: slide {name} was named before: give each slide one row")
+        labels[name] = SlideLabel(name, label, patient, cohort)
+    return labels
+
+
+def slide_name(path: str | Path) -> str:
+    """SLIDE: the file's name without its suffix, where that is the suffix of a slide."""
+    path = Path(path)
+    return path.stem if path.suffix.lower() in SLIDE_SUFFIXES else path.name
