@@ -1,0 +1,168 @@
+"""Slide models on made-up bags: one planted patch decides; order, packing and the company of other bags change nothing."""
+
+import csv
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from files.console import InputError
+from pathology import evaluate_slides, mil
+
+DIM = 16
+
+
+def make_bag(rng, positive: bool, n: int) -> tuple[np.ndarray, int]:
+    """Noise (n, DIM), and the row of the one patch that makes the bag positive (-1: none)."""
+    bag, at = rng.normal(size=(n, DIM)).astype(np.float32), -1
+    if positive:
+        at = int(rng.integers(n))
+        bag[at, :4] += 6
+    return bag, at
+
+
+def model_of(aggregator: str, seed: int = 0) -> mil.Mil:
+    torch.manual_seed(seed)
+    features = {"model": "m", "fingerprint": "f"}
+    config = {"format": 1, "aggregator": aggregator, "dim": DIM, "hidden": 32, "classes": ["a", "b"], "features": features}
+    return mil.Mil(config).eval()
+
+
+@pytest.mark.parametrize("aggregator", mil.AGGREGATORS)
+def test_a_bag_has_its_logits_in_any_company_and_order(aggregator):
+    model, rng = model_of(aggregator), np.random.default_rng(0)
+    bags = [torch.from_numpy(make_bag(rng, False, n)[0]) for n in (1, 7, 300)]
+    alone = torch.cat([model(*mil.pack([bag]))[0] for bag in bags])
+    together, scores = model(*mil.pack(bags))
+    shuffled, _ = model(*mil.pack([bag[torch.randperm(len(bag))] for bag in reversed(bags)]))
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(shuffled.flip(0), alone, rtol=1e-5, atol=1e-5)
+    assert (scores is None) == (aggregator != "gated")
+
+
+@pytest.mark.parametrize("aggregator", mil.AGGREGATORS)
+def test_a_bag_of_100_000_patches_goes_through(aggregator):
+    logits, _ = model_of(aggregator)(torch.randn(100_001, DIM), torch.tensor([0, 1, 100_001], dtype=torch.int32))
+    assert logits.shape == (2, 2) and logits.isfinite().all()
+
+
+def test_gated_attention_is_the_formula():
+    model, bag = model_of("gated"), torch.randn(5, DIM)
+    logits, scores = model(*mil.pack([bag]))
+    hidden = torch.relu(model.project[0](bag))
+    expected = model.score(torch.tanh(model.tanh(hidden)) * torch.sigmoid(model.sigmoid(hidden)))
+    torch.testing.assert_close(scores, expected)
+    torch.testing.assert_close(logits, model.classify(scores.softmax(0).T @ hidden))
+
+
+def test_standardizing_counts_patches_alike():
+    bags = [torch.randn(3, DIM) * 5 + 2, torch.randn(50, DIM)]
+    model = model_of("mean")
+    model.standardize_by(iter(bags))
+    torch.testing.assert_close(model.mean, torch.cat(bags).mean(0))
+    torch.testing.assert_close(model.scale, torch.cat(bags).std(0, correction=0))
+
+
+def test_a_saved_model_gives_the_same_logits_and_what_is_none_is_refused(tmp_path):
+    model, bag = model_of("gated"), torch.randn(5, DIM)
+    with pytest.raises(InputError, match="holds no slide model"):
+        mil.load_mil(tmp_path)
+    mil.save_mil(model, tmp_path)
+    loaded = mil.load_mil(tmp_path)
+    torch.testing.assert_close(loaded(*mil.pack([bag]))[0], model(*mil.pack([bag]))[0], rtol=0, atol=0)
+    assert loaded.config == model.config
+    (tmp_path / mil.WEIGHTS).write_bytes(b"damaged")
+    with pytest.raises(InputError, match="holds no slide model of this project"):
+        mil.load_mil(tmp_path)
+    (tmp_path / mil.CONFIG).write_text(json.dumps(model.config | {"format": 9}))
+    with pytest.raises(InputError, match="unknown format"):
+        mil.load_mil(tmp_path)
+
+
+def test_the_names_of_aggregators_are_those_of_the_models():
+    assert evaluate_slides.AGGREGATORS == mil.AGGREGATORS
+
+
+# ---------------------------------------------------------------------------------------------------------- the script
+
+
+def write_cohort(folder, rng, n: int = 60, cohort=lambda i: "", lengths=(5, 60), signal: bool = True) -> dict[str, int]:
+    """n slides of n / 2 patients, every other one positive -> the planted patch of each slide."""
+    pytest.importorskip("h5py", reason="files of features need h5py (pathology/requirements.txt)")
+    from pathology.files import write_features
+
+    folder.mkdir()
+    planted, rows = {}, []
+    attributes = {"model": "m", "fingerprint": "f", "slide": "s", "mpp": 1.0, "size": 8, "size_level0": 8}
+    attributes |= {"width": 9, "height": 9, "mpp_level0": 1.0}
+    for i in range(n):
+        bag, planted[f"s{i:03}"] = make_bag(rng, signal and i // 2 % 2 == 1, int(rng.integers(*lengths)))
+        write_features(folder / f"s{i:03}.h5", bag, np.zeros((len(bag), 2)), attributes)
+        rows.append([f"s{i:03}.svs", "tumour" if i // 2 % 2 else "normal", f"p{i // 2}", cohort(i)])
+    with open(folder / "labels.csv", "w", newline="") as f:
+        csv.writer(f).writerows([["slide", "label", "patient", "cohort"], *([c or "one" for c in row] for row in rows)])
+    return planted
+
+
+def run(*flags) -> None:
+    evaluate_slides.main(evaluate_slides.build_parser().parse_args([str(flag) for flag in flags]))
+
+
+FAST = ("--folds", 3, "--hidden", 32, "--epochs", 25, "--lr", "3e-3")
+
+
+def test_one_planted_patch_is_learned_and_attention_peaks_there(tmp_path, capsys):
+    """AUROC of the folds and of a cohort that was never learned from is near 1, and the planted patch has the highest score."""
+    from pathology.files import read_features
+
+    planted = write_cohort(tmp_path / "feats", np.random.default_rng(0), cohort=lambda i: "two" if i >= 44 else "one")
+    labels = tmp_path / "feats" / "labels.csv"
+    run(tmp_path / "feats", "--labels", labels, "--aggregator", "gated", "--external", "two", *FAST, "--out", tmp_path / "mil")
+    result = json.loads((tmp_path / "mil" / "results.json").read_text())
+    assert result["scores"]["gated"]["folds"]["auroc"] > 0.97 and result["scores"]["gated"]["two"]["auroc"] > 0.97
+    low, high = result["scores"]["gated"]["folds"]["interval"]
+    assert low <= result["scores"]["gated"]["folds"]["auroc"] <= high
+    folds = {}
+    for slide in result["slides"]:
+        assert folds.setdefault(slide["patient"], slide["fold"]) == slide["fold"]
+        assert (slide["fold"] == -1) == (slide["cohort"] == "two")
+    model, peaks = mil.load_mil(tmp_path / "mil"), []
+    for slide, at in planted.items():
+        if at >= 0:
+            _, scores = model(*mil.pack([torch.from_numpy(read_features(tmp_path / "feats" / f"{slide}.h5").features)]))
+            peaks.append(scores.argmax().item() == at)
+    assert len(peaks) > 20 and np.mean(peaks) > 0.95
+    assert "60 slides of 30 patients" in capsys.readouterr().out
+
+
+def test_without_a_signal_auroc_is_that_of_chance_and_differences_are_paired(tmp_path, capsys):
+    rng = np.random.default_rng(1)
+    write_cohort(tmp_path / "feats", rng)
+    write_cohort(tmp_path / "noise", rng, signal=False)
+    labels = tmp_path / "feats" / "labels.csv"
+    flags = ("--labels", labels, "--aggregator", "gated", *FAST)
+    run(tmp_path / "feats", "--against", tmp_path / "noise", *flags, "--out", tmp_path / "mil")
+    score = json.loads((tmp_path / "mil" / "results.json").read_text())["scores"]["gated"]["folds"]
+    assert 0.25 < score["difference"] < 0.75 and score["difference_interval"][0] > 0
+    run(tmp_path / "feats", "--against", tmp_path / "feats", *flags)
+    assert "+0.000 (+0.000 to +0.000)" in capsys.readouterr().out
+
+
+def test_what_does_not_fit_is_one_clear_line(tmp_path, capsys):
+    write_cohort(tmp_path / "feats", np.random.default_rng(0), n=12)
+    labels = tmp_path / "feats" / "labels.csv"
+    with pytest.raises(InputError, match="class 'normal' has 3 patients in the internal cohorts: fewer than --folds 5"):
+        run(tmp_path / "feats", "--labels", labels)
+    with pytest.raises(InputError, match="no such cohort"):
+        run(tmp_path / "feats", "--labels", labels, "--external", "two")
+    with pytest.raises(InputError, match="exists already"):
+        run(tmp_path / "feats", "--labels", labels, "--out", tmp_path / "feats")
+    (tmp_path / "feats" / "s000.h5").write_bytes(b"damaged")
+    run(tmp_path / "feats", "--labels", labels, "--aggregator", "mean", "--folds", 2, "--epochs", 1)
+    assert "feats: 1 left out, such as s000" in capsys.readouterr().err
+    text = labels.read_text().replace("s002.svs,tumour,p1,one", "s002.svs,tumour,p1,two")
+    labels.write_text(text)
+    with pytest.raises(InputError, match="patient p1 is in an external cohort and in another one"):
+        run(tmp_path / "feats", "--labels", labels, "--external", "two")
+    assert not list(tmp_path.glob("mil*"))
