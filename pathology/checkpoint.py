@@ -27,6 +27,7 @@ class State:
     steps                    of the whole run
     step                     steps that are done
     seconds                  spent in training, over all resumptions
+    first_score              of the probe before the first step; None: there is no probe
     best_score, best_step    of the weights in the folder; None: no probe yet
     first_variance           of the teacher's features in the first step (dino.variance)
     collapsed                whether the alarm has been given
@@ -35,6 +36,7 @@ class State:
     steps: int
     step: int = 0
     seconds: float = 0.0
+    first_score: float | None = None
     best_score: float | None = None
     best_step: int = 0
     first_variance: float | None = None

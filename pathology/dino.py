@@ -50,8 +50,9 @@ class Network(nn.Module):
 class Head(nn.Module):
     """Three layers, then the cosines with K prototypes. (..., D) -> (..., K)."""
 
-    def __init__(self, dim: int, prototypes: int, hidden: int = HEAD_HIDDEN, bottleneck: int = HEAD_BOTTLENECK):
+    def __init__(self, dim: int, prototypes: int):
         super().__init__()
+        hidden, bottleneck = HEAD_HIDDEN, HEAD_BOTTLENECK
         self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, bottleneck))
         for layer in self.mlp[::2]:
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -76,18 +77,16 @@ def check_backbone(model: "PreTrainedModel", sizes: tuple[int, ...]) -> None:
 
 def resized(model: "PreTrainedModel", size: int) -> "PreTrainedModel":
     """The same model, with its grid of positions interpolated to pictures of `size` pixels (bicubic, as transformers does)."""
-    config = copy.deepcopy(model.config)
-    config.image_size = size
-    n_tokens = (size // config.patch_size) ** 2
+    new = copy.deepcopy(model)
+    new.config.image_size, embeddings = size, new.embeddings
+    n_tokens, width = (size // new.config.patch_size) ** 2, new.config.hidden_size
     with torch.no_grad():
-        embeddings = torch.empty(1, n_tokens + 1, config.hidden_size)
-        positions = model.embeddings.interpolate_pos_encoding(embeddings, size, size)
-    state = model.state_dict() | {"embeddings.position_embeddings": positions.clone()}
-    new = type(model)(config)
-    if new.embeddings.mask_token is None:  # a ViT that was loaded without one
-        new.embeddings.mask_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
-        state.setdefault("embeddings.mask_token", torch.zeros(1, 1, config.hidden_size))
-    new.load_state_dict(state)
+        positions = embeddings.interpolate_pos_encoding(torch.empty(1, n_tokens + 1, width), size, size)
+    embeddings.position_embeddings = nn.Parameter(positions.clone())
+    embeddings.patch_embeddings.image_size, embeddings.patch_embeddings.num_patches = (size, size), n_tokens
+    embeddings.image_size = (size, size)  # a ViT compares it with its pictures
+    if embeddings.mask_token is None:  # a ViT that was loaded without one
+        embeddings.mask_token = nn.Parameter(torch.zeros(1, 1, width))
     return new
 
 

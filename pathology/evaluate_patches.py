@@ -189,11 +189,11 @@ def check_classes(patches: "Patches", split: "np.ndarray") -> None:
     """Raise InputError unless every patch has a label, and every split all classes."""
     if not patches.labelled:
         raise InputError("some patches have no label")
-    classes = set(patches.labels)
+    classes = set(patches.labels.tolist())
     if len(classes) < 2:
         raise InputError(f"all patches have the label {min(classes)!r}: probes need two classes")
     for name in ("train", "validation", "test"):
-        if missing := classes - set(patches.labels[split == name]):
+        if missing := classes - set(patches.labels[split == name].tolist()):
             raise InputError(
                 f"no {name} patient has a patch of class {min(missing)!r}: try another --split-seed, or name splits in --labels"
             )

@@ -202,9 +202,7 @@ def prepare(args: argparse.Namespace) -> Run:
         references = queries = train[:0]
     run = Run(args, patches, train, references, queries, model, device, dtype)
     if len(train) < run.step_size:
-        raise InputError(
-            f"{args.source}: {len(train)} patches of training patients are fewer than the {run.step_size} of a step: lower --batch"
-        )
+        raise InputError(f"{args.source}: {len(train)} patches of training patients, {run.step_size} are asked for a step: lower --batch")
     return run
 
 
@@ -418,7 +416,7 @@ def begin(run: Run, resuming: bool) -> None:
     if run.state.step == 0:
         if rank == 0:
             write_settings(run)
-        validate(run)
+        run.state.first_score = validate(run)
     if rank == 0:
         write_text(out / METRICS, "".join(json.dumps(row) + "\n" for row in run.rows))
     wait_for_all()
@@ -431,6 +429,24 @@ def begin(run: Run, resuming: bool) -> None:
     )
 
 
+def summarize(run: Run) -> dict:
+    """What summary.json holds."""
+    state, speeds = run.state, sorted(row["patches_per_second"] for row in run.rows)
+    return {
+        "steps": state.steps,
+        "kept_step": state.best_step,
+        "validation": state.best_score,
+        "before_training": state.first_score,
+        "validations": {row["step"]: row["validation"] for row in run.rows if row.get("validation") is not None},
+        "collapsed": state.collapsed,
+        "patches_per_second": speeds[len(speeds) // 2],
+        "seconds": round(state.seconds, 1),
+        "processes": distributed().world_size,
+        "peak_memory_gib": peak_memory(run.device),
+        "damaged": len(run.patches.damaged),
+    }
+
+
 def finish(run: Run, interrupted_by: int | None) -> None:
     state, out = run.state, run.args.out
     if distributed().rank:
@@ -438,16 +454,15 @@ def finish(run: Run, interrupted_by: int | None) -> None:
     if interrupted_by is not None:
         say(f"stopped after step {state.step} of {state.steps}: go on with --resume", error=True)
         sys.exit(128 + interrupted_by)
-    scores = {row["step"]: row["validation"] for row in run.rows if row.get("validation") is not None}
-    speeds = sorted(row["patches_per_second"] for row in run.rows)
-    summary = {"steps": state.steps, "kept_step": state.best_step, "validation": state.best_score, "validations": scores}
-    summary |= {"patches_per_second": speeds[len(speeds) // 2], "seconds": round(state.seconds, 1), "processes": distributed().world_size}
-    summary |= {"collapsed": state.collapsed, "peak_memory_gib": peak_memory(run.device), "damaged": len(run.patches.damaged)}
-    write_json(out / SUMMARY_FILE, summary)
-    kept = f", kept step {state.best_step} (kNN balanced accuracy {state.best_score:.3f})" if state.best_score is not None else ""
+    write_json(out / SUMMARY_FILE, summarize(run))
+    kept = ""
+    if state.best_score is not None:
+        kept = f", kept step {state.best_step} (kNN balanced accuracy {state.best_score:.3f}, before training {state.first_score:.3f})"
     say(f"{out}: {state.steps:,} steps{kept}, in {duration(state.seconds)}")
-    if state.best_score is not None and state.best_step == 0:
+    if kept and state.best_step == 0:
         warn("no step was better on validation patients than the model it began with: that one was kept")
+    if state.collapsed:
+        warn("in this run all patches had nearly the same features at some step: do not trust its last steps, and lower --lr")
     say(f"next: python -m pathology.evaluate_patches {run.args.source} --model {out}")
 
 

@@ -94,7 +94,7 @@ def split_patients(patients: np.ndarray, seed: int, shares: Sequence[float] = SH
 
 def check_splits(patients: np.ndarray, splits: np.ndarray) -> None:
     """Raise InputError for an unknown split, an empty one, and a patient who is in two."""
-    if unknown := sorted(set(splits) - set(SPLITS)):
+    if unknown := sorted(set(splits.tolist()) - set(SPLITS)):
         raise InputError(f"split {unknown[0]!r} is none of {', '.join(SPLITS)}")
     if empty := [name for name in SPLITS if name not in splits]:
         raise InputError(f"no patch is in split {empty[0]}: name all of {', '.join(SPLITS)}")

@@ -98,7 +98,9 @@ def redrawn_balanced_accuracy(labels: np.ndarray, shares: np.ndarray, classes: S
     of_class = [labels == label for label in np.unique(labels)]
     total = np.stack([weights[rows].sum(0) for rows in of_class]).astype(float)
     hits = np.stack([weights[rows & right].sum(0) for rows in of_class])
-    return np.nanmean(np.divide(hits, total, out=np.full_like(total, np.nan), where=total > 0), axis=0)
+    recalls = np.divide(hits, total, out=np.zeros_like(total), where=total > 0).sum(0)
+    n_classes = (total > 0).sum(0)
+    return np.divide(recalls, n_classes, out=np.full_like(recalls, np.nan), where=n_classes > 0)
 
 
 def redrawn_auroc(labels: np.ndarray, shares: np.ndarray, classes: Sequence[str], weights: np.ndarray) -> np.ndarray:
