@@ -13,11 +13,14 @@
 SLIDE is the slide's file name without its last suffix. Every file is complete or absent. The same content gives the same bytes.
 """
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from files.console import InputError
 from files.reading import as_label, column_names, read_column, read_rows
@@ -25,11 +28,11 @@ from files.writing import write_atomic
 
 if TYPE_CHECKING:
     import h5py
-    import numpy as np
 
 # of a file of tiles. slide: its path. mpp: micrometres per pixel of a tile; size: pixels of its edge at mpp; size_level0: the same edge in
 # pixels of level 0; width, height: of level 0; mpp_level0: micrometres per pixel there
 TILE_ATTRIBUTES = ("slide", "mpp", "size", "size_level0", "width", "height", "mpp_level0")
+Batches = Iterable[tuple[np.ndarray, np.ndarray, int]]
 # of the formats that OpenSlide reads and that are one file a slide
 SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm")
 FEATURE_ATTRIBUTES = ("model", "fingerprint", *TILE_ATTRIBUTES)
@@ -50,7 +53,7 @@ class Tiles:
     """The tiles of one slide, without their pixels."""
 
     path: Path
-    coords: "np.ndarray"  # (N, 2) int32
+    coords: np.ndarray  # (N, 2) int32
     attributes: dict
     has_pixels: bool
 
@@ -64,8 +67,8 @@ class Features:
     """The features of one slide's tiles: one bag."""
 
     path: Path
-    features: "np.ndarray"  # (N, D) float32 or float16
-    coords: "np.ndarray"  # (N, 2) int32
+    features: np.ndarray  # (N, D) float32 or float16
+    coords: np.ndarray  # (N, 2) int32
     attributes: dict
 
     @property
@@ -105,35 +108,18 @@ def open_h5(path: Path) -> Iterator["h5py.File"]:
         ) from None
 
 
-def write_h5(path: Path, datasets: dict, attributes: dict, pixels: Iterable["np.ndarray"] | None = None, size: int = 0) -> None:
-    """Write arrays and attributes; the file is complete or absent, and repeats to the byte.
-
-    pixels     batches (n, size, size, 3) uint8 of as many tiles as `coords` has rows: written as they come, so that memory stays small
-    """
+def write_h5(path: Path, attributes: dict, write: Callable[["h5py.File"], None]) -> None:
+    """Write an HDF5 file with these attributes and what `write(file)` adds; it is complete or absent, and repeats to the byte."""
     require("h5py")
     import h5py
 
-    def write(temporary: Path) -> None:
+    def write_all(temporary: Path) -> None:
         with h5py.File(temporary, "w") as file:
-            for name, value in datasets.items():
-                file.create_dataset(name, data=value, track_times=False)
+            write(file)
             for name, value in attributes.items():
                 file.attrs[name] = value
-            if pixels is not None:
-                write_pixels(file, len(datasets["coords"]), size, pixels)
 
-    write_atomic(path, write)
-
-
-def write_pixels(file: "h5py.File", n: int, size: int, batches: Iterable["np.ndarray"]) -> None:
-    # LZF costs a tenth of gzip's time; photographs of tissue are hardly smaller with gzip
-    data = file.create_dataset("pixels", (n, size, size, 3), "u1", chunks=(1, size, size, 3), compression="lzf", track_times=False)
-    start = 0
-    for batch in batches:
-        data[start : start + len(batch)] = batch
-        start += len(batch)
-    if start != n:
-        raise ValueError(f"{n} tiles were announced and {start} came")
+    write_atomic(path, write_all, path.with_name(f".{path.name}.tmp"))  # one name: a run that goes on replaces what a killed one left
 
 
 def checked_attributes(file: "h5py.File", path: Path, names: tuple[str, ...]) -> dict:
@@ -143,7 +129,7 @@ def checked_attributes(file: "h5py.File", path: Path, names: tuple[str, ...]) ->
     return {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
 
 
-def checked_coords(file: "h5py.File", path: Path) -> "np.ndarray":
+def checked_coords(file: "h5py.File", path: Path) -> np.ndarray:
     coords = file["coords"][:]
     if coords.ndim != 2 or coords.shape[1] != 2:
         raise InputError(f"{path}: coords must have shape (N, 2), they have {coords.shape}")
@@ -153,10 +139,37 @@ def checked_coords(file: "h5py.File", path: Path) -> "np.ndarray":
 # ---------------------------------------------------------------------------------------------------------- tiles
 
 
-def write_tiles(path: Path, coords: "np.ndarray", attributes: dict, pixels: Iterable["np.ndarray"] | None = None) -> None:
-    """Write tiles/SLIDE.h5: coords (N, 2), TILE_ATTRIBUTES, and pixels in batches where they are kept. Raises WriteError."""
+def write_tiles(path: Path, coords: np.ndarray, attributes: dict, batches: Batches | None = None) -> int:
+    """Write tiles/SLIDE.h5 with coords (N, 2) and TILE_ATTRIBUTES -> the number of damaged tiles, an attribute as well. Raises WriteError.
+
+    batches   coords (k, 2), pixels (k, size, size, 3) and how many tiles beside them were damaged, in order: only these tiles are
+              written, with their pixels, as they come, so that memory stays small. None: all coords, and no pixels
+    """
     assert set(attributes) >= set(TILE_ATTRIBUTES), attributes
-    write_h5(path, {"coords": coords.astype("int32").reshape(-1, 2)}, attributes, pixels, attributes["size"])
+    size, n_damaged = attributes["size"], 0
+    attributes = dict(attributes)
+
+    def write(file: "h5py.File") -> None:
+        nonlocal coords, n_damaged
+        if batches is not None:
+            # LZF costs a tenth of gzip's time; of photographs gzip would hardly save more. The checksum finds what a disk has damaged
+            shape, whole = (len(coords), size, size, 3), (None, size, size, 3)
+            options = {"chunks": (1, size, size, 3), "compression": "lzf", "fletcher32": True, "track_times": False}
+            pixels = file.create_dataset("pixels", shape, "u1", maxshape=whole, **options)
+            good = []
+            n = 0
+            for corners, tiles, damaged in batches:
+                if len(corners):
+                    pixels[n : n + len(corners)] = tiles
+                good.append(corners)
+                n, n_damaged = n + len(corners), n_damaged + damaged
+            pixels.resize(n, 0)
+            coords = good[0][:0] if not n else np.concatenate(good)
+        attributes["damaged"] = n_damaged
+        file.create_dataset("coords", data=coords.astype(np.int32).reshape(-1, 2), track_times=False)
+
+    write_h5(path, attributes, write)
+    return n_damaged
 
 
 def read_tiles(path: Path) -> Tiles:
@@ -165,7 +178,7 @@ def read_tiles(path: Path) -> Tiles:
         return Tiles(path, checked_coords(file, path), checked_attributes(file, path, TILE_ATTRIBUTES), "pixels" in file)
 
 
-def read_pixels(path: Path, start: int = 0, stop: int | None = None) -> "np.ndarray":
+def read_pixels(path: Path, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Pixels (n, size, size, 3) uint8 of tiles start to stop. Raises InputError where they were not kept or are damaged."""
     with open_h5(path) as file:
         if "pixels" not in file:
@@ -176,10 +189,15 @@ def read_pixels(path: Path, start: int = 0, stop: int | None = None) -> "np.ndar
 # ------------------------------------------------------------------------------------------------------- features
 
 
-def write_features(path: Path, features: "np.ndarray", coords: "np.ndarray", attributes: dict) -> None:
-    """Write feats/SLIDE.h5: features (N, D), coords (N, 2), FEATURE_ATTRIBUTES. Raises WriteError."""
+def write_features(path: Path, features: np.ndarray, coords: np.ndarray, attributes: dict) -> None:
+    """Write feats/SLIDE.h5: features (N, D), coords (N, 2), FEATURE_ATTRIBUTES and further ones. Raises WriteError."""
     assert set(attributes) >= set(FEATURE_ATTRIBUTES), attributes
-    write_h5(path, {"features": features, "coords": coords.astype("int32")}, attributes)
+
+    def write(file: "h5py.File") -> None:
+        file.create_dataset("features", data=features, track_times=False)
+        file.create_dataset("coords", data=coords.astype(np.int32), track_times=False)
+
+    write_h5(path, attributes, write)
 
 
 def read_features(path: Path) -> Features:
@@ -193,6 +211,19 @@ def read_features(path: Path) -> Features:
 
 
 # ------------------------------------------------------------------------------------------------- folders, labels
+
+
+def read_json_object(path: Path) -> dict | None:
+    """The object of a JSON file that one of these scripts wrote, None where there is none. Raises InputError for a damaged one."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise InputError(f"{path} is damaged: delete it, and give the same arguments as before")
+    return value
 
 
 def h5_files(folder: Path, what: str) -> list[Path]:

@@ -54,10 +54,11 @@ def areas(mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def tissue_mask(rgb: np.ndarray, mpp: float) -> np.ndarray:
     """Thumbnail (h, w, 3) uint8 with `mpp` micrometres per pixel -> bool (h, w), True at tissue."""
+    from PIL import Image, ImageFilter
     from scipy import ndimage
 
     per_mm2 = 1e6 / mpp**2  # pixels
-    smooth = np.stack([ndimage.median_filter(rgb[..., i], 5) for i in range(3)], 2)
+    smooth = np.asarray(Image.fromarray(rgb).filter(ImageFilter.MedianFilter(3)))
     brightest = smooth.max(2).astype(np.float32)
     saturation = np.where(brightest > 0, (brightest - smooth.min(2)) / np.maximum(brightest, 1), 0)
     marks = ink(smooth, saturation)
