@@ -1,7 +1,7 @@
 """Cut slides into tiles of tissue: which squares, at which resolution, and on request their pixels.
 
     python -m pathology.tile slides/ --mpp 1.0 --size 256 --out tiles/                     # positions alone: seconds a slide
-    python -m pathology.tile slides/ --mpp 0.5 --size 224 --out tiles/ --save-pixels       # for fine-tuning, which reads them again and again
+    python -m pathology.tile slides/ --mpp 0.5 --size 224 --out tiles/ --save-pixels       # for fine-tuning
 
 Leaves behind, in --out, whose formats pathology/files.py describes:
 
@@ -39,11 +39,9 @@ def find_slides(paths: list[Path]) -> dict[str, Path]:
     for path in paths:
         if not path.exists():
             raise InputError(f"no file or folder {path}")
-        inside = (
-            sorted(p for p in path.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and not p.name.startswith("."))
-            if path.is_dir()
-            else [path]
-        )
+        inside = [path]
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SLIDE_SUFFIXES and not p.name.startswith("."))
         if not inside:
             raise InputError(f"{path} holds no slide ({', '.join(SLIDE_SUFFIXES)})")
         for slide in inside:
@@ -142,6 +140,9 @@ def mpp(text: str) -> float:
 def reserve(out: Path, arguments: dict) -> None:
     """Make the folder, and write down with what arguments. Raises InputError where it was made with others, or holds other things."""
     before = read_json_object(out / SUMMARY)
+    if before is not None and before.get("arguments") != arguments and not any(out.glob("*.h5")):
+        before = {"arguments": arguments}  # nothing came of them: the arguments may be corrected
+        write_json(out / SUMMARY, before | {"slides": {}, "skipped": {}})
     if before is not None and before.get("arguments") != arguments:
         other = {key: value for key, value in before.get("arguments", {}).items() if arguments.get(key) != value}
         raise InputError(f"{out} was made with other arguments ({other}): choose another --out, or give the same")
