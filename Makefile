@@ -4,14 +4,15 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 GPU_FLAGS ?=
+PATHOLOGY := $(OFFLINE) .pathology/bin/python -m pathology
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 TEXT := The bank raised its interest rate again this month.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-extras test-vllm gpu check check-pins clean-demo
+.PHONY: help setup demo test test-slow test-extras test-vllm test-pathology pathology clean-pathology gpu check check-pins clean-demo
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-11s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
 
 setup: $(VENV)/ready ## build .venv with every requirement
 
@@ -65,6 +66,29 @@ test-vllm:
 	@echo "vLLM for CPUs is there for Linux on x86-64 only: its tests are left out"
 endif
 
+# as .extras is built: an environment of its own that sees the packages of .venv
+.pathology/ready: pathology/requirements.txt constraints.txt $(VENV)/ready
+	rm -rf .pathology
+	$(PY) -m venv .pathology
+	$(PY) -c "$(SITE)" > $$(.pathology/bin/python -c "$(SITE)")/venv.pth
+	.pathology/bin/python -m pip install --quiet --disable-pip-version-check -r pathology/requirements.txt -c constraints.txt
+	touch $@
+
+pathology: .pathology/ready clean-pathology ## slides made up, tiles, features, a slide model, its AUROC, a heat map: offline, under 5 minutes
+	$(PATHOLOGY).synthetic demo/pathology/slides
+	$(PATHOLOGY).tile demo/pathology/slides --out demo/pathology/tiles
+	$(PATHOLOGY).extract demo/pathology/tiles --model random:dinov2-small --out demo/pathology/features
+	$(PATHOLOGY).evaluate_slides demo/pathology/features --labels demo/pathology/slides/labels.csv --external external \
+	  --aggregator gated --folds 3 --out demo/pathology/model
+	$(PATHOLOGY).heatmap demo/pathology/features/demo-002.h5 --model demo/pathology/model --out demo/pathology/heatmaps
+
+clean-pathology:
+	rm -rf demo/pathology
+
+test-pathology: .pathology/ready ## tests of pathology/, for which .venv lacks packages
+	$(OFFLINE) .pathology/bin/python -m pytest -q tests/test_pathology_*.py
+	$(OFFLINE) .pathology/bin/python -m pytest -q -m slow tests/test_pathology_*.py
+
 # nine minutes of steps; the next call goes on with those that are left. GPU_FLAGS=--dry-run: everything small, on a CPU
 gpu: setup ## tests and benchmarks that need a GPU, and a table of them; repeat it until no step is left
 	$(PY) bench/gpu.py --out results/gpu.jsonl $(GPU_FLAGS); status=$$?; \
@@ -76,4 +100,4 @@ check: setup ## ruff: style and likely mistakes
 
 # --isolated leaves out local wheels and indexes: a pin must resolve for anybody
 check-pins: setup ## the pinned versions resolve from the public package index alone
-	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -c constraints.txt
+	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -r pathology/requirements.txt -c constraints.txt

@@ -131,9 +131,8 @@ def show(features: Features, attention: np.ndarray, args: argparse.Namespace) ->
     if patches:
         write_atomic(args.out / f"{name}.top.png", lambda path: draw_sheet(patches, path))
     x, y = features.coords[top[0]].tolist()
-    share = 100 * attention[top[: max(1, len(attention) // 10)]].sum() if len(top) >= len(attention) // 10 else None
-    tenth = f", {share:.0f} % of it on a tenth of the tiles" if share is not None else ""
-    return f"{name}: most attention at {x}, {y} of level 0, {len(attention) * attention[top[0]]:.1f} times the mean{tenth}"
+    tenth = 100 * np.sort(attention)[-max(1, len(attention) // 10) :].sum()
+    return f"{name}: most attention at {x}, {y} of level 0, {tenth:.0f} % of it on a tenth of the {len(attention):,} tiles"
 
 
 def build_parser() -> argparse.ArgumentParser:
