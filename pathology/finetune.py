@@ -29,6 +29,7 @@ import json
 import math
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -108,6 +109,7 @@ def add_training_arguments(add) -> None:
         default=0.992,
         help="of the teacher at the first step, 1 at the last; less for short runs (default 0.992)",
     )
+    add("--gradient-checkpointing", action="store_true", help="compute layers again in the backward pass, to save memory (default: do not)")
     add("--koleo", type=not_negative, default=0.1, help="weight of KoLeo (default 0.1)")
     add("--seed", type=count, default=0, help="of heads, order, views and masks (default 0)")
 
@@ -171,6 +173,8 @@ class Run:
     optimizer: "torch.optim.Optimizer" = None
     state: "State" = None
     rows: list[dict] = field(default_factory=list)
+    reader: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    ahead: "tuple[int, Future] | None" = None  # a step and its pixels, which are read while the step before it is computed
 
     @property
     def step_size(self) -> int:
@@ -219,6 +223,8 @@ def set_up(run: Run, steps: int) -> None:
     run.teacher = Network(resized(run.model.module, run.args.global_crop), run.args.prototypes).eval()
     run.teacher.load_state_dict(run.student.state_dict())
     run.teacher.requires_grad_(False)
+    if run.args.gradient_checkpointing:
+        run.student.backbone.gradient_checkpointing_enable()
     trained = {name for name, _ in trained_parameters(run.student)}
     for name, parameter in run.student.named_parameters():
         parameter.requires_grad_(name in trained)
@@ -275,6 +281,18 @@ def rows_of(run: Run, step: int) -> "np.ndarray":
     return order[start : start + run.args.batch]
 
 
+def pixels_of(run: Run, step: int) -> "torch.Tensor":
+    """Pixels (B, S, S, 3) uint8 of a step, on the device; those of the next one are read meanwhile."""
+    import torch
+
+    def read(number: int) -> "Future":
+        return run.reader.submit(lambda: torch.from_numpy(run.patches.pixels[rows_of(run, number)]))
+
+    _, pixels = run.ahead if run.ahead and run.ahead[0] == step else (step, read(step))
+    run.ahead = (step + 1, read(step + 1)) if step + 1 < run.state.steps else None
+    return pixels.result().to(run.device)
+
+
 def take_step(run: Run) -> dict:
     """One step -> its numbers. All random numbers follow from seed, step and process: a resumed run draws the same."""
     import numpy as np
@@ -287,7 +305,7 @@ def take_step(run: Run) -> dict:
     seed = int(np.random.SeedSequence([args.seed, state.step, distributed().rank]).generate_state(1)[0])
     torch.manual_seed(seed)  # of the model's own dropout
     mean, std = (torch.tensor(x, device=run.device) for x in (run.model.mean, run.model.std))
-    pixels = torch.from_numpy(np.ascontiguousarray(run.patches.pixels[rows_of(run, state.step)])).to(run.device)
+    pixels = pixels_of(run, state.step)
     views = make_views(pixels, args.global_crop, args.local_crop, args.local_crops, mean, std, torch.Generator().manual_seed(seed))
     grid = args.global_crop // run.model.module.config.patch_size
     masks = draw_masks(2 * args.batch, grid, np.random.default_rng(seed)).to(run.device)
@@ -491,7 +509,9 @@ def make_run(args: argparse.Namespace) -> None:
 
             if not is_out_of_memory(error):
                 raise
-            raise InputError(f"memory ran out at {args.batch} patches a step: lower --batch or --prototypes") from None
+            raise InputError(
+                f"memory ran out at {args.batch} patches a step: lower --batch or --prototypes, or add --gradient-checkpointing"
+            ) from None
 
 
 def main(args: argparse.Namespace) -> None:

@@ -133,6 +133,13 @@ def test_resuming_changes_nothing(flags, tmp_path, monkeypatch):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "parts")
 
 
+def test_checkpointing_gradients_changes_nothing(flags, tmp_path):
+    for name, more in (("plain", ()), ("saving", ("--gradient-checkpointing",))):
+        run(*flags(name, "--steps", 2, *more))
+    one, other = (load_file(tmp_path / name / CHECKPOINT) for name in ("plain", "saving"))
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_a_damaged_checkpoint_costs_some_steps_and_not_the_run(flags, tmp_path, capsys):
     more = ("--steps", 4, "--checkpoint-every", 2, "--validate-every", 2)
     run(*flags("whole", *more))
