@@ -183,7 +183,9 @@ class TilePixels:
             try:
                 out[at] = self._file(int(slides[at]))[numbers[at] - self.starts[slides[at]]]
             except (OSError, KeyError, ValueError) as error:
-                raise InputError(f"{path}, tile {numbers[at] - self.starts[slides[at]]}: {str(error).splitlines()[0]}") from None
+                raise InputError(
+                    f"{path}, tile {numbers[at] - self.starts[slides[at]]}: {str(error).splitlines()[0]}: make the file again"
+                ) from None
         return out
 
 

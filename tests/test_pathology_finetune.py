@@ -40,7 +40,7 @@ def data(tmp_path_factory):
         pixels = np.clip(pixels + rng.integers(0, 50, size=pixels.shape), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"p{i // 12}_{i}_class{'down' if i % 2 else 'across'}.png")
     torch.manual_seed(0)
-    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8)
+    config = Dinov2Config(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=24, patch_size=8, drop_path_rate=0.2)
     Dinov2Model(config).save_pretrained(folder.parent / "base")
     yield folder, folder.parent / "base"
     shutil.rmtree(folder.parent / "base")
