@@ -26,9 +26,12 @@ if TYPE_CHECKING:
 # Micrometres per pixel that a slide scanner or a pyramid can have: scanners make 0.1 to 1, micro-CT and macroscopes up to 10.
 FINEST_MPP, COARSEST_MPP = 0.05, 20.0
 THUMBNAIL_SIDE = 2048  # pixels of the longer side: 10 um each for a whole slide of 20 mm
+SMALLEST_PIECE = 16  # pixels of a thumbnail: a damaged block is halved down to these
 READ_SIDE = 4096  # the largest region read at once for a thumbnail: 64 MiB
 CACHE_BYTES = 256 << 20  # of decoded blocks, for all workers: a row of blocks of a slide 100,000 pixels wide, so that none is decoded twice
 ENLARGEMENT = 1.02  # tiles may be finer than level 0 by this much: 0.2525 um is sold as 0.25
+
+Box = tuple[int, int, int, int]  # x, y, width, height
 
 
 @dataclass(frozen=True)
@@ -203,26 +206,42 @@ class SlideReader:
     def thumbnail(self) -> np.ndarray:
         """The whole slide -> (h, w, 3) uint8, THUMBNAIL_SIDE on the longer side, or smaller where the slide is.
 
-        Read in blocks, so that a slide without coarse levels takes no more memory. Raises InputError where a block is damaged.
+        Read in blocks, so that a slide without coarse levels takes no more memory. Of a block that is damaged the quarters are tried,
+        and theirs; what is left is white. Raises InputError where all is damaged.
         """
         factor = thumbnail_factor(self.width, self.height)
         level = max((d, i) for i, d in enumerate(self.downsamples) if d <= 1.01 * factor)[1]
         per_pixel = factor / self.downsamples[level]
         block = max(1, int(READ_SIDE / per_pixel))  # pixels of the thumbnail
         w, h = round(self.width / factor), round(self.height / factor)
-        boxes = [(x, y, min(block, w - x), min(block, h - y)) for y in range(0, h, block) for x in range(0, w, block)]
 
-        def read(slide: "OpenSlide", box: tuple[int, int, int, int]) -> np.ndarray:
+        def read(slide: "OpenSlide", box: Box) -> np.ndarray:
             x, y, bw, bh = box
             size = (max(1, round(bw * per_pixel)), max(1, round(bh * per_pixel)))
             return np.asarray(read_rgb(slide, (round(x * factor), round(y * factor)), level, size).resize((bw, bh), 4))  # 4: box filter
 
-        thumbnail = np.empty((h, w, 3), np.uint8)
-        for (x, y, bw, bh), part in zip(boxes, self.ordered(read, boxes), strict=True):
-            if part is None:
-                raise InputError(f"it is damaged: the region at {round(x * factor)}, {round(y * factor)} cannot be read")
-            thumbnail[y : y + bh, x : x + bw] = part
+        thumbnail = np.full((h, w, 3), 255, np.uint8)
+        boxes, n_damaged = pieces((0, 0, w, h), block), 0
+        while boxes:
+            damaged: list[Box] = []
+            for box, part in zip(boxes, self.ordered(read, boxes), strict=True):
+                x, y, bw, bh = box
+                if part is not None:
+                    thumbnail[y : y + bh, x : x + bw] = part
+                elif max(bw, bh) > SMALLEST_PIECE:
+                    damaged += pieces(box, max(bw + 1, bh + 1) // 2)
+                else:
+                    n_damaged += bw * bh
+            boxes = damaged
+        if n_damaged == w * h:
+            raise InputError("it is damaged: no part of it can be read")
         return thumbnail
+
+
+def pieces(box: Box, edge: int) -> list[Box]:
+    """A box x, y, width, height in boxes of at most `edge` pixels, row by row."""
+    x, y, w, h = box
+    return [(x + i, y + j, min(edge, w - i), min(edge, h - j)) for j in range(0, h, edge) for i in range(0, w, edge)]
 
 
 def thumbnail_factor(width: int, height: int) -> float:

@@ -13,9 +13,7 @@ slide to slide.
 """
 
 import argparse
-import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -52,23 +50,8 @@ def paint(width: int, height: int, tissue: list[Rectangle], tumour: list[Rectang
     return np.clip(pixels + noise, 0, 255).astype(np.uint8)
 
 
-def jpeg_blocks(pixels: "np.ndarray") -> Iterator[bytes]:
-    """The picture's blocks row by row, each as a JPEG file; those at the right and lower edge are filled up with glass."""
-    from PIL import Image
-
-    image = Image.fromarray(pixels)
-    for y in range(0, image.height, BLOCK):
-        for x in range(0, image.width, BLOCK):
-            block = Image.new("RGB", (BLOCK, BLOCK), GLASS)
-            block.paste(image.crop((x, y, min(x + BLOCK, image.width), min(y + BLOCK, image.height))))
-            file = io.BytesIO()
-            block.save(file, "JPEG", quality=85)
-            yield file.getvalue()
-
-
 def write_pyramid(path: Path, pixels: "np.ndarray", mpp: float | None, levels: int = 3) -> None:
     """A tiled pyramid TIFF that OpenSlide reads. `mpp` None: a file that stores no resolution."""
-    require("tifffile")
     import tifffile
     from PIL import Image
 
@@ -77,13 +60,11 @@ def write_pyramid(path: Path, pixels: "np.ndarray", mpp: float | None, levels: i
         with tifffile.TiffWriter(temporary) as tiff:
             for i in range(levels):
                 tiff.write(
-                    jpeg_blocks(level),
-                    shape=level.shape,
-                    dtype=np.uint8,
+                    level,
                     tile=(BLOCK, BLOCK),
                     compression="jpeg",
-                    photometric="ycbcr",
-                    subsampling=(2, 2),
+                    compressionargs={"level": 85},
+                    photometric="rgb",
                     subfiletype=int(i > 0),
                     resolution=None if mpp is None else (1e4 / mpp / 2**i,) * 2,
                     resolutionunit=None if mpp is None else "CENTIMETER",
@@ -123,7 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> None:
-    for module in ("tifffile", "PIL"):
+    for module in ("tifffile", "imagecodecs"):
         require(module)
     if args.out.exists() and (not args.out.is_dir() or any(args.out.iterdir())):
         raise InputError(f"{args.out} exists already: choose another folder, or delete it first")

@@ -185,7 +185,8 @@ def report(out: Path, done: dict[str, dict], skipped: dict[str, str]) -> None:
     if not done:
         raise InputError(f"no slide could be tiled, {len(skipped)} skipped, the first because: {next(iter(skipped.values()))}")
     n, damaged = (sum(entry[key] for entry in done.values()) for key in ("tiles", "damaged"))
-    rest = f", {damaged:,} damaged tiles left out" * (damaged > 0) + f", {len(skipped)} slides skipped" * bool(skipped)
+    rest = f", {damaged:,} damaged tile{'s' * (damaged != 1)} left out" * (damaged > 0)
+    rest += f", {len(skipped)} slide{'s' * (len(skipped) != 1)} skipped" * bool(skipped)
     say(f"{out}: {n:,} tiles of {len(done)} slide{'s' * (len(done) != 1)}{rest}")
 
 
