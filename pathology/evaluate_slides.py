@@ -164,9 +164,10 @@ def fit(bags: Bags, rows: "np.ndarray", aggregator: str, args: argparse.Namespac
 
     import numpy as np
     import torch
+    from torch.nn import functional
 
     from encoder.runtime import pick_device
-    from pathology.mil import FORMAT, Mil, bag_loss, pack
+    from pathology.mil import FORMAT, Mil
 
     device, rng = pick_device(args.device), np.random.default_rng(args.seed)
     torch.manual_seed(args.seed)
@@ -183,14 +184,9 @@ def fit(bags: Bags, rows: "np.ndarray", aggregator: str, args: argparse.Namespac
         model.train()
         order = rng.permutation(learned)
         for start in range(0, len(order), args.bags):
-            batch = order[start : start + args.bags]
-            features, cu_seqlens = pack([bags.features[i] for i in batch])
-            loss = bag_loss(model(features.to(device), cu_seqlens.to(device))[0], codes[batch], weights)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+            learn(model, optimizer, bags, order[start : start + args.bags], codes, weights)
         with torch.no_grad():
-            loss = bag_loss(logits_of(model, bags, held_out), codes[held_out], weights).item()
+            loss = functional.cross_entropy(logits_of(model, bags, held_out), codes[held_out], weights).item()
         since = 0 if loss < best else since + 1
         if loss < best:
             best, kept = loss, copy.deepcopy(model.state_dict())
@@ -198,6 +194,21 @@ def fit(bags: Bags, rows: "np.ndarray", aggregator: str, args: argparse.Namespac
             break
     model.load_state_dict(kept)
     return model.eval()
+
+
+def learn(model: "Mil", optimizer, bags: Bags, batch: "np.ndarray", codes: "torch.Tensor", weights: "torch.Tensor") -> None:
+    """One step on these slides. The loss is cross entropy, classes weighted alike; large bags go through memory one after the other."""
+    from torch.nn import functional
+
+    from pathology.mil import groups_of, pack
+
+    optimizer.zero_grad()
+    for group in groups_of(bags.features.lengths[i] for i in batch):
+        features, cu_seqlens = pack([bags.features[batch[i]] for i in group])
+        logits, _ = model(features.to(codes.device), cu_seqlens.to(codes.device))
+        loss = functional.cross_entropy(logits, codes[batch[group]], weights, reduction="sum") / weights[codes[batch]].sum()
+        loss.backward()
+    optimizer.step()
 
 
 def hold_out(bags: Bags, rows: "np.ndarray", seed: int) -> tuple["np.ndarray", "np.ndarray"]:

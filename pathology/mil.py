@@ -23,7 +23,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn import functional
 
 from files.console import InputError
 from files.writing import write_atomic, write_json
@@ -34,6 +33,7 @@ CONFIG, WEIGHTS = "config.json", "model.safetensors"
 AGGREGATORS = ("gated", "mean", "transformer")
 DROPOUT = 0.25  # as CLAM (Lu et al. 2021, arXiv 2004.09666)
 LAYERS, HEADS, MAX_TOKENS = 2, 4, 4096  # of the transformer
+MAX_PATCHES = 65536  # in memory at a time
 
 
 class Mil(nn.Module):
@@ -94,9 +94,16 @@ def pack(bags: list[Tensor]) -> tuple[Tensor, Tensor]:
     return torch.cat(bags), lengths.cumsum(0).int()
 
 
-def bag_loss(logits: Tensor, labels: Tensor, class_weights: Tensor) -> Tensor:
-    """Cross entropy with classes weighted alike: logits (B, C), labels (B,) -> ()."""
-    return functional.cross_entropy(logits, labels, class_weights)
+def groups_of(lengths: Iterable[int], most: int = MAX_PATCHES) -> list[list[int]]:
+    """Numbers of the bags that go through memory together: at most `most` patches, or a single larger bag."""
+    groups, size = [], 0
+    for number, length in enumerate(lengths):
+        if not groups or size + length > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(number)
+        size += length
+    return groups
 
 
 def save_mil(model: Mil, folder: Path) -> None:

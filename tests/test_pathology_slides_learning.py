@@ -80,6 +80,23 @@ def test_a_saved_model_gives_the_same_logits_and_what_is_none_is_refused(tmp_pat
         mil.load_mil(tmp_path)
 
 
+def test_large_bags_go_through_memory_apart_with_the_same_step(monkeypatch):
+    assert mil.groups_of([3, 4, 9, 1, 1], most=8) == [[0, 1], [2], [3, 4]]
+    rng = np.random.default_rng(0)
+    bags = evaluate_slides.Bags(*[np.array(["x"] * 5)] * 4, evaluate_slides.BagFiles(), {})
+    for n in (3, 4, 9, 1, 1):
+        bags.features.add(None, make_bag(rng, False, n)[0])
+    steps = []
+    for most in (8, 100):
+        monkeypatch.setattr(mil.groups_of, "__defaults__", (most,))
+        model = model_of("gated")
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        evaluate_slides.learn(model, optimizer, bags, np.arange(5), torch.tensor([0, 1, 0, 1, 1]), torch.tensor([0.3, 1.7]))
+        steps.append(model.state_dict())
+    torch.testing.assert_close(steps[0], steps[1], rtol=1e-5, atol=1e-6)
+    assert not torch.equal(steps[0]["classify.weight"], model_of("gated").classify.weight)
+
+
 def test_the_names_of_aggregators_are_those_of_the_models():
     assert evaluate_slides.AGGREGATORS == mil.AGGREGATORS
 
