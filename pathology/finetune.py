@@ -202,7 +202,7 @@ def prepare(args: argparse.Namespace) -> Run:
     rng = np.random.default_rng(args.split_seed)
     references, queries = (np.sort(rng.permutation(rows)[:most]) for rows, most in ((train, MAX_REFERENCES), (validation, MAX_QUERIES)))
     if not patches.labelled or len(set(patches.labels[queries])) < 2 or len(references) < K:
-        warn("there is no probe on validation patients, as that needs labels: the last step is kept, which may not be the best")
+        warn("no probe, which needs labels and two classes among validation patients: the last step is kept, which may not be the best")
         references = queries = train[:0]
     run = Run(args, patches, train, references, queries, model, device, dtype)
     if len(train) < run.step_size:

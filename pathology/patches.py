@@ -26,7 +26,7 @@ from pathology.files import h5_files, read_labels, read_pixels, read_tiles, requ
 
 PICTURES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 SPLITS = ("train", "validation", "test")
-SHARES = (0.6, 0.2, 0.2)  # of the patients
+SHARES, DRAWS = (0.6, 0.2, 0.2), 100  # of the patients
 IN_MEMORY = 2 * 2**30  # bytes of pixels; more go to a temporary file
 
 
@@ -72,7 +72,7 @@ class Patches:
     def split(self, seed: int) -> np.ndarray:
         """Which of SPLITS each patch is in (N,): as the labels say, else by `split_patients`. Raises InputError."""
         if self.splits is None:
-            return split_patients(self.patients, seed)
+            return split_patients(self.patients, self.labels, seed)
         check_splits(self.patients, self.splits)
         return self.splits
 
@@ -80,16 +80,23 @@ class Patches:
 # ------------------------------------------------------------------------------------------------------------- splits
 
 
-def split_patients(patients: np.ndarray, seed: int, shares: Sequence[float] = SHARES) -> np.ndarray:
-    """Draw the patients of each split at random -> (N,) of SPLITS. Raises InputError where there are fewer than three patients."""
+def split_patients(patients: np.ndarray, labels: np.ndarray, seed: int, shares: Sequence[float] = SHARES) -> np.ndarray:
+    """Draw the patients of each split at random, again where a split lacks a class that another has -> (N,) of SPLITS.
+
+    Raises InputError where there are fewer than three patients. Where no draw of DRAWS has all classes, the last one stays.
+    """
     unique = np.unique(patients)
     if len(unique) < len(SPLITS):
         raise InputError(f"{len(unique)} patients: training, validation and test need one each")
-    order = np.random.default_rng(seed).permutation(len(unique))
+    rng, classes = np.random.default_rng(seed), set(labels.tolist())
     n_test, n_validation = (max(1, round(len(unique) * share)) for share in (shares[2], shares[1]))
-    split = np.full(len(unique), SPLITS[0], dtype=object)
-    split[order[:n_test]], split[order[n_test : n_test + n_validation]] = SPLITS[2], SPLITS[1]
-    return split[np.searchsorted(unique, patients)].astype(str)
+    for _ in range(DRAWS):
+        order, of_patient = rng.permutation(len(unique)), np.full(len(unique), SPLITS[0], dtype=object)
+        of_patient[order[:n_test]], of_patient[order[n_test : n_test + n_validation]] = SPLITS[2], SPLITS[1]
+        split = of_patient[np.searchsorted(unique, patients)].astype(str)
+        if all(set(labels[split == name].tolist()) == classes for name in SPLITS):
+            break
+    return split
 
 
 def check_splits(patients: np.ndarray, splits: np.ndarray) -> None:

@@ -83,7 +83,8 @@ def test_tiles_of_slides_are_patches_of_their_patients(tmp_path):
     attributes = {"mpp": 1.0, "size": 4, "size_level0": 4, "width": 9, "height": 9, "mpp_level0": 1.0}
     for slide, n in (("a", 3), ("b", 2), ("c", 1)):
         pixels = np.arange(n)[:, None, None, None] + np.zeros((n, 4, 4, 3), int) + 10 * (ord(slide) - 96)
-        write_tiles(tmp_path / f"{slide}.h5", np.zeros((n, 2)), attributes | {"slide": slide}, [pixels.astype(np.uint8)])
+        batch = (np.zeros((n, 2)), pixels.astype(np.uint8), 0)
+        write_tiles(tmp_path / f"{slide}.h5", np.zeros((n, 2)), attributes | {"slide": slide}, [batch])
     labels = write_csv(tmp_path / "l.csv", [("a.svs", "x", "p1"), ("c.svs", "y", "p2")], ("slide", "label", "patient"))
     read = patches.read_patches(tmp_path, labels)
     assert read.names.tolist() == ["a/0", "a/1", "a/2", "c/0"] and read.patients.tolist() == ["p1"] * 3 + ["p2"] and read.size == 4
@@ -96,12 +97,25 @@ def test_tiles_of_slides_are_patches_of_their_patients(tmp_path):
 
 def test_patients_are_whole_in_a_split_and_the_seed_draws_them():
     patients = np.repeat([f"p{i}" for i in range(20)], 5)
-    split = patches.split_patients(patients, 0)
+    labels = np.array(["a", "b"] * 50)
+    split = patches.split_patients(patients, labels, 0)
     assert {name: len(set(patients[split == name])) for name in patches.SPLITS} == {"train": 12, "validation": 4, "test": 4}
     patches.check_splits(patients, split)
-    assert (split == patches.split_patients(patients, 0)).all() and (split != patches.split_patients(patients, 1)).any()
+    assert (split == patches.split_patients(patients, labels, 0)).all()
+    assert (split != patches.split_patients(patients, labels, 1)).any()
     with pytest.raises(InputError, match="2 patients: training, validation and test need one each"):
-        patches.split_patients(np.array(["a", "b"]), 0)
+        patches.split_patients(np.array(["a", "b"]), labels[:2], 0)
+
+
+def test_every_split_has_all_classes_where_that_can_be():
+    """Three of 20 patients have class b: one in each split."""
+    patients = np.repeat([f"p{i:02}" for i in range(20)], 5)
+    labels = np.where(np.isin(patients, ["p00", "p07", "p11"]), "b", "a")
+    for seed in range(5):
+        split = patches.split_patients(patients, labels, seed)
+        assert all(set(labels[split == name]) == {"a", "b"} for name in patches.SPLITS)
+    labels[patients == "p00"] = "c"  # it cannot be: no error here, evaluate_patches says what is missing
+    patches.check_splits(patients, patches.split_patients(patients, labels, 0))
 
 
 def test_a_patient_in_two_splits_is_an_error(tmp_path):
