@@ -4,7 +4,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1
 GPU_FLAGS ?=
-PATHOLOGY := $(OFFLINE) .pathology/bin/python -m pathology
+PATHOLOGY := env $(OFFLINE) .pathology/bin/python -m pathology
 SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 TEXT := The bank raised its interest rate again this month.
 
@@ -78,7 +78,7 @@ pathology: .pathology/ready clean-pathology ## slides made up, tiles, features, 
 	$(PATHOLOGY).synthetic demo/pathology/slides
 	$(PATHOLOGY).tile demo/pathology/slides --out demo/pathology/tiles
 	$(PATHOLOGY).extract demo/pathology/tiles --model random:dinov2-small --out demo/pathology/features
-	$(PATHOLOGY).evaluate_slides demo/pathology/features --labels demo/pathology/slides/labels.csv --external external \
+	OMP_NUM_THREADS=1 $(PATHOLOGY).evaluate_slides demo/pathology/features --labels demo/pathology/slides/labels.csv --external external \
 	  --aggregator gated --folds 3 --out demo/pathology/model
 	$(PATHOLOGY).heatmap demo/pathology/features/demo-002.h5 --model demo/pathology/model --out demo/pathology/heatmaps
 

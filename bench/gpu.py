@@ -76,6 +76,7 @@ BENCHMARKS = (
         "bench_train.py --cap 24 --models mistral-7b --gradient-checkpointing --sides ours",
         "--help",
     ),
+    ("patch models, ViT-S and ViT-g", "bench_pathology.py --device cuda", "--device cuda --rounds 1"),
     ("pooling, every shape", "bench_pooling.py", "--help"),
 )
 
