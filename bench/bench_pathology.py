@@ -68,15 +68,7 @@ def bench_tile(folder: Path, args: argparse.Namespace) -> dict:
         with SlideReader(path, args.workers) as reader:
             how = geometry(reader.downsamples, 0.5, mpp, TILE_SIZE)
             coords = grid(reader.width, reader.height, how.size_level0)
-        attributes = {
-            "slide": "s",
-            "mpp": mpp,
-            "size": TILE_SIZE,
-            "size_level0": how.size_level0,
-            "width": 1,
-            "height": 1,
-            "mpp_level0": 0.5,
-        }
+        attributes = dict.fromkeys(TILE_ATTRIBUTES, 0) | {"size": TILE_SIZE}
 
         def plain(coords=coords, how=how, attributes=attributes) -> None:
             slide = openslide.OpenSlide(path)

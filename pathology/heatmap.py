@@ -125,7 +125,7 @@ def show(features: Features, attention: np.ndarray, args: argparse.Namespace) ->
         how = geometry(reader.downsamples, attributes["mpp_level0"], attributes["mpp"], attributes["size"])
         pixels = list(reader.tiles(features.coords[top], how))
     write_text(args.out / f"{name}.geojson", json.dumps(geojson(attention, features)) + "\n")
-    title = f"{name}: attention of {args.model.name}, no class\n{len(attention):,} tiles, features of {attributes['model']}"
+    title = f"{name}: attention of {args.model}, not a class\n{len(attention):,} tiles, features of {attributes['model']}"
     write_atomic(args.out / f"{name}.png", lambda path: draw(thumbnail, heat(attention, features), title, path))
     patches = [(tile, float(attention[i])) for i, tile in zip(top, pixels, strict=True) if tile is not None]
     if patches:
