@@ -60,14 +60,13 @@ LAYERS = [
     {"serving.onnx_folder", "serving.gguf_folder", "serving.ray_engine"},
     {"serving.card", "serving.server"},
     {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
-    {
-        "bench.bench_encode",
-        "bench.bench_train",
-        "bench.bench_pooling",
-        "bench.bench_options",
-        "bench.encode_worker",
-        "bench.bench_attention",
-    },
+    {"pathology", "pathology.files"},
+    {"pathology.slides", "pathology.tissue", "pathology.stains", "pathology.models"},
+    {"pathology.patches", "pathology.shifts", "pathology.scores", "pathology.crops", "pathology.checkpoint", "pathology.mil"},
+    {"pathology.dino"},
+    {"pathology.synthetic", "pathology.tile", "pathology.extract", "pathology.heatmap"},
+    {"pathology.finetune", "pathology.evaluate_patches", "pathology.evaluate_slides"},
+    {"bench.bench_encode", "bench.bench_train", "bench.bench_pooling", "bench.bench_options", "bench.encode_worker"},
     {
         "bench.bench_own_texts",
         "bench.bench_rewrite",
@@ -79,10 +78,26 @@ LAYERS = [
         "bench.bench_intervals",
         "bench.bench_facets",
         "bench.bench_attention",
+        "bench.bench_adaptation",
+        "bench.bench_pathology",
     },
 ]
-SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"}
-FOLDERS = ("files", "pair_engines", "encoder", "tasks", "evaluation", "training", "serving", "attention_analysis", "models", "bench")
+SCRIPTS = {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain", "tasks.draw"} | {
+    f"pathology.{name}" for name in ("synthetic", "tile", "extract", "heatmap", "finetune", "evaluate_patches", "evaluate_slides")
+}
+FOLDERS = (
+    "files",
+    "pair_engines",
+    "encoder",
+    "tasks",
+    "evaluation",
+    "training",
+    "serving",
+    "attention_analysis",
+    "models",
+    "pathology",
+    "bench",
+)
 LAYER = {module: i for i, layer in enumerate(LAYERS) for module in layer}
 
 
