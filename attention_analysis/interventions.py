@@ -76,11 +76,13 @@ def names_of_tokens(encoder: "Encoder", texts: list[str], categories: Categories
     return [[CATEGORIES[number] for number in categories.of_sequence(i, of_text)] for i, of_text in enumerate(parts)]
 
 
-def check_intervention(encoder: "Encoder", names: Iterable[str]) -> None:
-    """Raise InputError for a category that cannot be hidden, and for a model whose vector is not read at the last token."""
+def check_intervention(encoder: "Encoder", names: Iterable[str], role: str = "document") -> None:
+    """Raise InputError for a category that cannot be hidden, under several prompts, and for a vector that is not the last token's."""
     for name in names:
         if name not in HIDEABLE:
             raise InputError(f"--mask {name}: take one or more of {', '.join(HIDEABLE)}")
+    if len(encoder.contract.prompts_of(role)) > 1:
+        raise InputError("--mask: under several prompts a text has several last tokens, take one prompt")
     if encoder.contract.pooling not in ("last", "last+mean"):
         pooling = encoder.contract.pooling
         raise InputError(f"--mask hides tokens from the last token, but pooling {pooling} reads others as well: take one of pooling last")
@@ -100,7 +102,7 @@ def costs(
     categories    of every token of every text, see `hides`
     layers        in which the tokens are hidden, from 0 (default: all)
     """
-    check_intervention(encoder, names := list(names))
+    check_intervention(encoder, names := list(names), role)
     whole, found = evidence_of(encoder, texts, labels, role), []
     for name in names:
         hide, n_hidden = hides(encoder, texts, categories, name, role)

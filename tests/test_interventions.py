@@ -84,6 +84,8 @@ def test_what_cannot_be_hidden_is_refused(llama):
         costs(encoder, ["a"], ["x"], [["content"]], ["verbs"])
     with pytest.raises(InputError, match="pooling mean reads others as well"):
         costs(encoder.with_contract(pooling="mean"), ["a"], ["x"], [["content"]], ["content"])
+    with pytest.raises(InputError, match="take one prompt"):
+        costs(Encoder.load(llama, prompt="cluster || classify", pooling="last"), ["a"], ["x"], [["content"]], ["content"])
 
 
 # ------------------------------------------------------------------------------------------------------------- effects
