@@ -84,7 +84,9 @@ def lines(rows: list[dict]) -> list[str]:
         "within_given_step": "within runs, with the step held constant",
         "between": "between runs, over final adapters",
     }
-    text = ["Spearman correlation of content words' share in the last layer with V-measure (95 % interval over runs)"]
+    text = [
+        "Spearman correlation of content words' share in the last layer with V-measure (95 % interval over runs, of fewer than ten a rough one)"
+    ]
     for row in rows:
         for name, label in names.items():
             effect = Effect(*(np.nan if value is None else value for value in row[name].values()))
@@ -134,7 +136,10 @@ def between_runs(groups: Sequence[Sequence[RunSides]]) -> Effect:
 
 
 def _over_redraws(n: int, value: Callable[[np.ndarray], float], groups: np.ndarray | None = None) -> Effect:
-    """`value` of n runs by their numbers, with the interval of the middle 95 % of its redraws; each group is redrawn by itself."""
+    """`value` of n runs by their numbers, with the interval of the middle 95 % of its redraws; each group is redrawn by itself.
+
+    Redraws that are all alike, as of runs that all have a correlation of 1, say nothing of other runs: no interval.
+    """
     if n < 1:
         return Effect(np.nan, np.nan, np.nan, n)
     if n < MIN_RUNS:
@@ -143,7 +148,7 @@ def _over_redraws(n: int, value: Callable[[np.ndarray], float], groups: np.ndarr
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
     redrawn = np.array([value(np.concatenate([rng.choice(some, len(some)) for some in members])) for _ in range(REDRAWS)])
     redrawn = redrawn[np.isfinite(redrawn)]  # the same run throughout has no correlation
-    low, high = np.quantile(redrawn, [0.025, 0.975]) if len(redrawn) else (np.nan, np.nan)
+    low, high = np.quantile(redrawn, [0.025, 0.975]) if len(set(redrawn.tolist())) > 1 else (np.nan, np.nan)
     return Effect(value(np.arange(n)), float(low), float(high), n)
 
 

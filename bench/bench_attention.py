@@ -310,27 +310,26 @@ def print_shares(rows: list[dict], places: list[tuple[str, str]], folder: Path) 
 
 def print_costs(rows: list[dict], places: list[tuple[str, str]]) -> None:
     """What hiding costs in V-measure x 100, of runs their mean; intervals hold texts, k-means and the spread over runs."""
-    lines = []
-    for prompt, name in places:
-        for side in ("base", "adapter"):
-            here = [row["costs"] for row in rows if (row["prompt"], row["set"], row["side"]) == (prompt, name, side)]
-            for of_category in zip(*here, strict=True):
-                cells = (mean_over_runs([cost[field] for cost in of_category]) for field in ("less_all", "control", "less_control"))
-                hidden = f"{of_category[0]['n_hidden']:.1f}"
-                lines.append([prompt, name, side, len(here), of_category[0]["category"], hidden, *cells])
-    head = ["prompt", "set", "side", "runs", "hidden", "tokens", "less nothing hidden", "as many others hidden", "less as many others"]
-    print_rows(head, lines)
+    for field, what in (("less_all", "less nothing hidden"), ("less_control", "less as many others hidden")):
+        lines = []
+        for prompt, name in places:
+            for side in ("base", "adapter"):
+                here = [row["costs"] for row in rows if (row["prompt"], row["set"], row["side"]) == (prompt, name, side)]
+                cells = [mean_over_runs([cost[field] for cost in of_category]) for of_category in zip(*here, strict=True)]
+                lines += [[prompt, name, side, len(here), *cells]] if here else []
+        print_rows(["prompt", "set", "side", "runs", *(f"{name}, {what}" for name in HIDDEN)], lines)
 
 
-def mean_over_runs(found: list[dict]) -> str:
-    """The mean of one difference over runs. All runs share the texts: their part of the interval does not shrink with more runs."""
+def mean_over_runs(each: list[dict]) -> str:
+    """The mean of one difference over runs. All runs share the texts: their part of the interval does not shrink with more runs. Bold where it leaves zero out."""
     import numpy as np
 
     from evaluation.differences import interval, show
 
-    values, texts, algorithm = (np.array([d[name] for d in found]) for name in ("difference", "sd_rows", "sd_algorithm"))
+    values, texts, algorithm = (np.array([d[name] for d in each]) for name in ("difference", "sd_rows", "sd_algorithm"))
     over_runs = values.var(ddof=1) / len(values) if len(values) > 1 else 0
-    return show(interval(values.mean(), np.sqrt((texts**2).mean()), np.sqrt((algorithm**2).mean() / len(values) + over_runs)))
+    found = interval(values.mean(), np.sqrt((texts**2).mean()), np.sqrt((algorithm**2).mean() / len(values) + over_runs))
+    return show(found, verdict=False) if found.verdict == "cannot tell" else f"**{show(found, verdict=False)}**"
 
 
 def print_effects(rows: list[dict], places: list[tuple[str, str]], folder: Path) -> None:
