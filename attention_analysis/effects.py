@@ -84,9 +84,7 @@ def lines(rows: list[dict]) -> list[str]:
         "within_given_step": "within runs, with the step held constant",
         "between": "between runs, over final adapters",
     }
-    text = [
-        "Spearman correlation of content words' share in the last layer with V-measure (95 % interval over runs, of fewer than ten a rough one)"
-    ]
+    text = ["Spearman correlation of content words' share in the last layer with V-measure (95 % intervals over runs, rough below ten)"]
     for row in rows:
         for name, label in names.items():
             effect = Effect(*(np.nan if value is None else value for value in row[name].values()))

@@ -321,7 +321,10 @@ def print_costs(rows: list[dict], places: list[tuple[str, str]]) -> None:
 
 
 def mean_over_runs(each: list[dict]) -> str:
-    """The mean of one difference over runs. All runs share the texts: their part of the interval does not shrink with more runs. Bold where it leaves zero out."""
+    """The mean of one difference over runs, bold where its interval leaves zero out.
+
+    All runs share the texts: their part of the interval does not shrink with more runs.
+    """
     import numpy as np
 
     from evaluation.differences import interval, show
