@@ -238,7 +238,7 @@ def test_shares_over_a_corpus_and_seeds(llama, tmp_path, corpus, capsys, monkeyp
     for layer in ("last layer (3)", "mean over layers"):
         for tokens in ("all tokens", "BOS left out, the rest renormalized"):
             assert f"{layer}, {tokens}" in printed
-    assert drawn == [CORPUS] and "shares.npz and 5 pictures" in printed
+    assert drawn == [CORPUS] and "shares.npz, 5 pictures and page.html" in printed
     about, by_layer, by_head = read_corpus(out)
     assert [(model["side"], model["run"], model["seed"], model["step"]) for model in about["models"]] == [
         ("base", None, None, 0),
