@@ -49,7 +49,7 @@ test-slow: setup ## tests that kill processes or run several
 	touch $@
 
 test-extras: .extras/ready test-vllm ## tests of what needs further packages: the server and its clients, libraries on exported folders, vLLM
-	$(OFFLINE) .extras/bin/python -m pytest -q tests/test_server.py tests/test_ecosystem.py tests/test_embed_index.py tests/test_embed_ray.py tests/test_export_onnx.py tests/test_report_page.py
+	$(OFFLINE) .extras/bin/python -m pytest -q tests/test_server.py tests/test_ecosystem.py tests/test_embed_index.py tests/test_embed_ray.py tests/test_export_onnx.py tests/test_report_page.py tests/test_attention_page.py
 
 # its transformers is older; without dependencies, as it asks for packages that text does not need
 .vllm/ready: requirements-vllm.txt | $(VENV)/ready
