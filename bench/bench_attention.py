@@ -7,7 +7,8 @@
 
 memory      a random Llama of four layers with long positions; every way of looking in a fresh process. Peak resident
             memory, and what of it came after the model was loaded
-time        texts of the bundled tasks; rounds of encoding (pooling last) and reading alternate, the ratio is the median of the rounds'
+time        texts of the bundled tasks; rounds of encoding (pooling last) and reading alternate; the ratio of processor time is the
+            median of the rounds'
 experiment  runs of train.py --pooling last --keep-adapters N, of one base, several seeds and prompts. For every side of every run (base,
             kept adapters, final adapter) and labelled set: the categories' shares in the last token's attention, and V-measure. For
             bases and final adapters also what hiding each category costs (attention_analysis/interventions.py). A line of --out each; a
@@ -140,10 +141,10 @@ def speed(args: argparse.Namespace) -> None:
     times: dict[str, list[float]] = {"encode": [], "read": []}
     for number in range(args.rounds + 1):  # the first warms up
         for name, call in (("encode", encode), ("read", read))[:: 1 if number % 2 else -1]:
-            began = time.perf_counter()
+            began = time.process_time()  # of the processor: other work on the machine does not count
             call()
             if number:
-                times[name].append(time.perf_counter() - began)
+                times[name].append(time.process_time() - began)
     ratios = [read / encode for encode, read in zip(times["encode"], times["read"], strict=True)]
     row = {"texts": args.texts, "model": args.model} | {name: [round(s, 1) for s in seconds] for name, seconds in times.items()}
     print(json.dumps(row | {"ratio": round(statistics.median(ratios), 2), "ratios": [round(r, 2) for r in ratios]} | conditions()))
