@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from files.console import InputError
+from pathology.blocks import JpegBlocks
 from pathology.files import require
 
 if TYPE_CHECKING:
@@ -129,16 +130,16 @@ def read_rgb(slide: "OpenSlide", location: tuple[int, int], level: int, size: tu
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def read_tile(slide: "OpenSlide", x: int, y: int, how: Geometry) -> np.ndarray:
-    """One tile -> (size, size, 3) uint8. A whole number of pixels makes one by their mean, others by a bilinear filter as wide."""
+def made_smaller(pixels: np.ndarray, size: int) -> np.ndarray:
+    """(n, n, 3) uint8 -> (size, size, 3). A whole number of pixels makes one by their mean, others by a bilinear filter as wide."""
     from PIL import Image
 
-    image = read_rgb(slide, (x, y), how.level, (how.read, how.read))
-    if how.read % how.size == 0:
-        image = image.reduce(how.read // how.size) if how.read > how.size else image
-    else:
-        image = image.resize((how.size, how.size), Image.Resampling.BILINEAR)
-    return np.asarray(image)
+    if len(pixels) == size:
+        return pixels
+    image = Image.fromarray(pixels)
+    if len(pixels) % size == 0:
+        return np.asarray(image.reduce(len(pixels) // size))
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def usable_cores() -> int:
@@ -158,6 +159,7 @@ class SlideReader:
 
         self.path, self.workers = path, workers or usable_cores()
         self._cache, self._local, self._handles = OpenSlideCache(CACHE_BYTES), threading.local(), []
+        self._blocks: JpegBlocks | None = None
         with open_slide(path) as slide:
             self.width, self.height = slide.dimensions
             self.downsamples = slide.level_downsamples
@@ -171,6 +173,8 @@ class SlideReader:
         self._pool.shutdown(cancel_futures=True)
         for handle in self._handles:
             handle.close()
+        if self._blocks is not None:
+            self._blocks.close()
 
     def _handle(self, *, renew: bool = False) -> "OpenSlide":
         from openslide import OpenSlide
@@ -201,7 +205,19 @@ class SlideReader:
 
     def tiles(self, coords: np.ndarray, how: Geometry) -> Iterator[np.ndarray | None]:
         """The tiles at `coords` (N, 2), in order: (size, size, 3) uint8, None for a damaged one."""
-        return self.ordered(lambda slide, corner: read_tile(slide, int(corner[0]), int(corner[1]), how), coords)
+        if self._blocks is None:
+            with open_slide(self.path) as slide:
+                self._blocks = JpegBlocks(self.path, slide)
+        blocks = self._blocks
+
+        def read(slide: "OpenSlide", corner: np.ndarray) -> np.ndarray:
+            x, y = map(int, corner)
+            pixels = blocks.region(x, y, how.level, how.read)
+            if pixels is None:
+                pixels = np.asarray(read_rgb(slide, (x, y), how.level, (how.read, how.read)))
+            return made_smaller(pixels, how.size)
+
+        return self.ordered(read, coords)
 
     def thumbnail(self) -> np.ndarray:
         """The whole slide -> (h, w, 3) uint8, THUMBNAIL_SIDE on the longer side, or smaller where the slide is.

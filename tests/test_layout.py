@@ -61,6 +61,7 @@ LAYERS = [
     {"serving.card", "serving.server"},
     {"make_pairs", "train", "evaluate", "attention", "search", "export", "embed", "models.pretrain"},
     {"pathology", "pathology.files"},
+    {"pathology.blocks"},
     {"pathology.slides", "pathology.tissue", "pathology.stains", "pathology.models"},
     {"pathology.patches", "pathology.shifts", "pathology.scores", "pathology.crops", "pathology.checkpoint", "pathology.mil"},
     {"pathology.dino"},

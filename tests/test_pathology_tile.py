@@ -14,8 +14,9 @@ from pathology_slides import HEIGHT, TISSUE, WIDTH, damage, one_slide, run
 from PIL import Image
 
 from files.console import InputError
+from pathology.blocks import JpegBlocks
 from pathology.files import read_pixels, read_tiles
-from pathology.slides import SlideReader, geometry, grid
+from pathology.slides import SlideReader, geometry, grid, open_slide
 from pathology.tile import finished
 from pathology.tissue import tissue_mask, tissue_share
 
@@ -58,6 +59,48 @@ def test_pixels_are_those_of_the_slide(tmp_path):
             (x, y), handle = map(int, tiles.coords[3]), reader._handle()
             plain = np.asarray(handle.read_region((x, y), level, (128, 128)).convert("RGB"))
         assert (pixels[3] == plain).all()
+
+
+def read_all(slide: Path, how, coords: np.ndarray) -> tuple[list, list]:
+    """Tiles as they are read, and by OpenSlide alone."""
+    with SlideReader(slide, 2) as reader:
+        ours = list(reader.tiles(coords, how))
+    with SlideReader(slide, 2) as reader, open_slide(slide) as handle:
+        reader._blocks = JpegBlocks(slide, handle)
+        reader._blocks._pages = {}
+        return ours, list(reader.tiles(coords, how))
+
+
+@pytest.mark.parametrize(("mpp", "size"), [(0.5, 256), (0.5, 100), (0.8, 128), (1.0, 130), (2.0, 64)])
+def test_blocks_decoded_directly_are_those_of_openslide(tmp_path, mpp, size):
+    slide = one_slide(tmp_path / "slide.tiff")
+    with open_slide(slide) as handle:
+        how = geometry(handle.level_downsamples, 0.5, mpp, size)
+        assert JpegBlocks(slide, handle).region(0, 0, how.level, how.read) is not None
+    ours, theirs = read_all(slide, how, grid(WIDTH, HEIGHT, how.size_level0))
+    assert len(ours) > 3 and all((a == b).all() for a, b in zip(ours, theirs, strict=True))
+
+
+def test_what_openslide_sees_otherwise_is_left_to_it(tmp_path, monkeypatch):
+    """A block that decodes to other pixels: the level is not read directly. A position between two pixels is not either."""
+    slide = one_slide(tmp_path / "slide.tiff")
+    with open_slide(slide) as handle:
+        assert JpegBlocks(slide, handle).region(1, 0, 1, 64) is None
+        assert JpegBlocks(slide, handle).region(2, 0, 1, 64) is not None
+        assert JpegBlocks(slide, handle).region(WIDTH - 32, 0, 0, 64) is None
+        decoded = JpegBlocks._block
+        monkeypatch.setattr(JpegBlocks, "_block", lambda self, level, index: decoded(self, level, index) ^ (level == 0))
+        assert set(JpegBlocks(slide, handle)._pages) == {1, 2}
+
+
+def test_few_blocks_are_kept(tmp_path, monkeypatch):
+    slide = one_slide(tmp_path / "slide.tiff")
+    monkeypatch.setattr("pathology.blocks.CACHE_BYTES", 3 * 256 * 256 * 3)
+    with open_slide(slide) as handle:
+        blocks = JpegBlocks(slide, handle)
+        for x in range(0, 1792, 256):
+            assert blocks.region(x, 256, 0, 256) is not None
+            assert len(blocks._cache) <= 3
 
 
 def test_the_nearest_level_is_read():
