@@ -1,9 +1,9 @@
 """How a share of attention goes with V-measure over the sides of several runs: Spearman's rank correlation, with 95 % intervals.
 
 Two questions are kept apart, since a yes to one is no yes to the other. Within runs: along the training of one run, base and kept
-adapters, do share and V-measure rise together? Whatever changes steadily in training goes with V-measure in that sense, so the same
-is given with the step held constant as well (partial rank correlation). Between runs: among finished runs of one prompt, have those with
-the larger share the higher V-measure?
+adapters, do share and V-measure rise together? Whatever training changes at all goes with V-measure in that sense, so the same is given
+for adapters alone, without the base, and with the step held constant (partial rank correlation). Between runs: among finished runs of
+one prompt, have those with the larger share the higher V-measure?
 
 Sides of one run are not independent of each other: intervals come from redrawing runs, never sides.
 
@@ -67,7 +67,9 @@ def content_effects(models: Sequence[dict], by_layer: np.ndarray, scores: np.nda
     for bos in (True, False):
         shares = (by_layer if bos else without_bos(by_layer))[:, :, -1, content].mean(1, dtype=np.float64)
         runs = sides_of_runs(models, shares, scores)
-        of = {"within": within_runs(runs), "within_given_step": within_runs(runs, given_step=True), "between": between_runs([runs])}
+        adapters = [RunSides(*(values[1:] for values in run)) for run in runs]
+        of = {"within": within_runs(runs), "within_adapters": within_runs(adapters)}
+        of |= {"within_given_step": within_runs(runs, given_step=True), "between": between_runs([runs])}
         rows.append({"category": "content", "bos": bos} | {name: as_json(effect) for name, effect in of.items()})
     return rows
 
@@ -80,7 +82,8 @@ def as_json(effect: Effect) -> dict:
 def lines(rows: list[dict]) -> list[str]:
     """What `content_effects` returned, in words."""
     names = {
-        "within": "within runs, over their sides",
+        "within": "within runs, over base and adapters",
+        "within_adapters": "within runs, over adapters alone",
         "within_given_step": "within runs, with the step held constant",
         "between": "between runs, over final adapters",
     }

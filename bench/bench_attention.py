@@ -289,24 +289,33 @@ def of_place(rows: list[dict], place: tuple[str, str], folder: Path) -> tuple[li
 
 
 def print_shares(rows: list[dict], places: list[tuple[str, str]], folder: Path) -> None:
-    """Shares in the last layer by side, in percent, with 95 % intervals over texts and runs; V-measure with its spread over runs."""
+    """Shares in the last layer of base and final adapter, then content words' share and V-measure along the training.
+
+    Shares in percent, with 95 % intervals over texts and runs; V-measure x 100, with its standard deviation over runs.
+    """
     from attention_analysis.intervals import share_rows
 
-    categories = ("bos", "prefix", "suffix", "content", "function")
-    lines = []
+    categories = ("bos", "prefix", "suffix", "content", "function", "punctuation")
+    ends, curves = [], {}
     for place in places:
         models, by_layer = of_place(rows, place, folder)
-        found, n_layers = share_rows(by_layer, models)[0], by_layer.shape[2]
+        found = [row for row in share_rows(by_layer, models)[0] if row["layer"] == by_layer.shape[2]]
+        curve = curves.setdefault(place, {})
         for side in dict.fromkeys(model["side"] for model in models):
-            cells = {
-                (row["category"], row["bos"]): "{:.1f} ({:.1f} to {:.1f})".format(*(100 * row[name] for name in ("mean", "low", "high")))
-                for row in found
-                if row["side"] == side and row["layer"] == n_layers
-            }
+            cells = {(row["category"], row["bos"]): row for row in found if row["side"] == side}
             scores = [100 * model["v_measure"] for model in models if model["side"] == side]
             score = f"{statistics.mean(scores):.1f}" + (f" ± {statistics.stdev(scores):.1f}" if len(scores) > 1 else "")
-            lines.append([*place, side, len(scores), *(cells[c, True] for c in categories), cells["content", False], score])
-    print_rows(["prompt", "set", "side", "runs", *categories, "content, BOS left out", "V-measure"], lines)
+            curve[side] = f"{100 * cells['content', True]['mean']:.1f}; {score}"
+            if side in ("base", "adapter"):
+                shown = [with_interval(cells[category, True]) for category in categories]
+                ends.append([*place, side, len(scores), *shown, with_interval(cells["content", False])])
+    print_rows(["prompt", "set", "side", "runs", *categories, "content, BOS left out"], ends)
+    sides = list(dict.fromkeys(side for curve in curves.values() for side in curve))
+    print_rows(["prompt", "set", *sides], [[*place, *(curve.get(side, "") for side in sides)] for place, curve in curves.items()])
+
+
+def with_interval(row: dict) -> str:
+    return "{:.1f} ({:.1f} to {:.1f})".format(*(100 * row[name] for name in ("mean", "low", "high")))
 
 
 def print_costs(rows: list[dict], places: list[tuple[str, str]]) -> None:
@@ -348,10 +357,10 @@ def print_effects(rows: list[dict], places: list[tuple[str, str]], folder: Path)
         for row in content_effects(models, by_layer, np.array([model["v_measure"] for model in models])):
             cells = (
                 show(Effect(*(np.nan if value is None else value for value in row[name].values())))
-                for name in ("within", "within_given_step", "between")
+                for name in ("within", "within_adapters", "within_given_step", "between")
             )
             lines.append([*place, "all tokens" if row["bos"] else "BOS left out", *cells])
-    print_rows(["prompt", "set", "share of", "within runs", "within runs, the step held constant", "between runs"], lines)
+    print_rows(["prompt", "set", "share of", "within runs", "adapters alone", "the step held constant", "between runs"], lines)
 
 
 def main() -> None:

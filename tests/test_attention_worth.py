@@ -54,7 +54,7 @@ def test_v_measure_and_what_hiding_costs(llama, tmp_path, labelled, capsys):
     flags = ("--v-measure", "--mask", "content", "prefix", "--mask-layers", 2, 3)
     run("--model", *models, "--data", labelled, *flags, "--out", tmp_path / "out")
     printed = capsys.readouterr().out
-    assert "within runs, over their sides, BOS left out" in printed and "between runs, over final adapters, all tokens" in printed
+    assert "within runs, over base and adapters, BOS left out" in printed and "between runs, over final adapters, all tokens" in printed
     assert "less as many others" in printed and "layers 2 to 3" in printed
     about = read_corpus(tmp_path / "out").about
     assert len(about["v_measure"]) == len(about["models"]) == 7 and all(0 <= score <= 1 for score in about["v_measure"])
