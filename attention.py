@@ -203,16 +203,16 @@ def show_texts(args: argparse.Namespace, model: str, out: Path, settings: dict) 
     from attention_analysis.stored import write_texts
     from attention_analysis.texts import look
 
-    stored, warnings = look(sides_of(model), texts, args.function_words, args.role, settings, args.also)
+    stored, also, warnings = look(sides_of(model), texts, args.function_words, args.role, settings, args.also)
     stored = stored._replace(about={"model": Path(model).resolve().name} | stored.about)
     for line in warnings:
         warn(line)
     make_folder(out)
-    write_texts(out, stored)
+    write_texts(out, stored, also)
     made = draw_folder(out, args.pictures)
     about = stored.about
     say(f"model {about['model']}, fingerprint {about['sides'][-1]['fingerprint']}; last layer, {about['normalization']}; {about['how']}")
-    for line in [*text_lines(about), *opinion_lines(about, stored.starts, stored.also)]:
+    for line in [*text_lines(about), *opinion_lines(about, stored.starts, also)]:
         say(line)
     say(f"{out}: attention.json, attention.npz, {made}")
 

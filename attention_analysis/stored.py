@@ -57,7 +57,6 @@ class StoredTexts(NamedTuple):
     about: dict  # what attention.json holds
     starts: np.ndarray  # (N+1,) int64
     weights: np.ndarray  # (S, T, L, H) float32
-    also: dict[str, np.ndarray] | None = None  # second opinions by name, (S, T, L, H) or (S, T) float32
 
 
 class StoredCorpus(NamedTuple):
@@ -66,9 +65,12 @@ class StoredCorpus(NamedTuple):
     by_head: np.ndarray  # (M, L, H, C) float32
 
 
-def write_texts(folder: Path, stored: StoredTexts) -> None:
-    """Write attention.npz and attention.json into an existing folder, each complete or not at all."""
-    arrays = {name: values.astype(np.float32) for name, values in (stored.also or {}).items()}
+def write_texts(folder: Path, stored: StoredTexts, also: dict[str, np.ndarray] | None = None) -> None:
+    """Write attention.npz and attention.json into an existing folder, each complete or not at all.
+
+    also    second opinions by name, (S, T, L, H) or (S, T)
+    """
+    arrays = {name: values.astype(np.float32) for name, values in (also or {}).items()}
     _write(folder, TEXTS, stored.about, starts=stored.starts.astype(np.int64), weights=stored.weights.astype(np.float32), **arrays)
 
 

@@ -18,8 +18,8 @@ IN_JSON = ("base", "adapter")  # the sides whose weights of the last layer are b
 
 def look(
     sides: list[Side], texts: list[str], way: str | None, role: str, settings: dict, also: Sequence[str] = ()
-) -> tuple[StoredTexts, list[str]]:
-    """Every text's tokens and weights, and the warnings.
+) -> tuple[StoredTexts, dict[str, np.ndarray], list[str]]:
+    """Every text's tokens and weights, the second opinions by name, and the warnings.
 
     way         how content words are told from function words, see `categorize`
     settings    of `Encoder.load`
@@ -53,7 +53,7 @@ def look(
     if also:
         about["also"] = {name: ALSO[name] for name in also}
     arrays = {name: np.stack([of_side[name] for of_side in opinions]) for name in also}
-    return StoredTexts(about, starts, stacked, arrays), list(dict.fromkeys(warnings))
+    return StoredTexts(about, starts, stacked), arrays, list(dict.fromkeys(warnings))
 
 
 def check_size(encoder, texts: list[str], role: str, n_sides: int) -> None:
