@@ -103,13 +103,13 @@ def costs(
     layers        in which the tokens are hidden, from 0 (default: all)
     """
     check_intervention(encoder, names := list(names), role)
-    whole, found = evidence_of(encoder, texts, labels, role), []
+    whole, rows = evidence_of(encoder, texts, labels, role), []
     for name in names:
         hide, n_hidden = hides(encoder, texts, categories, name, role)
         hide_others, _ = hides(encoder, texts, categories, name, role, control=True)
         without, others = (evidence_of(hiding(encoder, some, layers), texts, labels, role) for some in (hide, hide_others))
-        found.append(Cost(name, n_hidden, difference(without, whole), difference(others, whole), difference(without, others)))
-    return found
+        rows.append(Cost(name, n_hidden, difference(without, whole), difference(others, whole), difference(without, others)))
+    return rows
 
 
 def evidence_of(encoder: "Encoder", texts: list[str], labels: Sequence, role: str = "document") -> Evidence:
@@ -117,27 +117,27 @@ def evidence_of(encoder: "Encoder", texts: list[str], labels: Sequence, role: st
     return of_clustering(encoder.encode(texts, role), np.asarray(labels), rows=f"{len(texts)} texts")
 
 
-def lines(title: str, found: list[Cost]) -> list[str]:
+def lines(title: str, costs: list[Cost]) -> list[str]:
     """The table of one model and one set: V-measure x 100, 95 % intervals on the same texts."""
     head = [title, "tokens a text", "less nothing hidden", "as many others hidden", "less as many others"]
-    rows = [[cost.category, f"{cost.n_hidden:.1f}", *(show(d) for d in (cost.less_all, cost.control, cost.less_control))] for cost in found]
+    rows = [[cost.category, f"{cost.n_hidden:.1f}", *(show(d) for d in (cost.less_all, cost.control, cost.less_control))] for cost in costs]
     return aligned([head, *rows])
 
 
 FIELDS = ("less_all", "control", "less_control")
 
 
-def as_json(found: list[Cost]) -> list[dict]:
+def as_json(costs: list[Cost]) -> list[dict]:
     def of(d: Difference) -> dict:
         return {"difference": d.value, "interval": [d.low, d.high], "sd_rows": d.rows, "sd_algorithm": d.algorithm, "verdict": d.verdict}
 
-    return [{"category": c.category, "n_hidden": c.n_hidden} | {name: of(getattr(c, name)) for name in FIELDS} for c in found]
+    return [{"category": c.category, "n_hidden": c.n_hidden} | {name: of(getattr(c, name)) for name in FIELDS} for c in costs]
 
 
-def from_json(found: list[dict]) -> list[Cost]:
+def from_json(rows: list[dict]) -> list[Cost]:
     """What `as_json` was given."""
 
     def of(d: dict) -> Difference:
         return Difference(d["difference"], *d["interval"], d["sd_rows"], d["sd_algorithm"])
 
-    return [Cost(c["category"], c["n_hidden"], *(of(c[name]) for name in FIELDS)) for c in found]
+    return [Cost(c["category"], c["n_hidden"], *(of(c[name]) for name in FIELDS)) for c in rows]

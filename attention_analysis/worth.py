@@ -24,8 +24,8 @@ def scores_of_sides(
     settings            of `Encoder.load`
     """
     scores = np.array([v_measure(encoder, texts, labels, role) for _, encoder in load_sides(sides, **settings)])
-    found = content_effects(models, by_layer, scores[:, 0])
-    return {"v_measure": scores[:, 0].tolist(), "ami": scores[:, 1].tolist(), "effects": found}
+    effects = content_effects(models, by_layer, scores[:, 0])
+    return {"v_measure": scores[:, 0].tolist(), "ami": scores[:, 1].tolist(), "effects": effects}
 
 
 def costs_of_sides(
@@ -51,9 +51,9 @@ def costs_of_sides(
     for side, encoder in load_sides(ends, **settings):
         categories = categorize(encoder.tokenizer.backend_tokenizer, texts, way)
         names = interventions.names_of_tokens(encoder, texts, categories, role)
-        found = interventions.costs(encoder, texts, labels, names, mask, blocks, role)
+        measured = interventions.costs(encoder, texts, labels, names, mask, blocks, role)
         name = side.name if side.run is None else f"{side.run}, {side.name}"
-        out.append({"model": name, "mask_layers": layers, "costs": interventions.as_json(found)})
+        out.append({"model": name, "mask_layers": layers, "costs": interventions.as_json(measured)})
     return {"costs": out}
 
 
