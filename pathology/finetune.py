@@ -419,11 +419,12 @@ def stop_signal(signals: list[int]) -> int:
 
 def begin(run: Run, resuming: bool) -> None:
     """Bring student, teacher and folder to where training goes on from; a new run is validated before its first step."""
-    from pathology.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
+    from pathology.checkpoint import State, load_checkpoint, save_checkpoint
+    from training.checkpoint_files import read_checkpoint
 
     out, rank = run.args.out, distributed().rank
     if resuming:
-        set_up(run, read_checkpoint(out)[0].steps)
+        set_up(run, read_checkpoint(out, State)[0].steps)
         run.state = load_checkpoint(out, run.student, run.teacher, run.optimizer)
         run.rows = read_metrics(out / METRICS, run.state.step)
         say(f"going on from step {run.state.step:,} of {run.state.steps:,}")

@@ -15,12 +15,11 @@ from files.console import InputError
 from files.writing import WriteError
 from training.checkpoint import (
     TrainingState,
-    content_hash,
     gather_random_states,
     load_checkpoint,
-    read_checkpoint,
     save_checkpoint,
 )
+from training.checkpoint_files import content_hash, read_checkpoint
 from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT, after_a_failed_write, has_checkpoint
 
 CPU = torch.device("cpu")
@@ -88,7 +87,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(training, tmp_path, ca
     training.save(tmp_path, state_after(2))
     training.step()
     training.save(tmp_path, state_after(4))
-    assert read_checkpoint(tmp_path)[0] == state_after(4)
+    assert read_checkpoint(tmp_path, TrainingState)[0] == state_after(4)
     path = tmp_path / CHECKPOINT
     content = path.read_bytes()
     if damage == "a bit of a tensor":
@@ -98,14 +97,14 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(training, tmp_path, ca
         path.write_bytes(content.replace(b'\\"step\\": 4', b'\\"step\\": 5'))
     else:
         path.write_bytes(content[: len(content) // 2])
-    assert read_checkpoint(tmp_path)[0].step == 2
+    assert read_checkpoint(tmp_path, TrainingState)[0].step == 2
     assert "checkpoint.safetensors is damaged and deleted: going on from checkpoint.previous.safetensors, step 2" in capsys.readouterr().err
     training.save(tmp_path, state_after(6))  # the damaged file did not take the place of the good one
     (tmp_path / CHECKPOINT).write_bytes(b"damaged")
-    assert read_checkpoint(tmp_path)[0].step == 2
+    assert read_checkpoint(tmp_path, TrainingState)[0].step == 2
     (tmp_path / PREVIOUS_CHECKPOINT).write_bytes(b"damaged")
     with pytest.raises(InputError, match="no older checkpoint is whole"):
-        read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path, TrainingState)
 
 
 def test_a_checkpoint_of_another_version_is_refused(training, tmp_path):
@@ -114,7 +113,7 @@ def test_a_checkpoint_of_another_version_is_refused(training, tmp_path):
     state = json.dumps(asdict(state_after(1)) | {"a field of tomorrow": 1})
     save_file(tensors, tmp_path / CHECKPOINT, metadata={"state": state, "sha256": content_hash(tensors, state_after(1))})
     with pytest.raises(InputError, match="of another version"):
-        read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path, TrainingState)
 
 
 def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path, monkeypatch):
@@ -131,7 +130,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(training, tmp_path, monkeypatch)
             continue
         with pytest.raises(WriteError, match=r"checkpoint\.safetensors cannot be written: No space left on device$"):
             training.save(tmp_path, state_after(4))
-    assert read_checkpoint(tmp_path)[0].step == 2 and "go on with --resume" in after_a_failed_write(tmp_path)
+    assert read_checkpoint(tmp_path, TrainingState)[0].step == 2 and "go on with --resume" in after_a_failed_write(tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
@@ -143,4 +142,4 @@ def test_weights_that_are_not_finite_are_not_saved(training, tmp_path):
     next(iter(training.trained.values())).data[0] = torch.nan
     with pytest.raises(InputError, match=r"step 4: .* not finite any more, the last checkpoint stays"):
         training.save(tmp_path, state_after(4))
-    assert has_checkpoint(tmp_path) and read_checkpoint(tmp_path)[0].step == 2
+    assert has_checkpoint(tmp_path) and read_checkpoint(tmp_path, TrainingState)[0].step == 2

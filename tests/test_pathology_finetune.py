@@ -149,8 +149,10 @@ def test_a_damaged_checkpoint_costs_some_steps_and_not_the_run(flags, tmp_path, 
     tensors["teacher/backbone.layernorm.weight"] += 1
     save_file(tensors, tmp_path / "parts" / CHECKPOINT, {"state": "{}", "sha256": "0"})
     run("--out", tmp_path / "parts", "--resume")
-    assert "is damaged: going on from checkpoint.previous.safetensors, step 2" in capsys.readouterr().err
+    assert "is damaged and deleted: going on from checkpoint.previous.safetensors, step 2" in capsys.readouterr().err
     assert_same(tmp_path / "whole", tmp_path / "parts")
+    before, after = (load_file(tmp_path / name / PREVIOUS_CHECKPOINT) for name in ("whole", "parts"))
+    torch.testing.assert_close(before, after, rtol=0, atol=0)  # the damaged one was not moved over the good one
     for name in (CHECKPOINT, PREVIOUS_CHECKPOINT):
         (tmp_path / "parts" / name).write_bytes(b"damaged")
     (tmp_path / "parts" / "summary.json").unlink()

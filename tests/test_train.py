@@ -21,7 +21,8 @@ from encoder import Encoder
 from encoder.names import PRESETS
 from files.console import InputError
 from training import gradients, monitoring
-from training.checkpoint import read_checkpoint
+from training.checkpoint import TrainingState
+from training.checkpoint_files import read_checkpoint
 from training.gradients import embed
 from training.losses import TextIds, info_nce
 from training.monitoring import ALIKE
@@ -553,7 +554,7 @@ def test_the_best_that_validation_has_seen_is_what_stays(small, many_pairs, tmp_
     assert result["validation"] == {"what": "held-out accuracy", "best": 0.5, "kept": 0.5}
     assert "4 steps, kept step 2" in capsys.readouterr().out
     assert [row["validation"] for row in metrics(out)] == [0.1, 0.5, 0.3, 0.2]
-    state, tensors = read_checkpoint(out)
+    state, tensors = read_checkpoint(out, TrainingState)
     assert (state.step, state.best_score, state.kept_step, state.validations_without_improvement) == (4, 0.5, 2, 2)
     encoder = Encoder.load(str(out))
     assert encoder.fingerprint == result["fingerprint"]

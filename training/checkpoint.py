@@ -1,27 +1,18 @@
-"""What a run needs to resume: its state, the adapter, the optimizer's moments and the states of the random generators.
+"""What a run needs to resume: its state, the adapter, the optimizer's moments and the states of the random generators."""
 
-A checkpoint is one safetensors file with a hash over its content. The one before it is kept beside it, so that a damaged file
-costs some steps and not the run.
-"""
-
-import hashlib
-import json
-import os
 import secrets
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from encoder import Encoder
-from encoder.lora import save_tensors
 from encoder.processes import distributed
 from encoder.runtime import random_state, set_random_state
-from files.console import InputError, warn
-from files.writing import write_atomic
-from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT, has_checkpoint
+from files.console import InputError
+from training.checkpoint_files import read_checkpoint, write_checkpoint
+from training.run_record import has_checkpoint
 
 
 @dataclass
@@ -53,15 +44,6 @@ class TrainingState:
     kept_step: int = 0
     validations_without_improvement: int = 0
     run_id: str = field(default_factory=lambda: secrets.token_hex(4))
-
-
-def content_hash(tensors: dict[str, Tensor], state: TrainingState) -> str:
-    """sha256 over the state, and the names and bytes of the tensors."""
-    digest = hashlib.sha256(json.dumps(asdict(state), sort_keys=True).encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def gather_random_states(device: torch.device) -> list[list[Tensor]]:
@@ -97,50 +79,15 @@ def save_checkpoint(
         moments = optimizer.state[parameter]
         tensors |= {f"weight/{name}": parameter.detach().cpu()} | {f"{key}/{name}": value.cpu() for key, value in moments.items()}
     tensors |= {f"best/{name}": weight for name, weight in best.items()}
-    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    metadata = {"state": json.dumps(asdict(state)), "sha256": content_hash(tensors, state)}
-
-    def write(temporary: Path) -> None:
-        save_tensors(tensors, temporary, metadata)
-        if (folder / CHECKPOINT).is_file():
-            os.replace(folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT)
-
-    write_atomic(folder / CHECKPOINT, write)
+    write_checkpoint(folder, tensors, state)
     encoder.save(folder)  # should the process be killed before this, `load_checkpoint` makes up for it
-
-
-def read_checkpoint(folder: Path) -> tuple[TrainingState, dict[str, Tensor]]:
-    """State and tensors of the newest undamaged checkpoint.
-
-    A newer one that is damaged is deleted with a warning. Raises InputError where all are damaged.
-    """
-    damaged = []
-    for path in (folder / CHECKPOINT, folder / PREVIOUS_CHECKPOINT):
-        if not path.is_file():
-            continue
-        try:
-            with safe_open(path, framework="pt") as f:
-                metadata, tensors = f.metadata(), {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118, not a dict
-            state = TrainingState(**json.loads(metadata["state"]))
-            if content_hash(tensors, state) == metadata["sha256"]:
-                if damaged:
-                    warn(f"{damaged[0]} is damaged and deleted: going on from {path.name}, step {state.step}")
-                    if distributed().rank == 0:  # the next save would move it over the good one
-                        damaged[0].unlink()
-                return state, tensors
-        except (SafetensorError, ValueError, KeyError, TypeError):
-            pass
-        damaged.append(path)
-    raise InputError(
-        f"{damaged[0]} is damaged or of another version of this project, and no older checkpoint is whole: start again in another --out"
-    )
 
 
 def load_checkpoint(
     folder: Path, encoder: Encoder, trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> tuple[TrainingState, dict[str, Tensor]]:
     """Put weights, moments and random generators back in place -> the state and the best weights, as they were saved."""
-    state, tensors = read_checkpoint(folder)
+    state, tensors = read_checkpoint(folder, TrainingState)
     for name, parameter in trained.items():
         parameter.data.copy_(tensors[f"weight/{name}"])
         if f"step/{name}" in tensors:
