@@ -30,7 +30,7 @@ demo: setup clean-demo ## pairs, training, the table before and after, a picture
 	$(OFFLINE) $(PY) attention.py --model runs/demo --text "$(TEXT)" --out demo/attention
 
 clean-demo:
-	rm -rf demo runs/demo
+	rm -rf demo/attention demo/*.json* runs/demo  # and leaves demo/pathology
 
 test: setup ## the test suite, offline
 	$(OFFLINE) $(PY) -m pytest -q

@@ -231,7 +231,7 @@ def h5_files(folder: Path, what: str) -> list[Path]:
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise InputError(f"no folder {folder}")
+        raise InputError(f"{folder} does not exist: name a folder of {what}, or one of its files")
     paths = sorted(path for path in folder.glob("*.h5") if not path.name.startswith("."))
     if not paths:
         raise InputError(f"{folder} holds no {what} (SLIDE.h5)")
@@ -243,7 +243,7 @@ def read_labels(path: Path) -> dict[str, SlideLabel]:
     rows = list(read_rows(path))
     missing = [column for column in ("slide", "label", "patient") if column not in column_names(rows)]
     if missing:
-        raise InputError(f"{path}: no column {' and '.join(missing)}: needs slide, label, patient and, if there is one, cohort")
+        raise InputError(f"{path}: no column {', '.join(missing)}: needs slide, label, patient and, if there is one, cohort")
     columns = [read_column(rows, name, as_label) for name in ("slide", "label", "patient")]
     cohorts = read_column(rows, "cohort", as_label) if "cohort" in column_names(rows) else [""] * len(rows)
     labels: dict[str, SlideLabel] = {}
