@@ -51,10 +51,11 @@ test-slow: setup ## tests that kill processes or run several
 test-extras: .extras/ready test-vllm ## tests of what needs further packages: the server and its clients, libraries on exported folders, vLLM
 	$(OFFLINE) .extras/bin/python -m pytest -q tests/test_server.py tests/test_ecosystem.py tests/test_embed_index.py tests/test_embed_ray.py tests/test_export_onnx.py tests/test_report_page.py tests/test_attention_page.py
 
-# its transformers is older; without dependencies, as it asks for packages that text does not need
+# as .extras is built, with an older transformers; without dependencies, as it asks for packages that text does not need
 .vllm/ready: requirements-vllm.txt | $(VENV)/ready
 	rm -rf .vllm
 	$(PY) -m venv .vllm
+	$(PY) -c "$(SITE)" > $$(.vllm/bin/python -c "$(SITE)")/venv.pth
 	.vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements-vllm.txt
 	touch $@
 
@@ -98,6 +99,8 @@ check: setup ## ruff: style and likely mistakes
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-# --isolated leaves out local wheels and indexes: a pin must resolve for anybody
+# --isolated leaves out local wheels and indexes: a pin must resolve for anybody. This pip with fast-deps reads what packages ask for and
+# downloads none; older ones download every wheel, 3 GB with those for CUDA
 check-pins: setup ## the pinned versions resolve from the public package index alone
-	$(PY) -m pip --isolated install --dry-run --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -r pathology/requirements.txt -c constraints.txt
+	$(PY) -m pip install --quiet --disable-pip-version-check pip==26.3
+	$(PY) -m pip --isolated install --dry-run --use-feature=fast-deps --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -r pathology/requirements.txt -c constraints.txt
