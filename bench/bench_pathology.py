@@ -57,6 +57,7 @@ def big_slide(folder: Path, width: int, height: int) -> Path:
 
 def bench_tile(folder: Path, args: argparse.Namespace) -> dict:
     """Tiles at the resolution of a level, and between two levels, where they have to be made smaller."""
+    import h5py
     import openslide
     from PIL import Image
 
@@ -70,7 +71,7 @@ def bench_tile(folder: Path, args: argparse.Namespace) -> dict:
             coords = grid(reader.width, reader.height, how.size_level0)
         attributes = dict.fromkeys(TILE_ATTRIBUTES, 0) | {"size": TILE_SIZE}
 
-        def plain(coords=coords, how=how, attributes=attributes) -> None:
+        def plain(coords=coords, how=how) -> None:
             slide = openslide.OpenSlide(path)
 
             def tiles():
@@ -78,7 +79,11 @@ def bench_tile(folder: Path, args: argparse.Namespace) -> dict:
                     tile = slide.read_region((x, y), how.level, (how.read, how.read)).convert("RGB")
                     yield np.asarray(tile if how.read == TILE_SIZE else tile.resize((TILE_SIZE, TILE_SIZE), Image.Resampling.BILINEAR))
 
-            write_tiles(folder / "plain.h5", coords, attributes, batches(tiles(), coords, 32))
+            with h5py.File(folder / "plain.h5", "w") as file:
+                shape = (len(coords), TILE_SIZE, TILE_SIZE, 3)
+                pixels = file.create_dataset("pixels", shape, "u1", chunks=(1, *shape[1:]), compression="lzf", fletcher32=True)
+                for i, tile in enumerate(tiles()):
+                    pixels[i] = tile
 
         def ours(coords=coords, how=how, attributes=attributes) -> None:
             with SlideReader(path, args.workers) as reader:
@@ -98,9 +103,9 @@ def bench_extract(folder: Path, args: argparse.Namespace) -> dict:
     from pathology.files import Tiles
     from pathology.models import load_model
 
-    path = big_slide(folder, 2048, 2048)
-    coords = np.stack(np.meshgrid(np.arange(8), np.arange(8)), 2).reshape(-1, 2).astype(np.int32) * 256
-    attributes = {"slide": str(path), "mpp": 0.5, "size": 256, "size_level0": 256, "width": 2048, "height": 2048, "mpp_level0": 0.5}
+    path = big_slide(folder, 4096, 4096)
+    coords = np.stack(np.meshgrid(np.arange(16), np.arange(16)), 2).reshape(-1, 2).astype(np.int32) * 256
+    attributes = {"slide": str(path), "mpp": 0.5, "size": 256, "size_level0": 256, "width": 4096, "height": 4096, "mpp_level0": 0.5}
     tiles, model = Tiles(Path("t.h5"), coords, attributes, False), load_model(args.model, dtype="auto")
     pixels = [batch for _, batch, _ in slide_pixels(tiles, args.batch_size, args.workers)]
     values, _, _ = embed_slide(model, slide_pixels(tiles, args.batch_size, args.workers), False)

@@ -89,7 +89,7 @@ def tile_slide(path: Path, out: Path, args: argparse.Namespace, reference: Stain
         if args.save_pixels:
             matrix = stain_matrix(reader, coords, how, reference) if reference else None
             pixels = normalised(batches(reader.tiles(coords, how), coords, BATCH), matrix)
-        damaged = write_tiles(out / f"{slide_name(path)}.h5", coords, attributes, pixels)
+        damaged = write_tiles(out / f"{slide_name(path)}.h5", coords, attributes, pixels, reader.workers)
     if damaged == len(coords):
         (out / f"{slide_name(path)}.h5").unlink()
         raise InputError("all of its tiles are damaged")
@@ -126,7 +126,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="normalise stains, needs --save-pixels: to the published\
  reference, or to a picture (default: leave them)",
     )
-    add("--workers", type=positive_int, help="threads that read (default: one a core)")
+    add("--workers", type=positive_int, help="threads that read and compress (default: one a core)")
     return parser
 
 
@@ -155,7 +155,7 @@ def reserve(out: Path, arguments: dict) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    for module in ("openslide", "h5py"):
+    for module in ("openslide", "h5py", "imagecodecs"):
         require(module)
     if args.macenko and not args.save_pixels:
         raise InputError("--macenko changes pixels: give --save-pixels as well")

@@ -77,7 +77,8 @@ def test_labels_from_a_file_name_what_is_wrong_and_where(tmp_path, capsys):
 
 
 def test_tiles_of_slides_are_patches_of_their_patients(tmp_path):
-    pytest.importorskip("h5py", reason="tiles need h5py (pathology/requirements.txt)")
+    for package in ("h5py", "imagecodecs"):
+        pytest.importorskip(package, reason=f"tiles need {package} (pathology/requirements.txt)")
     from pathology.files import write_tiles
 
     attributes = {"mpp": 1.0, "size": 4, "size_level0": 4, "width": 9, "height": 9, "mpp_level0": 1.0}
@@ -90,6 +91,23 @@ def test_tiles_of_slides_are_patches_of_their_patients(tmp_path):
     assert read.names.tolist() == ["a/0", "a/1", "a/2", "c/0"] and read.patients.tolist() == ["p1"] * 3 + ["p2"] and read.size == 4
     assert read.pixels[np.array([3, 0, 2])][:, 0, 0, 0].tolist() == [30, 10, 12]
     assert patches.read_patches(tmp_path).patients.tolist() == ["a"] * 3 + ["b"] * 2 + ["c"]
+
+
+def test_pixels_come_back_whether_they_can_be_compressed_or_not(tmp_path):
+    for package in ("h5py", "imagecodecs"):
+        pytest.importorskip(package, reason=f"tiles need {package} (pathology/requirements.txt)")
+    import h5py
+
+    from pathology.files import read_pixels, write_tiles
+
+    attributes = {"slide": "a", "mpp": 1.0, "size": 32, "size_level0": 32, "width": 99, "height": 99, "mpp_level0": 1.0}
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    pixels = np.stack([noise, np.full_like(noise, 200), noise // 64, noise.swapaxes(0, 1)])
+    write_tiles(tmp_path / "a.h5", np.zeros((4, 2)), attributes, [(np.zeros((4, 2)), pixels, 0)], workers=2)
+    assert (read_pixels(tmp_path / "a.h5") == pixels).all()
+    with h5py.File(tmp_path / "a.h5") as file:
+        stored = [file["pixels"].id.read_direct_chunk((i, 0, 0, 0)) for i in range(4)]
+    assert [skipped for skipped, _ in stored] == [1, 0, 0, 1] and len(stored[1][1]) < 200
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
