@@ -7,7 +7,8 @@
 tile       the same tiles, read and written to HDF5 by one loop (read_region of the same level, convert, resize) and as tile.py does
 extract    features of a slide's tiles, read from the slide, and the model alone on the same pixels in memory
 memory     resident memory after each of 50 slides, tiled with pixels and extracted
---device   pictures per second of each shape, and the share of a 8,192-square product's speed in the same process
+--device   pictures per second of each shape, extracted and fine-tuned, and the share of a 8,192-square product's speed in the same
+           process; operations are counted with those that gradient checkpointing repeats
 
 Time is that of the clock and that of the processor: on a machine with other work only the latter says something.
 """
@@ -23,6 +24,7 @@ import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -30,6 +32,7 @@ import numpy as np
 
 SHAPES = ("random:dinov2-small", "random:dinov2-giant")
 TILE_SIZE = 256
+SMALL_VIEWS = ["--prototypes", "64", "--global-crop", "56", "--local-crop", "28"]  # of a dry run
 
 
 def measure(sides: dict[str, Callable[[], object]], n: int, rounds: int) -> dict[str, dict[str, float]]:
@@ -147,15 +150,34 @@ def bench_memory(folder: Path, args: argparse.Namespace) -> dict:
 # ------------------------------------------------------------------------------------------------------------------ a GPU
 
 
-def flops(model) -> float:
-    """Multiplications and additions of one picture: every weight of the blocks for each token, and attention."""
-    config = model.module.config
-    tokens = (model.input_size // config.patch_size) ** 2 + 1
-    weights = sum(p.numel() for name, p in model.module.named_parameters() if ".layer" in name and p.dim() == 2)
-    return 2 * tokens * weights + 4 * config.num_hidden_layers * tokens**2 * config.hidden_size
+def flops(work: Callable[[], object]) -> int:
+    """Multiplications and additions of matrix products and attention, as PyTorch counts them."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def training_step(name: str, n: int, device: str, small: bool) -> Callable[[], object]:
+    """One step of finetune.py on `n` pictures of noise, with its defaults; ViT-g computes its layers again in the backward pass."""
+    import torch
+
+    from pathology import finetune
+    from pathology.models import load_model
+
+    flags = [".", "--init", name, "--batch", str(n), *(SMALL_VIEWS if small else [])]
+    args = finetune.build_parser().parse_args([*flags, *(["--gradient-checkpointing"] if "giant" in name else [])])
+    pixels = np.random.default_rng(0).integers(0, 256, (2 * n, TILE_SIZE, TILE_SIZE, 3), dtype=np.uint8)
+    train, none = np.arange(2 * n), np.arange(0)
+    model = load_model(name, device="cpu", dtype="float32")
+    run = finetune.Run(args, SimpleNamespace(pixels=pixels), train, none, none, model, torch.device(device), torch.bfloat16)
+    finetune.set_up(run, steps=1000)
+    return lambda: finetune.take_step(run)
 
 
 def bench_shapes(args: argparse.Namespace) -> dict:
+    """Pictures per second of each shape in extract.py and finetune.py, and the share of a large matrix product's speed."""
     import torch
 
     from pathology.models import load_model
@@ -175,14 +197,21 @@ def bench_shapes(args: argparse.Namespace) -> dict:
             times.append(time.perf_counter() - began)
         return statistics.median(times[2:])
 
+    def speed(work: Callable[[], object], n: int) -> dict:
+        per_call = seconds(work)
+        row = {"pictures/s": n / per_call, "share of peak": flops(work) / per_call / peak, "batch": n}
+        return row | ({} if small else {"GiB": torch.cuda.max_memory_allocated() / 2**30})
+
     peak, results = 2 * len(square) ** 3 / seconds(lambda: square @ square), {}
     for name in SHAPES[: 1 if small else 2]:
-        model = load_model(name, device=device, dtype="bfloat16")
         n = 2 if small else args.batch_size
+        model = load_model(name, device=device, dtype="bfloat16")
         pixels = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (n, TILE_SIZE, TILE_SIZE, 3), dtype=np.uint8))
         pixels = pixels if small else pixels.pin_memory()
-        rate = n / seconds(lambda model=model, pixels=pixels: model.embed(pixels))
-        results[name] = {"pictures/s": rate, "share of peak": rate * flops(model) / peak, "batch": n}
+        results[f"{name}, extract"] = speed(lambda model=model, pixels=pixels: model.embed(pixels), n)
+        del model
+        n = 2 if small else min(n, 256 if "small" in name else 32)
+        results[f"{name}, finetune"] = speed(training_step(name, n, device, small), n)
     return results
 
 
