@@ -86,9 +86,18 @@ pathology: .pathology/ready clean-pathology ## slides made up, tiles, features, 
 clean-pathology:
 	rm -rf demo/pathology
 
-test-pathology: .pathology/ready ## tests of pathology/, for which .venv lacks packages
+# timm in an environment of its own: its torchvision is one for CUDA, which breaks transformers beside the CPU build of PyTorch
+.timm/ready: pathology/requirements-timm.txt .pathology/ready
+	rm -rf .timm
+	$(PY) -m venv .timm
+	for python in $(PY) .pathology/bin/python; do $$python -c "$(SITE)"; done > $$(.timm/bin/python -c "$(SITE)")/venv.pth
+	.timm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r pathology/requirements-timm.txt
+	touch $@
+
+test-pathology: .pathology/ready .timm/ready ## tests of pathology/, for which .venv lacks packages
 	$(OFFLINE) .pathology/bin/python -m pytest -q tests/test_pathology_*.py
 	$(OFFLINE) .pathology/bin/python -m pytest -q -m slow tests/test_pathology_*.py
+	$(OFFLINE) PYTHONPATH=tests .timm/bin/python -m pytest -q -p torchvision_operators tests/test_pathology_timm.py
 
 # nine minutes of steps; the next call goes on with those that are left. GPU_FLAGS=--dry-run: everything small, on a CPU
 gpu: setup ## tests and benchmarks that need a GPU, and a table of them; repeat it until no step is left
@@ -103,4 +112,4 @@ check: setup ## ruff: style and likely mistakes
 # downloads none; older ones download every wheel, 3 GB with those for CUDA
 check-pins: setup ## the pinned versions resolve from the public package index alone
 	$(PY) -m pip install --quiet --disable-pip-version-check pip==26.3
-	$(PY) -m pip --isolated install --dry-run --use-feature=fast-deps --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -r pathology/requirements.txt -c constraints.txt
+	$(PY) -m pip --isolated install --dry-run --use-feature=fast-deps --ignore-installed --quiet --disable-pip-version-check -r requirements.txt -r requirements-extras.txt -r pathology/requirements.txt -r pathology/requirements-timm.txt -c constraints.txt

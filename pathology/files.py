@@ -30,6 +30,7 @@ from files.writing import write_atomic
 if TYPE_CHECKING:
     import h5py
 
+REQUIREMENTS = "pathology/requirements.txt"
 # of a file of tiles. slide: its path. mpp: micrometres per pixel of a tile; size: pixels of its edge at mpp; size_level0: the same edge in
 # pixels of level 0; width, height: of level 0; mpp_level0: micrometres per pixel there
 TILE_ATTRIBUTES = ("slide", "mpp", "size", "size_level0", "width", "height", "mpp_level0")
@@ -39,14 +40,13 @@ SLIDE_SUFFIXES = (".svs", ".tif", ".tiff", ".ndpi", ".vms", ".scn", ".mrxs", ".s
 FEATURE_ATTRIBUTES = ("model", "fingerprint", *TILE_ATTRIBUTES)
 
 
-def require(module: str) -> None:
-    """Raise InputError where a package of pathology/requirements.txt is missing."""
+def require(module: str, requirements: str = REQUIREMENTS) -> None:
+    """Raise InputError where a package of a file of requirements is missing."""
     from importlib.util import find_spec
 
     if find_spec(module) is None:
-        raise InputError(
-            f"the package {module} is missing: pip install -r pathology/requirements.txt, or run it in .pathology (make pathology)"
-        )
+        built = ", or run it in .pathology (make pathology)" * (requirements == REQUIREMENTS)
+        raise InputError(f"the package {module} is missing: pip install -r {requirements}{built}")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
     load_model("phikon-v2")                  a preset; also a local folder, or a hub id (org/name or org/name@revision)
     load_model("random:dinov2-small", seed=1)   the same shape with random weights: the baseline that every other model has to beat
 
-Classes: Dinov2, Dinov2-with-registers, ViT, BEiT, ResNet. A folder may hold embedding.json, as `finetune.py` writes it:
+Classes: Dinov2, Dinov2-with-registers, ViT, BEiT, ResNet; those of timm where it is installed (timm_models.py). A folder may hold
+embedding.json, as `finetune.py` writes it:
 
     {"rule": "cls" | "mean" | "cls+mean" | "pool", "input_size": 224, "mean": [3 numbers], "std": [3 numbers]}
 
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from files.console import InputError
 from files.writing import write_json
+from pathology import timm_models
 
 if TYPE_CHECKING:
     import numpy as np
@@ -71,6 +73,17 @@ PRESETS = {
     "resnet50": Preset("microsoft/resnet-50", "resnet", Embedding("pool")),
     "phikon-v2": Preset("owkin/phikon-v2", "dinov2", Embedding("cls"), LARGE_16),
     "midnight": Preset("kaiko-ai/midnight", "dinov2", Embedding("cls+mean", 224, (0.5,) * 3, (0.5,) * 3), GIANT | {"image_size": 224}),
+}
+OPTIMUS_MEAN, OPTIMUS_STD = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+TIMM_SOURCES = {
+    "uni": ("MahmoodLab/UNI", Embedding("cls")),
+    "uni2-h": ("MahmoodLab/UNI2-h", Embedding("cls")),
+    "virchow2": ("paige-ai/Virchow2", Embedding("cls+mean")),
+    "h-optimus-0": ("bioptimus/H-optimus-0", Embedding("cls", 224, OPTIMUS_MEAN, OPTIMUS_STD)),
+    "gigapath": ("prov-gigapath/prov-gigapath", Embedding("cls")),
+}
+PRESETS |= {
+    name: Preset(source, timm_models.MODEL_TYPE, embedding, timm_models.CONFIGS[name]) for name, (source, embedding) in TIMM_SOURCES.items()
 }
 
 
@@ -150,6 +163,8 @@ def read_embedding(folder: Path, model_type: str, config: dict) -> Embedding:
         except (KeyError, TypeError):
             raise InputError(f"{folder / EMBEDDING_FILE} needs rule, input_size, mean and std") from None
         return checked_embedding(folder, Embedding(**values))
+    if model_type == timm_models.MODEL_TYPE:
+        return checked_embedding(folder, Embedding(**timm_models.embedding_values(config, "pool")))
     stored = read_json(folder / "preprocessor_config.json")
     size = stored.get("crop_size") or stored.get("size") or config.get("image_size", 224)
     if isinstance(size, dict):
@@ -280,13 +295,18 @@ def check_input_size(module: "torch.nn.Module", embedding: Embedding, spec: str)
     patch = patch[0] if isinstance(patch, (list, tuple)) else patch
     if patch and embedding.input_size < patch:
         raise InputError(f"{spec}: an input of {embedding.input_size} pixels is smaller than one patch of {patch}")
-    if module.config.model_type == "resnet" and embedding.rule != "pool":
+    tokens = getattr(module.config, "has_tokens", module.config.model_type != "resnet")
+    if not tokens and embedding.rule != "pool":
         raise InputError(f"{spec}: a ResNet has no tokens, its rule is pool, not {embedding.rule}")
+    if embedding.rule == "pool" and not getattr(module.config, "pools", True):
+        raise InputError(f"{spec}: this model pools nothing itself, its rule is cls, mean or cls+mean")
 
 
 def checked_config(folder: Path, spec: str) -> dict:
-    """config.json of a folder. Raises InputError for a class that is not among CLASSES."""
+    """config.json of a folder, "model_type" of timm's filled in. Raises InputError for a class that is not among CLASSES."""
     config = read_json(folder / "config.json")
+    if timm_models.is_timm(config):
+        return config | {"model_type": timm_models.MODEL_TYPE}
     if config.get("model_type") not in CLASSES:
         raise InputError(f"{spec}: no patch model of a known class ({config.get('model_type')}), take one of {', '.join(CLASSES)}")
     return config
@@ -303,9 +323,11 @@ def random_model(source: Source, seed: int) -> tuple["torch.nn.Module", Embeddin
         folder = source.folder or fetched(source)
         config = checked_config(folder, source.name)
         kind, embedding = config["model_type"], read_embedding(folder, config["model_type"], config)
-    config = transformers.CONFIG_MAPPING[kind](**{key: value for key, value in config.items() if key != "model_type"})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        if kind == timm_models.MODEL_TYPE:
+            return timm_models.load(config if source.preset else timm_models.arguments_of(config), None), embedding
+        config = transformers.CONFIG_MAPPING[kind](**{key: value for key, value in config.items() if key != "model_type"})
         return model_class(kind)(config, **pooling_option(kind, embedding.rule)), embedding
 
 
@@ -325,6 +347,9 @@ def stored_model(source: Source) -> tuple["torch.nn.Module", Embedding]:
     config = checked_config(folder, source.name)
     kind = config["model_type"]
     embedding = source.preset.embedding if source.preset else read_embedding(folder, kind, config)
+    if kind == timm_models.MODEL_TYPE:
+        arguments = source.preset.config if source.preset else timm_models.arguments_of(config)
+        return timm_models.load(arguments, timm_models.checked_weights(folder, source.name)), embedding
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the pooling layer or a head are left over, as expected
     logging.disable_progress_bar()
