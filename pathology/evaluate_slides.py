@@ -109,10 +109,10 @@ def read_bags(folder: Path, labels: Path) -> Bags:
     """The slides of a folder that `labels` names; damaged and empty ones are left out and counted. Raises InputError."""
     import numpy as np
 
-    known, rows, bags, sources, left_out = read_labels(labels), [], BagFiles(), {}, {}
+    known, rows, bags, sources, unnamed, left_out = read_labels(labels), [], BagFiles(), {}, [], {}
     for path in h5_files(folder, "features"):
         if path.stem not in known:
-            left_out[path.stem] = f"not in {labels}"
+            unnamed.append(path.stem)
             continue
         try:
             bag = read_features(path)
@@ -124,34 +124,47 @@ def read_bags(folder: Path, labels: Path) -> Bags:
             continue
         rows.append(known[path.stem])
         bags.add(path, bag.features)
-        sources[tuple(bag.attributes[name] for name in FEATURE_ATTRIBUTES[:2])] = path.name
+        sources[(*(bag.attributes[name] for name in FEATURE_ATTRIBUTES[:2]), bag.features.shape[1])] = path.name
+    if unnamed:
+        warn(f"{folder}: {len(unnamed)} left out that {labels} does not name, such as {unnamed[0]}")
     if left_out:
         name, why = next(iter(left_out.items()))
         warn(f"{folder}: {len(left_out)} left out, such as {name}: {why}")
+    if absent := [name for name in known if name not in left_out and name not in {row.slide for row in rows}]:
+        warn(f"{folder}: no features of {len(absent)} of {len(known)} slides in {labels}, such as {absent[0]}")
     if not rows:
         raise InputError(f"{folder}: no slide of {labels} has features there")
     if len(sources) > 1:
         (one, two), *_ = zip(sources.values(), list(sources.values())[1:], strict=False)
         raise InputError(f"{folder}: {one} and {two} were made by different models: extract all slides by one")
-    (model, fingerprint), *_ = sources
+    (model, fingerprint, _), *_ = sources
     columns = (np.array([getattr(row, name) for row in rows]) for name in ("slide", "label", "patient", "cohort"))
     return Bags(*columns, bags, {"model": model, "fingerprint": fingerprint})
 
 
 def folds_of(bags: Bags, internal: "np.ndarray", n_folds: int, seed: int) -> "np.ndarray":
-    """Number of the fold (S,) of each slide, -1 of external ones: patients stay together, classes are spread. Raises InputError."""
+    """Number of the fold (S,) of each slide, -1 of external ones: patients stay together, classes are spread.
+
+    Raises InputError where there are too few classes or patients.
+    """
     import numpy as np
     from sklearn.model_selection import StratifiedGroupKFold
 
     rows = np.flatnonzero(internal)
+    if len(bags.classes) < 2:
+        raise InputError(f"all slides with features have the label {bags.classes[0]!r}: a model needs two classes")
     for label in bags.classes:
         n = len(set(bags.patients[rows][bags.labels[rows] == label]))
         if n < n_folds:
-            raise InputError(f"class {label!r} has {n} patients in the internal cohorts: fewer than --folds {n_folds}")
+            raise InputError(f"class {label!r} has {n} patient{'s' * (n != 1)} in the internal cohorts: fewer than --folds {n_folds}")
     folds = np.full(len(bags.slides), -1)
     splitter = StratifiedGroupKFold(n_folds, shuffle=True, random_state=seed)
     for i, (_, held_out) in enumerate(splitter.split(rows, bags.labels[rows], bags.patients[rows])):
         folds[rows[held_out]] = i
+    for i in range(n_folds):
+        _, held_out = hold_out(bags, np.flatnonzero((folds >= 0) & (folds != i)), seed)
+        if not len(held_out):
+            raise InputError(f"--folds {n_folds}: fold {i + 1} leaves one patient a class, none to hold out: take more folds or patients")
     return folds
 
 
@@ -212,14 +225,18 @@ def learn(model: "Mil", optimizer, bags: Bags, batch: "np.ndarray", codes: "torc
 
 
 def hold_out(bags: Bags, rows: "np.ndarray", seed: int) -> tuple["np.ndarray", "np.ndarray"]:
-    """Slides to learn from, and those of a sixth of the patients, of every class where it has two patients."""
+    """Slides to learn from, and those of a sixth of the patients, of every class where it has two patients.
+
+    Who has slides of several classes counts for each of them: otherwise none of few patients may be left to learn from.
+    """
     import numpy as np
 
     rng, chosen = np.random.default_rng(seed), set()
     for label in bags.classes:
         patients = np.unique(bags.patients[rows][bags.labels[rows] == label])
         if len(patients) > 1:
-            chosen |= set(rng.permutation(patients)[: max(1, len(patients) // HELD_OUT)].tolist())
+            others = [patient for patient in rng.permutation(patients).tolist() if patient not in chosen]
+            chosen |= set(others[: max(0, max(1, len(patients) // HELD_OUT) - (len(patients) - len(others)))])
     held_out = np.isin(bags.patients[rows], list(chosen))
     return rows[~held_out], rows[held_out]
 

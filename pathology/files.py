@@ -103,9 +103,9 @@ def open_h5(path: Path) -> Iterator["h5py.File"]:
             yield file
     except InputError:
         raise
-    except (OSError, KeyError, ValueError) as error:  # h5py raises all three for damaged files
+    except (OSError, KeyError, ValueError, TypeError) as error:  # h5py raises all four for damaged files and for groups of other names
         raise InputError(
-            f"{path} is damaged, or not what this script reads ({str(error).splitlines()[0]}): delete it and make it again"
+            f"{path} is damaged, or not what this script reads ({str(error).splitlines()[0]}): name another, or make it again"
         ) from None
 
 
@@ -132,8 +132,8 @@ def checked_attributes(file: "h5py.File", path: Path, names: tuple[str, ...]) ->
 
 def checked_coords(file: "h5py.File", path: Path) -> np.ndarray:
     coords = file["coords"][:]
-    if coords.ndim != 2 or coords.shape[1] != 2:
-        raise InputError(f"{path}: coords must have shape (N, 2), they have {coords.shape}")
+    if coords.ndim != 2 or coords.shape[1] != 2 or coords.dtype.kind not in "iu":
+        raise InputError(f"{path}: coords must be whole numbers of shape (N, 2), they are {coords.dtype} {coords.shape}: make it again")
     return coords
 
 
@@ -222,7 +222,9 @@ def read_features(path: Path) -> Features:
     with open_h5(path) as file:
         features, coords = file["features"][:], checked_coords(file, path)
         attributes = checked_attributes(file, path, FEATURE_ATTRIBUTES)
-    if features.ndim != 2 or len(features) != len(coords):
+    if features.ndim != 2 or not features.shape[1] or features.dtype.kind != "f":
+        raise InputError(f"{path}: features must be float32 or float16 (N, D), they are {features.dtype} {features.shape}: make it again")
+    if len(features) != len(coords):
         raise InputError(f"{path}: features {features.shape} and coords {coords.shape} do not fit together: make it again")
     return Features(path, features, coords, attributes)
 
@@ -246,6 +248,8 @@ def read_json_object(path: Path) -> dict | None:
 def h5_files(folder: Path, what: str) -> list[Path]:
     """SLIDE.h5 of a folder by name, or the file itself. Raises InputError where there is none; `what` names them: tiles, features."""
     if folder.is_file():
+        if folder.suffix != ".h5":
+            raise InputError(f"{folder} is no file of {what}: name a folder of {what}, or one SLIDE.h5 of it")
         return [folder]
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist: name a folder of {what}, or one of its files")

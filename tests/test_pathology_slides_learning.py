@@ -183,3 +183,58 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path, capsys):
     with pytest.raises(InputError, match="patient p1 is in an external cohort and in another one"):
         run(tmp_path / "feats", "--labels", labels, "--external", "two")
     assert not list(tmp_path.glob("mil*"))
+
+
+def test_labels_that_teach_nothing_are_refused_before_training(tmp_path, capsys):
+    """One class alone; too few patients to hold one out; slides that only one of labels and features has are counted."""
+    write_cohort(tmp_path / "feats", np.random.default_rng(0), n=8)
+    labels = tmp_path / "labels.csv"
+
+    def learn(rows: list[tuple[str, str, str]]) -> None:
+        labels.write_text("slide,label,patient\n" + "".join(f"{','.join(row)}\n" for row in rows))
+        run(tmp_path / "feats", "--labels", labels, "--folds", 2, "--epochs", 1, "--aggregator", "mean", "--out", tmp_path / "mil")
+
+    with pytest.raises(InputError, match="all slides with features have the label 'a': a model needs two classes"):
+        learn([(f"s00{i}", "a", f"p{i}") for i in range(8)])
+    with pytest.raises(InputError, match="--folds 2: fold 1 leaves one patient a class, and none to hold out"):
+        learn([(f"s00{i}", "ab"[i % 2], f"p{i}") for i in range(4)])
+    assert not (tmp_path / "mil").exists()
+    capsys.readouterr()
+    learn([(f"s00{i}", "ab"[i % 2], f"p{i}") for i in range(1, 7)] + [("s999", "a", "p9")])
+    err = capsys.readouterr().err
+    assert f"feats: 2 left out that {labels} does not name, such as s000" in err
+    assert f"feats: no features of 1 of 7 slides in {labels}, such as s999" in err
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_patients_with_slides_of_both_classes_are_not_all_held_out(seed):
+    labels, patients = np.array(list("abab")), np.array(["p0", "p0", "p1", "p1"])
+    bags = evaluate_slides.Bags(np.arange(4), labels, patients, patients, None, {})
+    learned, held_out = evaluate_slides.hold_out(bags, np.arange(4), seed)
+    assert len(learned) == len(held_out) == 2
+
+
+def test_features_that_do_not_fit_together_are_told(tmp_path, capsys):
+    write_cohort(tmp_path / "feats", np.random.default_rng(0), n=20)
+    import h5py
+
+    def replace(number: int, name: str, change) -> None:
+        with h5py.File(tmp_path / f"feats/s00{number}.h5", "r+") as file:
+            values = file[name][:]
+            del file[name]
+            file[name] = change(values)
+
+    flags = (tmp_path / "feats", "--labels", tmp_path / "feats/labels.csv", "--aggregator", "mean", "--folds", 2, "--epochs", 1)
+    replace(0, "features", lambda values: np.full(values.shape, b"x"))
+    replace(1, "features", lambda values: values[:, :0])
+    replace(2, "coords", lambda values: values.astype(float))
+    with h5py.File(tmp_path / "feats/s003.h5", "r+") as file:
+        del file["features"]
+        file.create_group("features")
+    run(*flags)
+    assert "feats: 4 left out, such as s000" in capsys.readouterr().err
+    replace(5, "features", lambda values: values[:, :3])
+    with pytest.raises(InputError, match=r"s019.h5 and s005.h5 were made by different models"):
+        run(*flags)
+    with pytest.raises(InputError, match=r"labels.csv is no file of features: name a folder of features, or one SLIDE.h5"):
+        run(tmp_path / "feats/labels.csv", *flags[1:])
