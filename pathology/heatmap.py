@@ -22,7 +22,7 @@ import numpy as np
 
 from files.arguments import positive_int
 from files.console import InputError, run_script, say, warn
-from files.writing import check_absent, errors_of_writing, write_atomic, write_text
+from files.writing import WriteError, check_absent, errors_of_writing, write_atomic, write_text
 from pathology.files import Features, h5_files, read_features, require
 from pathology.slides import SlideReader, geometry, thumbnail_factor
 
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SHEET_COLUMNS, SHEET_PATCH = 6, 192  # of SLIDE.top.png: patches in a row, pixels of one
 COLOURS = "inferno"
+SUFFIXES = (".geojson", ".png", ".top.png")  # of the files of a slide
 
 
 def attention_of(model: "torch.nn.Module", features: Features) -> np.ndarray:
@@ -38,6 +39,8 @@ def attention_of(model: "torch.nn.Module", features: Features) -> np.ndarray:
     import torch
 
     expected, fingerprint = model.config["features"], features.attributes["fingerprint"]
+    if not np.isfinite(features.features).all() or not len(features.features):
+        raise InputError(f"{features.path}: its features are {'not finite' if len(features.features) else 'none'}: make it again")
     if features.features.shape[1] != model.config["dim"] or expected["fingerprint"] != fingerprint:
         made = f"{features.attributes['model']} ({fingerprint})"
         raise InputError(
@@ -151,7 +154,8 @@ def main(args: argparse.Namespace) -> None:
         require(module)
     paths = h5_files(args.features, "features")
     for path in paths:
-        check_absent(args.out / f"{path.stem}.geojson")
+        for suffix in SUFFIXES:
+            check_absent(args.out / f"{path.stem}{suffix}")
     from pathology.mil import load_mil
 
     model = load_mil(args.model)
@@ -159,16 +163,17 @@ def main(args: argparse.Namespace) -> None:
         args.out.mkdir(parents=True, exist_ok=True)
     n_skipped = 0
     for path in paths:
-        features = read_features(path)
-        attention = attention_of(model, features)
         try:
-            say(show(features, attention, args))
+            features = read_features(path)
+            say(show(features, attention_of(model, features), args))
         except InputError as error:
-            if len(paths) == 1:
+            if len(paths) == 1 or isinstance(error, WriteError):
                 raise
             n_skipped += 1
             warn(f"{path.stem} is skipped: {error}")
     n = len(paths) - n_skipped
+    if not n:
+        raise InputError(f"{args.features}: none of the {len(paths)} slides could be shown, see the warnings")
     say(f"{args.out}: attention of {n} slide{'s' * (n != 1)}" + f", {n_skipped} skipped" * bool(n_skipped))
 
 

@@ -115,15 +115,30 @@ def save_mil(model: Mil, folder: Path) -> None:
 
 def load_mil(folder: Path) -> Mil:
     """The model of a folder, in eval mode on the CPU. Raises InputError where there is none, or it is damaged."""
-    folder = Path(folder)
+    folder, advice = Path(folder), "make one with evaluate_slides.py --out"
+    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+        raise InputError(f"{folder} holds no slide model ({CONFIG}, {WEIGHTS}): {advice}")
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config["format"] != FORMAT or config["aggregator"] not in AGGREGATORS:
-            raise ValueError("unknown format or aggregator")
+    except (ValueError, OSError):
+        raise InputError(f"{folder / CONFIG} is damaged: {advice}") from None
+    if not is_config(config):
+        raise InputError(f"{folder} holds a model of another kind, no slide model by its {CONFIG}: {advice}")
+    try:
+        tensors = load_file(folder / WEIGHTS)
+        if not all(tensor.isfinite().all() for tensor in tensors.values()):
+            raise ValueError("not finite")
         model = Mil(config)
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no slide model ({CONFIG}, {WEIGHTS}): make one with evaluate_slides.py --out") from None
-    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError) as error:
-        raise InputError(f"{folder} holds no slide model of this project ({str(error).splitlines()[0]})") from None
+        model.load_state_dict(tensors)
+    except (ValueError, KeyError, TypeError, RuntimeError, SafetensorError, OSError):
+        raise InputError(f"{folder / WEIGHTS} is damaged, or does not belong to the {CONFIG} beside it: {advice}") from None
     return model.eval()
+
+
+def is_config(config: object) -> bool:
+    """Whether an object of JSON is the config of a slide model that this version can read."""
+    if not isinstance(config, dict) or config.get("format") != FORMAT or config.get("aggregator") not in AGGREGATORS:
+        return False
+    sizes = all(isinstance(config.get(name), int) and config[name] > 0 for name in ("dim", "hidden"))
+    features = config.get("features")
+    return sizes and isinstance(config.get("classes"), list) and isinstance(features, dict) and {"model", "fingerprint"} <= set(features)

@@ -6,6 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from files.console import InputError
 from pathology import evaluate_slides, mil
@@ -72,11 +73,20 @@ def test_a_saved_model_gives_the_same_logits_and_what_is_none_is_refused(tmp_pat
     loaded = mil.load_mil(tmp_path)
     torch.testing.assert_close(loaded(*mil.pack([bag]))[0], model(*mil.pack([bag]))[0], rtol=0, atol=0)
     assert loaded.config == model.config
+    for tensors in ({**model.state_dict(), "mean": torch.full((DIM,), torch.nan)}, {"mean": torch.zeros(DIM)}):
+        save_file(tensors, tmp_path / mil.WEIGHTS)
+        with pytest.raises(InputError, match=r"model.safetensors is damaged, or does not belong to the config.json beside it"):
+            mil.load_mil(tmp_path)
     (tmp_path / mil.WEIGHTS).write_bytes(b"damaged")
-    with pytest.raises(InputError, match="holds no slide model of this project"):
+    with pytest.raises(InputError, match=r"model.safetensors is damaged"):
         mil.load_mil(tmp_path)
-    (tmp_path / mil.CONFIG).write_text(json.dumps(model.config | {"format": 9}))
-    with pytest.raises(InputError, match="unknown format"):
+    without = {name: value for name, value in model.config.items() if name != "features"}
+    for config in (model.config | {"format": 9}, model.config | {"features": {}}, without, {"model_type": "dinov2"}, []):
+        (tmp_path / mil.CONFIG).write_text(json.dumps(config))
+        with pytest.raises(InputError, match=r"holds a model of another kind, no slide model by its config.json: make one"):
+            mil.load_mil(tmp_path)
+    (tmp_path / mil.CONFIG).write_text("{")
+    with pytest.raises(InputError, match=r"config.json is damaged: make one with evaluate_slides.py"):
         mil.load_mil(tmp_path)
 
 
@@ -196,7 +206,7 @@ def test_labels_that_teach_nothing_are_refused_before_training(tmp_path, capsys)
 
     with pytest.raises(InputError, match="all slides with features have the label 'a': a model needs two classes"):
         learn([(f"s00{i}", "a", f"p{i}") for i in range(8)])
-    with pytest.raises(InputError, match="--folds 2: fold 1 leaves one patient a class, and none to hold out"):
+    with pytest.raises(InputError, match="--folds 2: fold 1 leaves one patient a class, none to hold out"):
         learn([(f"s00{i}", "ab"[i % 2], f"p{i}") for i in range(4)])
     assert not (tmp_path / "mil").exists()
     capsys.readouterr()
