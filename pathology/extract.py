@@ -24,7 +24,7 @@ import numpy as np
 
 from files.arguments import positive_int
 from files.console import InputError, Progress, run_script, say, warn
-from files.writing import errors_of_writing, write_json
+from files.writing import WriteError, errors_of_writing, write_json
 from pathology.files import Batches, Tiles, h5_files, open_h5, read_features, read_json_object, read_tiles, require, write_features
 from pathology.models import PRESETS, find_model
 from pathology.slides import SlideReader, batches, geometry
@@ -203,6 +203,8 @@ def main(args: argparse.Namespace) -> None:
         for path in paths:
             try:
                 done[path.stem] = finished(args.out / path.name, model.fingerprint) or extract_slide(model, path, args.out, args)
+            except WriteError:  # the disk is full: no other slide would do better
+                raise
             except InputError as error:
                 skipped[path.stem] = str(error)
                 warn(f"{path.stem} is skipped: {error}")

@@ -14,6 +14,8 @@ SLIDE is the slide's file name without its last suffix. Every file is complete o
 """
 
 import json
+import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -115,10 +117,15 @@ def write_h5(path: Path, attributes: dict, write: Callable[["h5py.File"], None])
     import h5py
 
     def write_all(temporary: Path) -> None:
-        with h5py.File(temporary, "w") as file:
-            write(file)
-            for name, value in attributes.items():
-                file.attrs[name] = value
+        try:
+            with h5py.File(temporary, "w") as file:
+                write(file)
+                for name, value in attributes.items():
+                    file.attrs[name] = value
+        except (OSError, RuntimeError) as error:  # h5py raises either on a full disk, with a report of many lines
+            if number := re.search(r"errno = (\d+)", str(error)):
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
 
     write_atomic(path, write_all, path.with_name(f".{path.name}.tmp"))  # one name: a run that goes on replaces what a killed one left
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from files.arguments import positive_int, share
 from files.console import InputError, Progress, run_script, say, warn
-from files.writing import errors_of_writing, write_atomic, write_json
+from files.writing import WriteError, errors_of_writing, write_atomic, write_json
 from pathology.files import SLIDE_SUFFIXES, Batches, read_json_object, read_tiles, require, slide_name, write_tiles
 from pathology.slides import COARSEST_MPP, FINEST_MPP, Geometry, SlideReader, batches, geometry, grid, resolution, thumbnail_factor
 from pathology.stains import REFERENCE, Stains, conversion, estimate, normalise, read_reference
@@ -172,6 +172,8 @@ def main(args: argparse.Namespace) -> None:
         for name, path in slides.items():
             try:
                 done[name] = finished(args.out / f"{name}.h5") or tile_slide(path, args.out, args, reference)
+            except WriteError:  # the disk is full: no other slide would do better
+                raise
             except InputError as error:
                 skipped[name] = str(error)
                 warn(f"{path} is skipped: {error}")

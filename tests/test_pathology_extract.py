@@ -1,7 +1,10 @@
 """Features of tiles: each class and rule, pixels kept or read again, damage, resumption; attention of a slide in the right place."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +12,11 @@ import pytest
 import torch
 from pathology_slides import damage, one_slide, run
 from PIL import Image
+from short_runs import ROOT
 from transformers import BeitConfig, Dinov2Config, Dinov2WithRegistersConfig, ResNetConfig, ViTConfig
 
 from files.console import InputError
+from files.writing import WriteError
 from pathology.files import Features, read_features, read_labels
 from pathology.heatmap import attention_of, geojson, heat
 from pathology.models import PRESETS, find_model, load_model, model_class, normalized, write_embedding
@@ -292,3 +297,43 @@ def test_a_heat_map_is_drawn(tiled, folder, monkeypatch):
     assert Image.open(tiled / "maps/slide-0.png").width > 1000 and Image.open(tiled / "maps/slide-0.top.png").width == 5 * 208
     with pytest.raises(InputError, match="exists already"):
         run("heatmap", tiled / "features/slide-0.h5", "--model", tiled / "mil", "--out", tiled / "maps")
+    (tiled / "maps/slide-0.geojson").unlink()  # the pictures are no less
+    with pytest.raises(InputError, match=r"slide-0.png exists already"):
+        run("heatmap", tiled / "features/slide-0.h5", "--model", tiled / "mil", "--out", tiled / "maps")
+
+
+def test_a_damaged_bag_is_skipped_and_none_left_is_an_error(tiled, folder, monkeypatch, capsys):
+    extract(tiled, folder, "read", "features", "--dtype", "float32")
+    fingerprint = read_features(tiled / "features/slide-0.h5").attributes["fingerprint"]
+    model = FirstFeature()
+    model.config = {"features": {"model": "m", "fingerprint": fingerprint}, "dim": 24, "aggregator": "gated"}
+    monkeypatch.setattr("pathology.mil.load_mil", lambda folder: model)
+    (tiled / "features/slide-0.h5").write_bytes(b"damaged")
+    run("heatmap", tiled / "features", "--model", tiled / "mil", "--out", tiled / "maps")
+    captured = capsys.readouterr()
+    assert "slide-0 is skipped" in captured.err and "maps: attention of 1 slide, 1 skipped" in captured.out
+    (tiled / "features/slide-1.h5").write_bytes(b"damaged")
+    with pytest.raises(InputError, match="none of the 2 slides could be shown"):
+        run("heatmap", tiled / "features", "--model", tiled / "mil", "--out", tiled / "others")
+
+
+def test_a_full_disk_ends_the_call_in_one_line(tiled):
+    """Not a warning a slide, and no traceback of HDF5; a file may not grow beyond 20 KB here."""
+    limited = (
+        "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000)); sys.argv = sys.argv[1:]; "
+        "runpy.run_module('pathology.tile', run_name='__main__')"
+    )
+    command = [sys.executable, "-c", limited, "tile.py", "slides", "--save-pixels", "--size", "128", "--mpp", "0.5", "--out", "out"]
+    done = subprocess.run(command, cwd=tiled, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "tile.py: out/slide-0.h5 cannot be written: File too large\n"
+    assert not list((tiled / "out").glob("*.h5")) and not list((tiled / "out").glob(".*"))
+
+
+def test_features_that_cannot_be_written_end_the_call(tiled, folder, monkeypatch):
+    def fail(*_):
+        raise WriteError("no space")
+
+    monkeypatch.setattr("pathology.extract.write_features", fail)
+    with pytest.raises(WriteError, match="no space"):
+        extract(tiled, folder, "kept", "features")
