@@ -44,7 +44,8 @@ def save_checkpoint(folder: Path, student: nn.Module, teacher: nn.Module, optimi
         tensors |= {f"{key}/{name}": value for key, value in optimizer.state.get(parameter, {}).items()}
     tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
     if not all(t.isfinite().all() for t in tensors.values()):
-        raise InputError(f"step {state.step}: the weights are not finite any more: lower --lr")
+        why = "are not finite any more: lower --lr" if state.step else "of --init are not finite: make or fetch that model again"
+        raise InputError(f"step {state.step}: the weights {why}")
     write_checkpoint(folder, tensors, state)
 
 

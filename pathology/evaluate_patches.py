@@ -27,8 +27,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from encoder.contract import ARGUMENTS_FILE
 from files.arguments import count, positive_int
-from files.console import InputError, Progress, run_script, say
-from files.writing import check_absent, write_json
+from files.console import InputError, Progress, run_script, say, warn
+from files.writing import check_absent, errors_of_writing, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,16 +87,36 @@ class Model(NamedTuple):
     seed: int = 0
 
 
-def base_of(model: str) -> Model | None:
-    """What a run of finetune.py began with; None of another model. Raises InputError."""
+def arguments_of(model: str) -> dict | None:
+    """The arguments of a run of finetune.py; None of another model. Raises InputError."""
     record = Path(model) / ARGUMENTS_FILE
     if not record.is_file():
         return None
     try:
         arguments = json.loads(record.read_text(encoding="utf-8"))["arguments"]
-        return Model(arguments["init"], arguments["seed"] if arguments["init"].startswith("random:") else 0)
+        if not (isinstance(arguments["init"], str) and isinstance(arguments["seed"], int)):
+            raise TypeError
+        return arguments
     except (ValueError, KeyError, TypeError):
         raise InputError(f"{record} is damaged: the model that the run began with is not known") from None
+
+
+def base_of(model: str) -> Model | None:
+    """What a run of finetune.py began with; None of another model. Raises InputError."""
+    arguments = arguments_of(model)
+    return arguments and Model(arguments["init"], arguments["seed"] if arguments["init"].startswith("random:") else 0)
+
+
+def check_division(args: argparse.Namespace, patches: "Patches") -> None:
+    """Raise InputError for a run that learned from these patches by another division: it has seen patients that would be tested."""
+    for model in args.model:
+        run = arguments_of(model)
+        if run is None or run.get("source") != str(args.source.resolve()):
+            continue
+        if not run.get("labels") and not run.get("pattern"):
+            warn(f"{model} learned without labels from all patches of {args.source}: it has seen those of test patients")
+        elif patches.splits is None and (seed := run.get("split_seed", 0)) != args.split_seed:
+            raise InputError(f"{model} learned by --split-seed {seed}, {args.split_seed} would test patients it has seen: take {seed}")
 
 
 def rows_of(models: list[str]) -> dict[str, Model | None]:
@@ -131,7 +151,10 @@ def features_of(patches: "Patches", numbers: "np.ndarray", model: "PatchModel | 
     for start in range(0, len(numbers), batch):
         pixels = SHIFTS[shift](patches.pixels[numbers[start : start + batch]])
         parts.append(colour_histogram(pixels) if model is None else model.embed(pixels).cpu().numpy())
-    return np.concatenate(parts).astype(np.float32)
+    features = np.concatenate(parts).astype(np.float32)
+    if not np.isfinite(features).all():
+        raise InputError(f"{model.name} gives numbers that are not finite: take --dtype float32, or make or fetch the model again")
+    return features
 
 
 def class_shares(patches: "Patches", split: "np.ndarray", model: "PatchModel | None", batch: int) -> dict[str, dict[str, list]]:
@@ -162,6 +185,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     from pathology.patches import read_patches
 
     patches = read_patches(args.source, args.labels, args.pattern)
+    check_division(args, patches)
     split = patches.split(args.split_seed)
     check_classes(patches, split)
     test = np.flatnonzero(split == "test")
@@ -229,10 +253,12 @@ def redraws_of(results: list[dict], measure: str) -> dict[tuple[str, str, str], 
 
 
 def cells(results: list[dict]) -> list[tuple[str, str, str]]:
-    """Row, shift and probe of what all files have. Raises InputError where rows differ."""
+    """Row, shift and probe of what all files have. Raises InputError where rows or classes differ."""
     rows = [list(result["shares"]) for result in results]
     if any(names != rows[0] for names in rows):
         raise InputError(f"the files have different rows: {', '.join(rows[0])} and {', '.join(next(n for n in rows if n != rows[0]))}")
+    if other := next((result["classes"] for result in results if result["classes"] != results[0]["classes"]), None):
+        raise InputError(f"the files have different classes: {', '.join(results[0]['classes'])} and {', '.join(other)}")
     return [(row, shift, probe) for row in rows[0] for shift in results[0]["shares"][row] for probe in PROBES]
 
 
@@ -300,7 +326,8 @@ def main(args: argparse.Namespace) -> None:
     say(", ".join(f"{n:,} {name} patches of {result['patients'][name]} patients" for name, n in result["patches"].items()))
     summary = print_tables([result])
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with errors_of_writing(args.out):
+            args.out.parent.mkdir(parents=True, exist_ok=True)
         write_json(args.out, result | {"scores": summary}, indent=0)
 
 

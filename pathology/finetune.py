@@ -27,6 +27,7 @@ import argparse
 import contextlib
 import json
 import math
+import shlex
 import sys
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -482,7 +483,14 @@ def finish(run: Run, interrupted_by: int | None) -> None:
         warn("no step was better on validation patients than the model it began with: that one was kept")
     if state.collapsed:
         warn("in this run all patches had nearly the same features at some step: do not trust its last steps, and lower --lr")
-    say(f"next: python -m pathology.evaluate_patches {run.args.source} --model {out}")
+    say(f"next: {next_command(run.args)}")
+
+
+def next_command(args: argparse.Namespace) -> str:
+    """The command that evaluates the run on the test patients of its own division."""
+    where = ["--pattern", args.pattern] if args.pattern else ["--labels", str(args.labels or "labels.csv")]
+    seed = ["--split-seed", str(args.split_seed)] if args.split_seed else []
+    return shlex.join(["python", "-m", "pathology.evaluate_patches", str(args.source), *where, *seed, "--model", str(args.out)])
 
 
 def make_run(args: argparse.Namespace) -> None:

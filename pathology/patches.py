@@ -124,6 +124,8 @@ def read_patches(source: Path, labels: Path | None = None, pattern: str | None =
     if not source.exists():
         raise InputError(f"no file or folder {source}")
     if source.suffix == ".h5" or (source.is_dir() and any(source.glob("*.h5"))):
+        if pattern:
+            raise InputError(f"--pattern is for pictures, and {source} holds tiles: name labels and patients of their slides with --labels")
         return read_tile_patches(source, labels)
     return read_pictures(source, labels, pattern)
 
@@ -145,7 +147,9 @@ def read_tile_patches(source: Path, labels: Path | None) -> Patches:
             raise InputError(f"{path} holds no pixels: run tile.py with --save-pixels")
         kept.append(tiles)
     if not kept:
-        raise InputError(f"none of the {len(paths)} files of tiles in {source} is whole and named in {labels}")
+        raise InputError(f"none of the {len(paths)} files of tiles in {source} is whole" + f" and named in {labels}" * bool(labels))
+    if damaged:
+        warn(f"{len(damaged):,} of {len(paths):,} files of tiles are damaged and left out, such as {damaged[0]}")
     if known is not None and (n := len(paths) - len(kept) - len(damaged)):
         warn(f"{labels} does not name {n} of {len(paths)} slides: left out")
     counts = [len(tiles.coords) for tiles in kept]
@@ -191,7 +195,7 @@ class TilePixels:
                 out[at] = self._file(int(slides[at]))[numbers[at] - self.starts[slides[at]]]
             except (OSError, KeyError, ValueError) as error:
                 raise InputError(
-                    f"{path}, tile {numbers[at] - self.starts[slides[at]]}: {str(error).splitlines()[0]}: make the file again"
+                    f"{path}, tile {numbers[at] - self.starts[slides[at]]}: {str(error).splitlines()[0]}: delete it, tile the slide again"
                 ) from None
         return out
 
@@ -262,6 +266,8 @@ def match_origins(pattern: str | None, files: list[str]) -> dict[str, Origin]:
     for name in files:
         if not (match := regex.search(name)):
             raise InputError(f"--pattern {pattern!r} does not fit the file name {name}")
+        if empty := [group for group in ("label", "patient") if not match[group]]:
+            raise InputError(f"--pattern {pattern!r} finds no {' and no '.join(empty)} in the file name {name}")
         origins[name] = Origin(match["label"], match["patient"], "")
     return origins
 

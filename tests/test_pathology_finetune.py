@@ -5,6 +5,7 @@ What needs processes of its own is marked slow.
 
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -215,6 +216,46 @@ def test_what_cannot_be_is_one_clear_line_and_leaves_nothing(flags, tmp_path, mo
     with pytest.raises(InputError, match=message):
         run(*flags("run", *more))
     assert not (tmp_path / "run").exists()
+
+
+def evaluate(*flags) -> None:
+    evaluate_patches.main(evaluate_patches.build_parser().parse_args([str(flag) for flag in flags]))
+
+
+def test_a_run_is_not_tested_on_patients_it_has_seen(flags, tmp_path, data, capsys):
+    """By another division, or where it learned without labels; its last line names the division and the labels."""
+    run(*flags("run", "--steps", 1, "--split-seed", 3))
+    command = capsys.readouterr().out.splitlines()[-1].removeprefix("next: ")
+    *python, script = shlex.split(command)[:3]
+    assert (python, script) == (["python", "-m"], "pathology.evaluate_patches")
+    with pytest.raises(InputError, match="run learned by --split-seed 3, 0 would test patients it has seen: take 3"):
+        evaluate(data[0], "--pattern", PATTERN, "--model", tmp_path / "run")
+    evaluate(*shlex.split(command)[3:])
+    record = json.loads((tmp_path / "run/arguments.json").read_text())
+    record["arguments"]["pattern"] = None
+    (tmp_path / "run/arguments.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    evaluate(data[0], "--pattern", PATTERN, "--model", tmp_path / "run")
+    assert "learned without labels from all patches" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_finite_is_one_clear_line(flags, tmp_path, data):
+    shutil.copytree(data[1], tmp_path / "nan")
+    weights = tmp_path / "nan/model.safetensors"
+    save_file({name: tensor * torch.nan for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    with pytest.raises(InputError, match="the weights of --init are not finite"):
+        run(*flags("run", "--init", tmp_path / "nan"))
+    with pytest.raises(InputError, match="gives numbers that are not finite"):
+        evaluate(data[0], "--pattern", PATTERN, "--model", tmp_path / "nan")
+
+
+def test_results_of_other_classes_are_not_pooled(tmp_path):
+    shares = {"row": {"clean": {"kNN": [], "logistic": []}}}
+    for name in ("ab", "abc"):
+        result = {"shares": shares, "test": {}, "classes": list(name), "all_patients": ["p"]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(result))
+    with pytest.raises(InputError, match="different classes: a, b and a, b, c"):
+        evaluate("--summary", tmp_path / "ab.json", tmp_path / "abc.json")
 
 
 # ------------------------------------------------------------------------------------------------------ several processes

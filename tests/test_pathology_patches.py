@@ -69,6 +69,8 @@ def test_labels_from_a_file_name_what_is_wrong_and_where(tmp_path, capsys):
         (r"(?P<label>x", "is no regular expression"),
         (r"(?P<label>\d)", "no group patient"),
         (PATTERN + "z", "does not fit"),
+        (r"(?P<patient>q\d)?.*(?P<label>class\d)", "finds no patient in the file name p0_0_class0.png"),
+        (r"(?P<patient>p\d).*(?P<label>z*)", "finds no label in the file name"),
     ):
         with pytest.raises(InputError, match=message):
             patches.read_patches(tmp_path / "a", None, pattern)
@@ -76,7 +78,7 @@ def test_labels_from_a_file_name_what_is_wrong_and_where(tmp_path, capsys):
         patches.read_patches(tmp_path / "l.csv")
 
 
-def test_tiles_of_slides_are_patches_of_their_patients(tmp_path):
+def test_tiles_of_slides_are_patches_of_their_patients(tmp_path, capsys):
     for package in ("h5py", "imagecodecs"):
         pytest.importorskip(package, reason=f"tiles need {package} (pathology/requirements.txt)")
     from pathology.files import write_tiles
@@ -91,6 +93,15 @@ def test_tiles_of_slides_are_patches_of_their_patients(tmp_path):
     assert read.names.tolist() == ["a/0", "a/1", "a/2", "c/0"] and read.patients.tolist() == ["p1"] * 3 + ["p2"] and read.size == 4
     assert read.pixels[np.array([3, 0, 2])][:, 0, 0, 0].tolist() == [30, 10, 12]
     assert patches.read_patches(tmp_path).patients.tolist() == ["a"] * 3 + ["b"] * 2 + ["c"]
+    with pytest.raises(InputError, match="--pattern is for pictures"):
+        patches.read_patches(tmp_path, None, PATTERN)
+    (tmp_path / "b.h5").write_bytes(b"damaged")
+    assert patches.read_patches(tmp_path).damaged == ["b.h5"]
+    assert "1 of 3 files of tiles are damaged and left out, such as b.h5" in capsys.readouterr().err
+    for slide in "ac":
+        (tmp_path / f"{slide}.h5").unlink()
+    with pytest.raises(InputError, match=r"none of the 1 files of tiles in .* is whole$"):
+        patches.read_patches(tmp_path)
 
 
 def test_pixels_come_back_whether_they_can_be_compressed_or_not(tmp_path):
