@@ -52,6 +52,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """A seed that PyTorch, NumPy and scikit-learn all take."""
+    if not 0 <= int(text) < 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and {2**32 - 1}")
+    return int(text)
+
+
 def seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < math.inf:

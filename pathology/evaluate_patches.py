@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from encoder.contract import ARGUMENTS_FILE
-from files.arguments import count, positive_int
+from files.arguments import positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
 from files.writing import check_absent, errors_of_writing, write_json
 
@@ -52,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--revision", help="of a hub model (default: the newest)")
     add("--labels", type=Path, help="csv: slide, label, patient of tiles; file, label, patient and perhaps split of pictures")
     add("--pattern", help="regular expression with groups label and patient that fits the names of pictures, in place of --labels")
-    add("--split-seed", type=count, default=0, help="draws the patients of training, validation and test (default 0)")
+    add("--split-seed", type=seed, default=0, help="draws the patients of training, validation and test (default 0)")
     add("--batch", type=positive_int, default=128, help="patches per forward pass (default 128)")
     add("--dtype", default="auto", help="auto, float32 or bfloat16 (default auto: bfloat16 where it is fast)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
@@ -115,8 +115,8 @@ def check_division(args: argparse.Namespace, patches: "Patches") -> None:
             continue
         if not run.get("labels") and not run.get("pattern"):
             warn(f"{model} learned without labels from all patches of {args.source}: it has seen those of test patients")
-        elif patches.splits is None and (seed := run.get("split_seed", 0)) != args.split_seed:
-            raise InputError(f"{model} learned by --split-seed {seed}, {args.split_seed} would test patients it has seen: take {seed}")
+        elif patches.splits is None and (drawn := run.get("split_seed", 0)) != args.split_seed:
+            raise InputError(f"{model} learned by --split-seed {drawn}, {args.split_seed} would test patients it has seen: take {drawn}")
 
 
 def rows_of(models: list[str]) -> dict[str, Model | None]:

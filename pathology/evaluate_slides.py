@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from files.arguments import count, not_negative, positive_int
+from files.arguments import not_negative, positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
 from files.writing import check_absent, write_json
 from pathology.files import FEATURE_ATTRIBUTES, h5_files, read_features, read_labels
@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--bags", type=positive_int, default=8, help="slides of a step (default 8)")
     add("--lr", type=not_negative, default=2e-4, help="learning rate (default 2e-4)")
     add("--weight-decay", type=not_negative, default=1e-3, help="of AdamW (default 1e-3)")
-    add("--seed", type=count, default=0, help="of folds, weights and order (default 0)")
+    add("--seed", type=seed, default=0, help="of folds, weights and order (default 0)")
     add("--device", help="cpu, cuda or cuda:N (default: cuda if there is a GPU, else cpu)")
     add("--out", type=Path, help="folder for the model and results.json (default: print the table only)")
     return parser

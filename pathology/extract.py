@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from files.arguments import positive_int
+from files.arguments import positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
 from files.writing import WriteError, errors_of_writing, write_json
 from pathology.files import Batches, Tiles, h5_files, open_h5, read_features, read_json_object, read_tiles, require, write_features
@@ -122,7 +122,7 @@ def embed_slide(model: "PatchModel", some: Batches, half: bool) -> tuple[np.ndar
                 coords.append(corners)
     values = np.concatenate(features)
     if not np.isfinite(values).all():
-        raise InputError(f"{model.name} gives numbers that are not finite: take --dtype float32")
+        raise InputError(f"{model.name} gives numbers that are not finite: take --dtype float32, or make or fetch the model again")
     if half and np.abs(values).max(initial=0) < np.finfo(np.float16).max:
         values = values.astype(np.float16)
     return values, np.concatenate(coords), damaged
@@ -161,7 +161,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("tiles", type=Path, help="a folder that tile.py wrote, or one SLIDE.h5 of it")
     add("--model", required=True, help=f"{', '.join(PRESETS)}, a folder, a hub id, or random:PRESET for random weights")
     add("--revision", help="of a hub model: a branch, tag or commit (default: the newest)")
-    add("--seed", type=int, default=0, help="of random weights (default 0)")
+    add("--seed", type=seed, default=0, help="of random weights (default 0)")
     add("--out", type=Path, required=True, help="the folder of the features; with the same arguments an interrupted call goes on")
     add("--batch-size", type=positive_int, default=64, help="tiles a forward pass (default 64)")
     add("--dtype", choices=DTYPES, default="auto", help="auto: bfloat16 where the machine has instructions for it (default auto)")

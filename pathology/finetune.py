@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 from encoder.contract import ARGUMENTS_FILE, SUMMARY_FILE
 from encoder.processes import distributed, end_distributed, wait_for_all
-from files.arguments import count, not_negative, positive_int, probability, seconds
+from files.arguments import count, not_negative, positive_int, probability, seconds, seed
 from files.console import InputError, Progress, duration, run_script, say, warn
 from files.writing import WriteError, append_line, write_atomic, write_json, write_text
 from training.monitoring import catch_signals, peak_memory
@@ -87,7 +87,7 @@ def add_data_arguments(add) -> None:
     add("--revision", help="of a hub model (default: the newest)")
     add("--labels", type=Path, help="csv: slide, label, patient of tiles; file, label, patient and perhaps split of pictures")
     add("--pattern", help="regular expression with groups label and patient that fits the names of pictures, in place of --labels")
-    add("--split-seed", type=count, default=0, help="draws the patients of training, validation and test (default 0)")
+    add("--split-seed", type=seed, default=0, help="draws the patients of training, validation and test (default 0)")
     add("--out", type=Path, help="folder of the run (default runs/ and the name of --init)")
 
 
@@ -112,7 +112,7 @@ def add_training_arguments(add) -> None:
     )
     add("--gradient-checkpointing", action="store_true", help="compute layers again in the backward pass, to save memory (default: do not)")
     add("--koleo", type=not_negative, default=0.1, help="weight of KoLeo (default 0.1)")
-    add("--seed", type=count, default=0, help="of heads, order, views and masks (default 0)")
+    add("--seed", type=seed, default=0, help="of heads, order, views and masks (default 0)")
 
 
 def add_run_arguments(add) -> None:

@@ -17,6 +17,9 @@ resized by torch (bicubic, anti-aliased), and the whole tile is seen, none of it
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -110,7 +113,7 @@ def find_model(spec: str, revision: str | None = None) -> Source:
     if preset is not None:
         return Source(spec, preset, None, None if random else preset.source, revision, random)
     path = Path(name).expanduser()
-    if path.is_dir():
+    if name and path.is_dir():
         if not (path / "config.json").is_file():
             raise InputError(f"{name}: a folder without config.json is no model")
         return Source(spec, None, path, None, None, random)
@@ -143,7 +146,8 @@ def checked_embedding(folder: Path, embedding: Embedding) -> Embedding:
     if embedding.rule not in RULES:
         raise InputError(f"{folder}: no rule {embedding.rule!r} of embedding, take one of {', '.join(RULES)}")
     channels = (embedding.mean, embedding.std)
-    if not all(len(values) == 3 and all(isinstance(v, (int, float)) for v in values) for values in channels) or min(embedding.std) <= 0:
+    numbers = all(len(values) == 3 and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values) for values in channels)
+    if not numbers or min(embedding.std) <= 0:
         raise InputError(f"{folder}: mean and std must be three numbers each, the latter above 0")
     if not (isinstance(embedding.input_size, int) and embedding.input_size > 0):
         raise InputError(f"{folder}: input_size must be a number of pixels, not {embedding.input_size!r}")
@@ -170,7 +174,8 @@ def read_embedding(folder: Path, model_type: str, config: dict) -> Embedding:
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge") or 224
     size = size[0] if isinstance(size, list) else size
-    mean, std = (tuple(stored.get(f"image_{name}", usual)) for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    values = (stored.get(f"image_{name}", usual) for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)))
+    mean, std = (tuple(value) if isinstance(value, (list, tuple)) else (value,) * 3 for value in values)  # one number: of all channels
     return checked_embedding(folder, Embedding(CLASSES[model_type][1], size, mean, std))
 
 
@@ -323,12 +328,24 @@ def random_model(source: Source, seed: int) -> tuple["torch.nn.Module", Embeddin
         folder = source.folder or fetched(source)
         config = checked_config(folder, source.name)
         kind, embedding = config["model_type"], read_embedding(folder, config["model_type"], config)
-    with torch.random.fork_rng(devices=[]):
+    with errors_of_building(f"{source.name}: its config.json makes no model"), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if kind == timm_models.MODEL_TYPE:
             return timm_models.load(config if source.preset else timm_models.arguments_of(config), None), embedding
         config = transformers.CONFIG_MAPPING[kind](**{key: value for key, value in config.items() if key != "model_type"})
         return model_class(kind)(config, **pooling_option(kind, embedding.rule)), embedding
+
+
+@contextmanager
+def errors_of_building(what: str) -> Iterator[None]:
+    """Turns what transformers raises for damaged weights, and for numbers in a config that cannot be, into an InputError."""
+    from huggingface_hub.errors import StrictDataclassError
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ArithmeticError, SafetensorError, StrictDataclassError) as error:
+        raise InputError(f"{what} ({' '.join(str(error).split())[:200]})") from None
 
 
 def fetched(source: Source) -> Path:
@@ -340,7 +357,6 @@ def fetched(source: Source) -> Path:
 
 def stored_model(source: Source) -> tuple["torch.nn.Module", Embedding]:
     """A model from its folder, which is fetched where `source` is on the hub."""
-    from safetensors import SafetensorError
     from transformers.utils import logging
 
     folder = source.folder or fetched(source)
@@ -353,14 +369,14 @@ def stored_model(source: Source) -> tuple["torch.nn.Module", Embedding]:
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # the pooling layer or a head are left over, as expected
     logging.disable_progress_bar()
+    options = {"use_safetensors": True, "local_files_only": True, "output_loading_info": True, "ignore_mismatched_sizes": True}
     try:
-        module, report = model_class(kind).from_pretrained(
-            folder, use_safetensors=True, output_loading_info=True, local_files_only=True, **pooling_option(kind, embedding.rule)
-        )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise InputError(f"{source.name}: its weights cannot be loaded ({' '.join(str(error).split())[:200]})") from None
+        with errors_of_building(f"{source.name}: its weights cannot be loaded"):
+            module, report = model_class(kind).from_pretrained(folder, **options, **pooling_option(kind, embedding.rule))
     finally:
         logging.set_verbosity(verbosity)
+    if other := sorted(str(name) for name, *_ in report["mismatched_keys"]):
+        raise InputError(f"{source.name}: {len(other)} of its weights have another shape than config.json says, such as {other[0]}")
     if missing := sorted(report["missing_keys"]):
         raise InputError(f"{source.name}: {len(missing)} of its weights are missing, such as {missing[0]}: they would be random")
     return module, embedding

@@ -195,7 +195,7 @@ class TilePixels:
                 out[at] = self._file(int(slides[at]))[numbers[at] - self.starts[slides[at]]]
             except (OSError, KeyError, ValueError) as error:
                 raise InputError(
-                    f"{path}, tile {numbers[at] - self.starts[slides[at]]}: {str(error).splitlines()[0]}: delete it, tile the slide again"
+                    f"{path}, tile {numbers[at] - self.starts[slides[at]]}: {str(error).splitlines()[0]}: delete that file and tile again"
                 ) from None
         return out
 

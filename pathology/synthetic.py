@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from files.arguments import positive_int
+from files.arguments import positive_int, seed
 from files.console import InputError, Progress, run_script, say
 from files.writing import errors_of_writing, write_atomic, write_text
 from pathology.files import require
@@ -99,7 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("out", type=Path, help="a folder to write to, new or empty")
     add("--patients", type=positive_int, default=16, help="two slides each, every other patient with a tumour (default 16)")
-    add("--seed", type=int, default=0, help="(default 0)")
+    add("--seed", type=seed, default=0, help="(default 0)")
     return parser
 
 

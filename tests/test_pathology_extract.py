@@ -1,5 +1,6 @@
 """Features of tiles: each class and rule, pixels kept or read again, damage, resumption; attention of a slide in the right place."""
 
+import importlib
 import json
 import os
 import shutil
@@ -100,9 +101,9 @@ def test_presets_have_the_shape_of_the_published_models():
     assert parameters == {"dinov2-small": 22, "phikon-v2": 303, "resnet50": 24, "dinov2-giant": 1136}
 
 
-@pytest.mark.parametrize("spec", ["nothing", "./nothing", "a/b/c"])
+@pytest.mark.parametrize("spec", ["nothing", "./nothing", "a/b/c", "", "random:"])
 def test_what_is_no_model_is_one_clear_line(spec):
-    with pytest.raises(InputError, match="no model"):
+    with pytest.raises(InputError, match="^no model '"):
         find_model(spec)
 
 
@@ -122,6 +123,42 @@ def test_damaged_models_are_one_clear_line(folder, tmp_path):
     weights.unlink()
     with pytest.raises(InputError, match="cannot be loaded"):
         load_model(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": "big"}, "weights cannot be loaded"),
+        ({"patch_size": 0}, "weights cannot be loaded"),
+        ({"hidden_size": 48}, "of its weights have another shape than config.json says, such as "),
+    ],
+)
+def test_a_config_that_cannot_be_is_one_clear_line(folder, change, message):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    with pytest.raises(InputError, match=message):
+        load_model(str(folder))
+    if "weights have" not in message:
+        with pytest.raises(InputError, match=r"its config.json makes no model"):
+            load_model(f"random:{folder}")
+
+
+def test_channels_may_have_one_number_and_no_nan(folder):
+    (folder / "preprocessor_config.json").write_text('{"image_mean": 0.5, "image_std": [0.5, 0.5, 0.5], "size": 28}')
+    assert load_model(str(folder)).mean == (0.5,) * 3
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.5, NaN, 0.5]}')
+    with pytest.raises(InputError, match="mean and std must be three numbers each"):
+        load_model(str(folder))
+
+
+@pytest.mark.parametrize("script", ["synthetic", "extract", "finetune", "evaluate_patches", "evaluate_slides"])
+def test_seeds_that_cannot_be_are_refused(script, capsys):
+    parser = importlib.import_module(f"pathology.{script}").build_parser()
+    flag = "--split-seed" if script == "evaluate_patches" else "--seed"
+    for value in (-1, 2**32):
+        with pytest.raises(SystemExit, match="2"):
+            parser.parse_args([f"{flag}={value}"])
+        assert f"{value} is not between 0 and 4294967295" in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------------------ extract
