@@ -69,7 +69,7 @@ def open_slide(path: Path) -> Iterator["OpenSlide"]:
         slide = openslide.OpenSlide(path)
     except openslide_errors() as error:
         kind = (
-            "is of no kind that OpenSlide reads"
+            "is cut off, or of no kind that OpenSlide reads"
             if isinstance(error, openslide.OpenSlideUnsupportedFormatError)
             else f"is damaged ({error})"
         )

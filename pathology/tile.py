@@ -46,7 +46,7 @@ def find_slides(paths: list[Path]) -> dict[str, Path]:
             raise InputError(f"{path} holds no slide ({', '.join(SLIDE_SUFFIXES)})")
         for slide in inside:
             other = slides.setdefault(slide_name(slide), slide)
-            if other != slide:
+            if other.resolve() != slide.resolve():
                 raise InputError(f"{other} and {slide} have one name, which names their tiles: rename one of them")
     return slides
 
@@ -76,6 +76,9 @@ def tile_slide(path: Path, out: Path, args: argparse.Namespace, reference: Stain
     with SlideReader(path, args.workers) as reader:
         mpp_level0 = resolution(reader, args.assume_mpp)
         how = geometry(reader.downsamples, mpp_level0, args.mpp, args.size)
+        if how.size_level0 > min(reader.width, reader.height):
+            what = f"a tile of {args.size} pixels at {args.mpp:g} um takes {how.size_level0:,} pixels of level 0"
+            raise InputError(f"{what}, the slide has {reader.width:,} x {reader.height:,}: take a smaller --size or --mpp")
         factor = thumbnail_factor(reader.width, reader.height)
         mask = tissue_mask(reader.thumbnail(), mpp_level0 * factor)
         coords = grid(reader.width, reader.height, how.size_level0)

@@ -103,7 +103,7 @@ def test_presets_have_the_shape_of_the_published_models():
 
 @pytest.mark.parametrize("spec", ["nothing", "./nothing", "a/b/c", "", "random:"])
 def test_what_is_no_model_is_one_clear_line(spec):
-    with pytest.raises(InputError, match="^no model '"):
+    with pytest.raises(InputError, match=r"^no model '"):
         find_model(spec)
 
 

@@ -210,6 +210,10 @@ def test_what_cannot_be_tiled_is_one_clear_line(tmp_path):
     assert not (tmp_path / "tiles").exists()
     with pytest.raises(InputError, match="no slide could be tiled"):
         run("tile", tmp_path / "a", "--out", tmp_path / "tiles")
+    with pytest.raises(InputError, match=r"takes 2,000 pixels of level 0, the slide has 2,100 x 1,300: take a smaller --size or --mpp"):
+        run("tile", tmp_path / "a/slide.tiff", tmp_path / "b/../a", "--out", tmp_path / "tiles", "--size", 1000)
+    with pytest.raises(InputError, match=r"slide.svs is cut off, or of no kind that OpenSlide reads"):
+        run("tile", tmp_path / "b", "--out", tmp_path / "others")
 
 
 def test_other_arguments_are_refused_and_the_same_go_on(tmp_path):
