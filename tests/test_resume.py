@@ -234,7 +234,7 @@ def test_a_folder_is_taken_by_one_run_at_a_time(small, tmp_path, monkeypatch):
     for name, more in (("new", ()), ("run", ("--steps", 1, "--resume"))):
         before = {path.name for path in (tmp_path / name).glob("*")} - {LOCK}
         with reserve(tmp_path / name):
-            with pytest.raises(InputError, match=r"another train\.py is at work in .*: wait until it has ended, or choose another --out"):
+            with pytest.raises(InputError, match=r"another training is at work in .*: wait until it has ended, or choose another --out"):
                 run(*small(name, *more))
             assert (tmp_path / name / LOCK).is_file()
         assert {path.name for path in (tmp_path / name).glob("*")} - {LOCK} == before
@@ -242,6 +242,15 @@ def test_a_folder_is_taken_by_one_run_at_a_time(small, tmp_path, monkeypatch):
     monkeypatch.undo()
     run(*small("run", "--steps", 1, "--resume"))
     assert summary(tmp_path / "run")["steps"] == 1 and not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_at_once(tmp_path, monkeypatch):
+    """/proc answers as if the folder had just been removed, as another process may do."""
+    made = []
+    monkeypatch.setattr("pathlib.Path.mkdir", lambda path, **_: made.append(path))
+    with pytest.raises(InputError, match="cannot be made: No such file or directory; choose another --out"), reserve(tmp_path / "new"):
+        pass
+    assert len(made) == 100
 
 
 def test_a_lock_in_a_file_that_was_removed_meanwhile_is_none(tmp_path, monkeypatch):

@@ -40,13 +40,13 @@ def _lock(out: Path) -> IO:
     """The locked file in `out`, a folder that is made where it does not exist. A process that has ended holds no lock."""
     if sys.platform != "win32":
         import fcntl
-    while True:
+    for attempts_left in range(99, -1, -1):
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock = open(out / LOCK, "a")  # noqa: SIM115, closed by `reserve`
-        except FileNotFoundError:  # another process has just removed the folder
-            continue
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and attempts_left:  # another process has just removed the folder
+                continue
             raise InputError(f"{out} cannot be made: {reason(error)}; choose another --out") from None
         if sys.platform == "win32":
             return lock
@@ -56,12 +56,13 @@ def _lock(out: Path) -> IO:
                 return lock
         except BlockingIOError:
             lock.close()
-            raise InputError(f"another train.py is at work in {out}: wait until it has ended, or choose another --out") from None
+            raise InputError(f"another training is at work in {out}: wait until it has ended, or choose another --out") from None
         except FileNotFoundError:
             pass
         except OSError:  # a file system without locks
             return lock
         lock.close()
+    raise InputError(f"{out} is made and removed by other processes again and again: choose another --out")
 
 
 @contextlib.contextmanager
