@@ -25,7 +25,18 @@ import numpy as np
 from files.arguments import positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
 from files.writing import WriteError, errors_of_writing, write_json
-from pathology.files import Batches, Tiles, h5_files, open_h5, read_features, read_json_object, read_tiles, require, write_features
+from pathology.files import (
+    Batches,
+    Tiles,
+    h5_files,
+    open_h5,
+    read_features,
+    read_json_object,
+    read_tiles,
+    require,
+    say_totals,
+    write_features,
+)
 from pathology.models import PRESETS, find_model
 from pathology.slides import SlideReader, batches, geometry
 
@@ -210,12 +221,7 @@ def main(args: argparse.Namespace) -> None:
                 warn(f"{path.stem} is skipped: {error}")
             progress.update(note=f"{sum(entry['tiles'] for entry in done.values()):,} tiles")
     write_json(args.out / SUMMARY, {"arguments": arguments, "dim": model.dim, "slides": done, "skipped": skipped})
-    if not done:
-        raise InputError(f"no slide gave features, {len(skipped)} skipped, the first because: {next(iter(skipped.values()))}")
-    n, damaged = (sum(entry[key] for entry in done.values()) for key in ("tiles", "damaged"))
-    rest = f", {damaged:,} damaged tile{'s' * (damaged != 1)} left out" * (damaged > 0)
-    rest += f", {len(skipped)} slide{'s' * (len(skipped) != 1)} skipped" * bool(skipped)
-    say(f"{args.out}: features of {n:,} tiles of {len(done)} slide{'s' * (len(done) != 1)}{rest}")
+    say_totals(args.out, "features", done, skipped)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from files.console import InputError
+from files.console import InputError, say
 from files.reading import as_label, column_names, read_column, read_rows
 from files.writing import write_atomic
 
@@ -264,6 +264,21 @@ def h5_files(folder: Path, what: str) -> list[Path]:
     if not paths:
         raise InputError(f"{folder} holds no {what} (SLIDE.h5)")
     return paths
+
+
+def say_totals(out: Path, what: str, done: dict[str, dict], skipped: dict[str, str]) -> None:
+    """The last line of a script that has worked through slides. Raises InputError where all had to be skipped.
+
+    what      tiles or features: what the slides were to give
+    done      by name: {"tiles", "damaged"}; skipped: the reasons by name
+    """
+    if not done:
+        raise InputError(f"no slide gave {what}, {len(skipped)} skipped, the first because: {next(iter(skipped.values()))}")
+    n, damaged = (sum(entry[key] for entry in done.values()) for key in ("tiles", "damaged"))
+    rest = f", {damaged:,} damaged tile{'s' * (damaged != 1)} left out" * (damaged > 0)
+    rest += f", {len(skipped)} slide{'s' * (len(skipped) != 1)} skipped" * bool(skipped)
+    of = "features of " * (what == "features")
+    say(f"{out}: {of}{n:,} tiles of {len(done)} slide{'s' * (len(done) != 1)}{rest}")
 
 
 def read_labels(path: Path) -> dict[str, SlideLabel]:

@@ -21,9 +21,9 @@ from pathlib import Path
 import numpy as np
 
 from files.arguments import positive_int, share
-from files.console import InputError, Progress, run_script, say, warn
+from files.console import InputError, Progress, run_script, warn
 from files.writing import WriteError, errors_of_writing, write_atomic, write_json
-from pathology.files import SLIDE_SUFFIXES, Batches, read_json_object, read_tiles, require, slide_name, write_tiles
+from pathology.files import SLIDE_SUFFIXES, Batches, read_json_object, read_tiles, require, say_totals, slide_name, write_tiles
 from pathology.slides import COARSEST_MPP, FINEST_MPP, Geometry, SlideReader, batches, geometry, grid, resolution, thumbnail_factor
 from pathology.stains import REFERENCE, Stains, conversion, estimate, normalise, read_reference
 from pathology.tissue import tissue_mask, tissue_share
@@ -182,17 +182,7 @@ def main(args: argparse.Namespace) -> None:
                 warn(f"{path} is skipped: {error}")
             progress.update(note=f"{sum(entry['tiles'] for entry in done.values()):,} tiles")
     write_json(args.out / SUMMARY, {"arguments": arguments, "slides": done, "skipped": skipped})
-    report(args.out, done, skipped)
-
-
-def report(out: Path, done: dict[str, dict], skipped: dict[str, str]) -> None:
-    """The last line; raises InputError where not one slide could be tiled."""
-    if not done:
-        raise InputError(f"no slide could be tiled, {len(skipped)} skipped, the first because: {next(iter(skipped.values()))}")
-    n, damaged = (sum(entry[key] for entry in done.values()) for key in ("tiles", "damaged"))
-    rest = f", {damaged:,} damaged tile{'s' * (damaged != 1)} left out" * (damaged > 0)
-    rest += f", {len(skipped)} slide{'s' * (len(skipped) != 1)} skipped" * bool(skipped)
-    say(f"{out}: {n:,} tiles of {len(done)} slide{'s' * (len(done) != 1)}{rest}")
+    say_totals(args.out, "tiles", done, skipped)
 
 
 if __name__ == "__main__":
