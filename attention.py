@@ -20,7 +20,6 @@ renormalized, as much attention rests on BOS in models that were trained with it
 
 import argparse
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from encoder.names import DTYPES, PACKED_TYPES, PRESETS, base_of, check_dtype, c
 from files.arguments import count, positive_int
 from files.console import InputError, run_script, say, warn
 from files.reading import STDIN, as_label, as_text, column_names, read_column, read_rows, read_texts
-from files.writing import check_absent
+from files.writing import check_absent, check_writable
 from prompts import PROMPTS, ROLES
 
 ROOT = Path(__file__).resolve().parent
@@ -119,9 +118,7 @@ def check_flags(args: argparse.Namespace, models: list[str], out: Path) -> None:
     for model in models:
         check_prompts(model, args.prompt, args.query_prompt, override_contract=args.override_contract)
     check_absent(out)
-    folder = next(folder for folder in out.absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        raise InputError(f"--out {out}: {folder} {'may not be written to' if folder.is_dir() else 'is a file'}, choose another place")
+    check_writable(out)
     check_runs(models)
     check_attention_is_read(models[0], args.trust_remote_code)
 

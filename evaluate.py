@@ -51,13 +51,13 @@ from evaluation.report import check_report, write_report
 from evaluation.report_map import KeptVectors
 from evaluation.rows import changes_to_run, check_baselines, check_model, read_mean_texts
 from evaluation.scores import Scores, Stores, as_json, check_out, score_all, table, write_results
-from evaluation.stored import StoredResults, check_folder
+from evaluation.stored import StoredResults
 from evaluation.sweep import AXES, UNTUNED, axis, spread
 from evaluation.task_choice import BENCHMARK, TYPES, choose_tasks
 from evaluation.without_labels import compare_on_texts, read_unlabelled
 from files.arguments import layer, layer_range, share
 from files.console import InputError, process_rank, run_script, say
-from files.writing import write_json
+from files.writing import check_writable, write_json
 from prompts import PROMPTS, get_prompt
 
 # flags of our encoder, which rows of sentence-transformers do not obey
@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     if out:
         check_out(out)
     if args.results:
-        check_folder(args.results)
+        check_writable(args.results, "--results")
     if report:
         check_report(report, out)
     spread(args)

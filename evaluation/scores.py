@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import copy
-import os
 import platform
 import time
 import warnings
@@ -25,8 +24,8 @@ from evaluation.observing import observed
 from evaluation.report_map import KeptVectors
 from evaluation.rows import check_baselines, table_rows
 from evaluation.stored import StoredResults
-from files.console import InputError, say, short_path
-from files.writing import check_absent, write_json
+from files.console import InputError, say
+from files.writing import check_absent, check_writable, write_json
 
 if TYPE_CHECKING:
     from mteb.results import TaskResult
@@ -284,10 +283,7 @@ def check_out(path: Path, flag: str = "--out") -> None:
     check_absent(path, flag)
     if flag == "--out":
         FinishedCells(partial(path), writes=False)
-    folder = next(folder for folder in path.absolute().parents if folder.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-        why = "may not be written to" if folder.is_dir() else "is a file"
-        raise InputError(f"{flag} {path}: {short_path(folder)} {why}, choose another place")
+    check_writable(path, flag)
 
 
 def versions() -> dict[str, str]:

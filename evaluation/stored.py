@@ -9,14 +9,13 @@ are the same; a file of other data is replaced.
 """
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evaluation.evidence import Evidence
 from evaluation.finished import pack, unpack
 from evaluation.mteb_model import MtebModel
-from files.console import InputError, short_path, warn
+from files.console import warn
 from files.writing import errors_of_writing, write_atomic, write_text
 
 if TYPE_CHECKING:
@@ -83,11 +82,3 @@ class StoredResults:
             temporary.write_text(json.dumps(whole, indent=1), encoding="utf-8")
 
         write_atomic(path, write)
-
-
-def check_folder(folder: Path) -> None:
-    """Raise InputError where no folder of results can be made."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        why = "may not be written to" if nearest.is_dir() else "is a file"
-        raise InputError(f"--results {folder}: {short_path(nearest)} {why}, choose another place")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from files.console import InputError, reason
+from files.console import InputError, reason, short_path
 
 
 class WriteError(InputError):
@@ -62,6 +62,14 @@ def check_absent(path: Path, flag: str = "--out") -> None:
     if path.exists():
         advice = f"choose another {flag}" + ("" if path.is_dir() and any(path.iterdir()) else ", or delete it first")
         raise InputError(f"{path} exists already{' and is a folder' * path.is_dir()}: {advice}")
+
+
+def check_writable(path: Path, flag: str = "--out") -> None:
+    """Raise InputError unless something can be made there, or below where it is a folder. Nothing is made yet."""
+    folder = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+        why = "may not be written to" if folder.is_dir() else "is a file"
+        raise InputError(f"{flag} {path}: {short_path(folder)} {why}, choose another place")
 
 
 def write_new(path: Path, data: bytes) -> None:

@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from encoder.contract import ARGUMENTS_FILE
 from files.arguments import positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
-from files.writing import check_absent, errors_of_writing, write_json
+from files.writing import check_absent, check_writable, errors_of_writing, write_json
 
 if TYPE_CHECKING:
     import numpy as np
@@ -75,6 +75,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise InputError(f"{flag}: no file or folder {path}")
     if args.out:
         check_absent(args.out)
+        check_writable(args.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- rows

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from files.arguments import not_negative, positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
-from files.writing import check_absent, write_json
+from files.writing import check_absent, check_writable, write_json
 from pathology.files import FEATURE_ATTRIBUTES, h5_files, read_features, read_labels
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--hidden {args.hidden}: take a multiple of 4, the heads of the transformer")
     if args.out:
         check_absent(args.out)
+        check_writable(args.out)
 
 
 # ---------------------------------------------------------------------------------------------------------------- bags

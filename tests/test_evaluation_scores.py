@@ -65,7 +65,7 @@ def test_a_place_for_the_scores_is_refused_before_anything_is_scored(tmp_path, m
     ):
         with pytest.raises(InputError, match=message):
             run("--model", "tiny", "--out", out)
-    monkeypatch.setattr(scores.os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr("files.writing.os.access", lambda path, mode: path != tmp_path)
     with pytest.raises(InputError, match=rf"{tmp_path} may not be written to"):
         run("--model", "tiny", "--out", tmp_path / "new" / "r.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "r.json.partial"]

@@ -185,6 +185,8 @@ def test_what_does_not_fit_is_one_clear_line(tmp_path, capsys):
         run(tmp_path / "feats", "--labels", labels, "--external", "two")
     with pytest.raises(InputError, match="exists already"):
         run(tmp_path / "feats", "--labels", labels, "--out", tmp_path / "feats")
+    with pytest.raises(InputError, match=r"labels\.csv is a file, choose another place"):
+        run(tmp_path / "feats", "--labels", labels, "--out", labels / "mil")
     (tmp_path / "feats" / "s000.h5").write_bytes(b"damaged")
     run(tmp_path / "feats", "--labels", labels, "--aggregator", "mean", "--folds", 2, "--epochs", 1)
     assert "feats: 1 left out, such as s000" in capsys.readouterr().err

@@ -284,8 +284,10 @@ def test_real_slides(tmp_path, capsys):
     run("tile", REAL, "--out", tmp_path / "tiles")
     summary = json.loads((tmp_path / "tiles/tiles.json").read_text())
     assert summary["slides"].keys() == {"cmu_small_region"} and summary["slides"]["cmu_small_region"]["tiles"] == 6
-    reasons = {"boxes": "352.778", "tcga-cr-7395-01a-01-ts1": "no resolution", "unreadable": "damaged", "small": "no tile"}
+    reasons = {"boxes": "352.778", "tcga-cr-7395-01a-01-ts1": "no resolution", "unreadable": "16 x 16", "small": "16 x 16"}
     assert all(reason in summary["skipped"][name] for name, reason in reasons.items())
+    with pytest.raises(InputError, match="damaged"):
+        run("tile", REAL / "unreadable.svs", "--size", 8, "--out", tmp_path / "none")
     run("tile", REAL, "--out", tmp_path / "pixels", "--assume-mpp", 0.5, "--save-pixels", "--macenko")
     tiles = read_tiles(tmp_path / "pixels/tcga-cr-7395-01a-01-ts1.h5")
     assert len(tiles.coords) == 35 and read_pixels(tiles.path).std() > 20
