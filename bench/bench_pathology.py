@@ -198,6 +198,8 @@ def bench_shapes(args: argparse.Namespace) -> dict:
         return statistics.median(times[2:])
 
     def speed(work: Callable[[], object], n: int) -> dict:
+        if not small:
+            torch.cuda.reset_peak_memory_stats()
         per_call = seconds(work)
         row = {"pictures/s": n / per_call, "share of peak": flops(work) / per_call / peak, "batch": n}
         return row | ({} if small else {"GiB": torch.cuda.max_memory_allocated() / 2**30})
