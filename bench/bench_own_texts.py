@@ -197,7 +197,8 @@ def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
     results = out / "agreement.jsonl"
     known = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     for corpus in corpora:
-        of = {row["recipe"]: row["score"] for row in rows if row["set"] == corpus.name and row["recipe"] in ENCODERS}
+        of_runs = [row for row in rows if row["set"] == corpus.name and row["seed"] == corpus.args.seed]  # of the runs that are encoded
+        of = {row["recipe"]: row["score"] for row in of_runs if row["recipe"] in ENCODERS}
         if corpus.name in {row["set"] for row in known}:
             continue
         splits, scores = unlabelled.hide_words(list(dict.fromkeys(corpus.texts))), {}
