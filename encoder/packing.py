@@ -31,6 +31,9 @@ try:
     VARLEN_PARAMETERS = inspect.signature(varlen_attn).parameters  # they change from release to release
 except ImportError:
     VARLEN_PARAMETERS = {}
+# Without splits a text's bits do not depend on its neighbours. The kernel of torch 2.12 refuses the argument that its signature has,
+# unless FlashAttention 3 is installed besides; ROCm has no splits and refuses to be told so.
+VARLEN_TAKES_SPLITS = torch.__version__ >= (2, 13) and not torch.version.hip
 
 MIN_SHARED_PREFIX = 4  # tokens that must be shared before sharing them pays
 
@@ -278,9 +281,8 @@ class PackedAttention:
         longest_query = 1 if trimmed else longest
         if trimmed:
             cu_query = torch.arange(len(query) + 1, dtype=torch.int32, device=self.device)
-        # Every release takes keys with fewer heads than queries; newer ones want to be told. Without splits a text's bits do not
-        # depend on its neighbours; ROCm has none and refuses to be told so.
-        extra = {"enable_gqa": True} | ({} if torch.version.hip else {"num_splits": 1})
+        # every release takes keys with fewer heads than queries; newer ones want to be told
+        extra = {"enable_gqa": True} | ({"num_splits": 1} if VARLEN_TAKES_SPLITS else {})
         back = -1 if window is None else window - 1 if self.causal else window
         ahead = 0 if self.causal else back  # the last query is aligned with the last key, however many keys there are
         if trimmed and back < 0 and not torch.is_grad_enabled():

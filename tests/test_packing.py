@@ -95,7 +95,8 @@ def plain_varlen(query, key, value, cu_query, cu_key, max_query, max_key, *, sca
     """What `torch.nn.attention.varlen.varlen_attn` documents, a sequence at a time, in double precision."""
     back, ahead = window_size
     out = torch.zeros_like(query)
-    assert newer == ({"enable_gqa": True, "num_splits": 1} if "enable_gqa" in packing.VARLEN_PARAMETERS else {})
+    told = {"enable_gqa": True, "num_splits": 1} if packing.VARLEN_TAKES_SPLITS else {"enable_gqa": True}
+    assert newer == (told if "enable_gqa" in packing.VARLEN_PARAMETERS else {})
     assert max_query > 1 or torch.is_grad_enabled() or ahead < 0 or back >= 0  # else the faster kernel for one query is missed
     assert cu_query.dtype == cu_key.dtype == torch.int32 and len(cu_query) == len(cu_key)
     assert cu_query[-1] == len(query) and cu_key[-1] == len(key) == len(value)
@@ -109,12 +110,13 @@ def plain_varlen(query, key, value, cu_query, cu_key, max_query, max_key, *, sca
     return out
 
 
-@pytest.mark.parametrize("release", ["2.13", "2.11"])
+@pytest.mark.parametrize("release", ["2.13", "2.12", "2.11"])
 @pytest.mark.parametrize("attention", ["causal", "bidirectional"])
 def test_one_call_for_all_lengths_equals_sequences_under_each_other(model, attention, release, monkeypatch):
     """The path that GPUs take, with the documented meaning of its arguments in place of the kernel."""
     if release == "2.11":
         monkeypatch.setattr(packing, "VARLEN_PARAMETERS", {"scale": None, "window_size": None})
+    monkeypatch.setattr(packing, "VARLEN_TAKES_SPLITS", release == "2.13")
     groups = set()
     monkeypatch.setattr(packing, "varlen_attn", lambda q, k, *a, **b: groups.add(q.shape[1] // k.shape[1]) or plain_varlen(q, k, *a, **b))
     poolings = [PoolingConfig("mean", "all"), PoolingConfig("attention", "text"), PoolingConfig("last", "all")]
