@@ -423,7 +423,8 @@ class Encoder:
     def _finish(self, vectors: Tensor, pooling: PoolingConfig) -> Tensor:
         if self.contract.embed_filter is not None:
             matrix = self.filters[self.contract.embed_filter]
-            vectors = (vectors.unflatten(1, (-1, len(matrix))) @ matrix).flatten(1)  # of `last+mean` either half
+            with torch.autocast(self.device.type, enabled=False):  # in training it would filter in bfloat16
+                vectors = (vectors.unflatten(1, (-1, len(matrix))) @ matrix).flatten(1)  # of `last+mean` either half
         if self.contract.dims is not None:
             vectors = vectors[:, : self.contract.dims]
         if pooling.mean_removed is not None:

@@ -59,3 +59,12 @@ def test_vectors_are_filtered_before_they_are_cut_and_normalized(llama, tmp_path
     for share in (1.0, 0.0, "half"):
         with pytest.raises(InputError, match="embed_filter must be between 0 and 1"):
             Encoder.load(llama, embed_filter=share)
+
+
+def test_training_filters_in_float32(llama):
+    encoder = Encoder.load(llama, pooling="mean", embed_filter=0.5, normalize=False)
+    batch = encoder.collate(encoder.tokenize(TEXTS), list(range(len(TEXTS))))
+    states = encoder.forward(batch)
+    expected = encoder.pool(states, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(encoder.pool(states, batch), expected)
