@@ -418,10 +418,10 @@ def train(run: "Run") -> int | None:
 
             # save
             interrupted = all_reduce_number(len(signals), "max") > 0
-            state.seconds, state.joules = seconds_before + time.perf_counter() - began, energy.read()
             if is_first_process and state.step in to_keep:
                 keep_adapter(args.out, encoder, state.step)
             if interrupted or is_last or state.step % args.checkpoint_every == 0:
+                state.seconds, state.joules = seconds_before + time.perf_counter() - began, energy.read()
                 save(run)
             if interrupted or is_last:
                 break
