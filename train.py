@@ -48,7 +48,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from encoder.contract import ARGUMENTS_FILE, POOLING_PRESETS, POOLINGS, QUANTIZATIONS, SCOPES, SUMMARY_FILE, Contract, check_trainable
-from encoder.names import PRESETS, Preset, base_of, find_base, is_run, read_lora_settings
+from encoder.names import PRESETS, Preset, base_of, check_dtype, check_prompts, find_base, is_run, read_lora_settings
 from encoder.processes import all_reduce_number, distributed, end_distributed, wait_for_all
 from files.arguments import layer, share
 from files.console import InputError, Progress, run_script, say, short_path, warn
@@ -310,8 +310,10 @@ def check_arguments(args: argparse.Namespace) -> None:
     find_base(base_of(args.model))
     if is_run(args.model):
         check_trainable(Contract.read(args.model))
+    check_prompts(args.model, args.prompt, args.query_prompt, override_contract=args.override_contract)
     if args.dtype == "float16":
         raise InputError("--dtype float16 cannot train (its gradients underflow): take bfloat16 or float32")
+    check_dtype(args.dtype)
     check_pair_files([path for path in args.pairs if path != DEFAULT_PAIRS])
 
 
@@ -538,8 +540,10 @@ def make_run(args: argparse.Namespace) -> None:
     check_arguments(args)
     with contextlib.nullcontext() if distributed().rank else reserve(args.out):
         prepare_files(args)
+        from encoder.runtime import pick_device
         from training.plan import prepare_data, set_up
 
+        pick_device(args.device)  # raises before the pairs are read, which takes minutes of large files
         data = prepare_data(args, preset_of(args.model).batch_size)
         labelled_sha256 = hashlib.sha256(args.validation.read_bytes()).hexdigest() if args.validation else None
         record = make_record(args, pairs_sha256=data.pairs.sha256, validation_sha256=labelled_sha256)

@@ -486,11 +486,18 @@ def test_bad_arguments(small, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_unknown_model_is_refused_before_anything_is_read(small, monkeypatch):
+def test_what_can_be_known_before_the_pairs_are_read_is_refused_before(small, monkeypatch):
     monkeypatch.setattr("training.plan.prepare_data", None)
-    for model in ("no-such-model", small.folder):
-        with pytest.raises(InputError, match=r"no model|with neither embedding\.json"):
-            run(*small("run", "--model", model))
+    for flags, message in (
+        (("--model", "no-such-model"), "no model"),
+        (("--model", small.folder), r"with neither embedding\.json"),
+        (("--prompt", "clutser"), "unknown prompt 'clutser'"),
+        (("--query-prompt", "clutser"), "unknown prompt 'clutser'"),
+        (("--dtype", "int3"), "unknown dtype 'int3'"),
+        (("--device", "gpu"), "unknown device 'gpu'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(*small("run", *flags))
 
 
 def test_bad_pairs_are_refused_before_a_run_begins(small, tmp_path):
