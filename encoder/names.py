@@ -7,7 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from encoder.contract import ADAPTER_CONFIG, CONTRACT_FILE, Contract
+from encoder.contract import ADAPTER_CONFIG, CONTRACT_FILE, Contract, trained_for
 from files.console import InputError
 from prompts import get_prompt
 
@@ -59,7 +59,7 @@ def check_prompts(spec: str, prompt: str | None, query_prompt: str | None, *, ov
     if prompt:
         roles = get_prompt(prompt, query_prompt).roles()
         if is_run(spec):
-            Contract.read(spec).override({"prompts": roles}, force=override_contract)
+            Contract.read(spec).override({"prompts": roles}, force=override_contract, trained_for=trained_for(spec))
 
 
 def is_run(spec: str) -> bool:

@@ -21,6 +21,7 @@ from short_runs import run as train
 from sklearn.metrics import v_measure_score
 
 from encoder import Encoder
+from encoder.names import check_prompts
 from evaluation import evidence, facets
 from evaluation.facets import Labelled, against_zero, cells_of, combined, nested, statistics
 from files.console import InputError
@@ -171,6 +172,7 @@ def test_a_run_is_scored_under_prompts_that_it_was_trained_for(llama, tmp_path, 
     (folder / "summary.json").write_text("{}")
     run("--model", model, "--data", path, *FACETS)
     assert "neutral" in capsys.readouterr().out
+    check_prompts(model, TOPIC, None, override_contract=False)  # what search.py and attention.py ask before they load anything
     with pytest.raises(InputError, match=r"in the run \(which was trained for The topic.*as well\), 'none' was asked for"):
         run("--model", model, "--data", path, *FACETS, "--prompt", "none")
     run("--model", model, "--data", path, *FACETS, "--prompt", "none", "--override-contract")
