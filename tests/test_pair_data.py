@@ -44,6 +44,7 @@ def test_a_valid_row_becomes_a_pair():
     [
         ({}, r"needs the texts 'anchor' and 'positive', has \{\}"),
         ({"anchor": "a"}, r"needs the texts 'anchor' and 'positive', has \{\"anchor\": \"a\"\}"),
+        ({"query": "a", "document": "b"}, r"has \{.*\}: rename the columns of pairs, or make pairs of texts with make_pairs\.py"),
         ({"anchor": "a", "positive": 1}, "needs the texts"),
         ({"anchor": None, "positive": "b"}, "needs the texts"),
         ({"anchor": "\ud800"}, r"needs the texts .*\\ud800"),  # the message can be printed

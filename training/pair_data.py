@@ -46,7 +46,7 @@ def validate_pair(row: dict, where: str) -> Pair:
     """
     anchor, positive = row.get("anchor"), row.get("positive")
     if not isinstance(anchor, str) or not isinstance(positive, str):
-        hint = "; make pairs of texts with make_pairs.py" if "anchor" not in row and "positive" not in row else ""
+        hint = ": rename the columns of pairs, or make pairs of texts with make_pairs.py" if {"anchor", "positive"}.isdisjoint(row) else ""
         raise InputError(f"{where}: needs the texts 'anchor' and 'positive', has {_shown(row)}{hint}")
     one, several = row.get("negative"), row.get("negatives")
     several = [] if several is None else several
