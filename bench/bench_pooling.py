@@ -1,7 +1,7 @@
 """Our pooling kernels beside PyTorch's ways to do the same: first whether they agree, then how long they take. Needs a CUDA GPU.
 
     python bench/bench_pooling.py --quick           # two shapes
-    python bench/bench_pooling.py                   # every shape, forward and forward + backward: a few minutes on an H200
+    python bench/bench_pooling.py                   # every shape, forward and forward + backward
     python bench/bench_pooling.py --json out.json   # also writes the results to a file
 
 Shapes: batches of hidden states with the sizes of Qwen3-0.6B (D 1024), Llama-3.2-1B (2048) and Mistral-7B (4096), packed, or
@@ -43,6 +43,7 @@ SHAPES = {
     "mistral-7b, long": (8, 4096, 4096),
     "slide": (1, 100_000, 1024),
 }
+QUICK_SHAPES = ["qwen3-0.6b", "slide"]
 KINDS = ("mean", "weighted mean", "norm + mean", "attention", "norm + attention", "query", "norm + query", "last")
 Implementation = Callable[[str, Tensor, dict], Tensor]  # (kind, values, the other inputs) -> (B, D)
 
@@ -249,7 +250,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(args: argparse.Namespace) -> None:
     if not torch.cuda.is_available():
         raise InputError("no CUDA device: this benchmark measures GPU kernels")
-    shapes = args.shapes or (["qwen3-0.6b", "slide"] if args.quick else list(SHAPES))
+    shapes = args.shapes or (QUICK_SHAPES if args.quick else list(SHAPES))
     copy_gbs = copy_bandwidth()
     device = torch.cuda.get_device_name()
     print(f"{device}, torch {torch.__version__}, triton {version('triton')}, Python {platform.python_version()}, {date.today()}")

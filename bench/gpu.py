@@ -52,6 +52,7 @@ OUT_OF_MEMORY = re.compile(
     r"|^ours: out of memory",
     re.MULTILINE,
 )
+FURTHER_SHAPES = ("mistral-7b", "llama-3.2-1b", "mistral-7b, long", "qwen3-0.6b, short")  # of bench_pooling.py, beside those of --quick
 # a step, its script and flags, and its flags in a dry run
 BENCHMARKS = (
     ("pooling, two shapes", "bench_pooling.py --quick", "--help"),
@@ -77,7 +78,8 @@ BENCHMARKS = (
         "--help",
     ),
     ("patch models, ViT-S and ViT-g", "bench_pathology.py --device cuda", "--device cuda --rounds 1"),
-    ("pooling, every shape", "bench_pooling.py", "--help"),
+    # a step each: every shape is compiled anew for each kind and pass, and all of them would not end within the limit of a step
+    *((f"pooling, {shape}", f"bench_pooling.py --shapes '{shape}'", "--help") for shape in FURTHER_SHAPES),
 )
 
 

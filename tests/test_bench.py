@@ -10,7 +10,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 from bench_parity import Cell, table
-from gpu import Step, append_row, markdown, read_rows, run_step
+from bench_pooling import QUICK_SHAPES, SHAPES
+from bench_pooling import build_parser as pooling_flags
+from gpu import Step, append_row, build_parser, make_steps, markdown, read_rows, run_step
 
 
 def step(program: str, limit: float = 60) -> Step:
@@ -37,6 +39,14 @@ def test_a_step_that_outlasts_its_limit_is_a_row_and_one_that_outlasts_the_call_
     endless = "while True: pass"
     assert run_step(step(endless, limit=0.3), 60, dry_run=False)["status"] == "timed out"
     assert run_step(step(endless, limit=60), 0.3, dry_run=False) is None
+
+
+def test_every_shape_of_pooling_is_measured_once():
+    """Those of --quick first, each further one in a step of its own."""
+    steps = make_steps(build_parser().parse_args(["--out", "rows.jsonl"]))
+    flags = [pooling_flags().parse_args(step.command[2:]) for step in steps if step.command[1].endswith("bench_pooling.py")]
+    assert flags[0].quick and sorted(shape for one in flags[1:] for shape in one.shapes) == sorted(SHAPES.keys() - set(QUICK_SHAPES))
+    assert len({step.name for step in steps}) == len(steps)
 
 
 def test_a_line_that_was_cut_off_costs_its_own_step_alone(tmp_path):
