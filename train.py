@@ -415,7 +415,7 @@ def train(run: "Run") -> int | None:
             if not run.has_warned and (problem := collapse(run.rows, n_warmup_steps(data.steps, args.warmup_ratio))):
                 warn(f"step {state.step}: {problem}")
                 run.has_warned = True
-            speed = f"{row['pairs_per_second']:.0f} pairs/s, {result.n_negatives:.0f} negatives"
+            speed = f"{row['pairs_per_second']:.1f} pairs/s, {result.n_negatives:.0f} negatives"
             progress.update(1, f"loss {result.loss.item():.3f}, accuracy {result.accuracy:.2f}, {speed}")
 
             # save
