@@ -3,7 +3,8 @@
 Half of the words that texts share are hidden from the model. It clusters the texts by what is left, and the score of a text is how much
 its hidden words resemble those of the other texts of its cluster, compared with those of all texts: 1 is chance, and the higher the more
 a cluster is about one thing. No pair engine makes such pairs. A model that has learned which texts share words gains nothing from
-words that it does not see, though it does from having learned which words go together.
+words that it does not see, though it does from having learned which words go together. Of scripts without spaces each letter counts as
+a word. How often the measure agrees with labels is known for English alone.
 
 Legend: N texts, n of them that have words of both kinds, D numbers of a vector.
 """
@@ -14,6 +15,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+# A word, or a letter of a script without spaces: Thai to Myanmar, Khmer, kana and CJK
+UNSPACED = "\u0e00-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff"
+WORD = re.compile(rf"[^\W{UNSPACED}]+|[{UNSPACED}]")
 MAX_TEXTS = 5000  # that are compared; more make the interval narrower and take longer
 MIN_TEXTS = 100  # fewer tell nothing
 MIN_TEXTS_OF_WORD, MAX_SHARE = 3, 0.1  # texts that a word which can be hidden stands in, and share of all texts
@@ -43,7 +47,7 @@ def hide_words(texts: list[str], n_splits: int = SPLITS) -> list[HiddenWords]:
     """Splits that each hide a random half of the words that some of N texts share; [] where too few texts have such words."""
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    words_of = [re.findall(r"\w+", text.casefold()) for text in texts]
+    words_of = [WORD.findall(text.casefold()) for text in texts]
     counts = Counter(word for words in words_of for word in set(words))
     shared = sorted(word for word, n in counts.items() if MIN_TEXTS_OF_WORD <= n <= max(MIN_TEXTS_OF_WORD, MAX_SHARE * len(texts)))
     splits = []

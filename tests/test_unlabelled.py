@@ -62,6 +62,16 @@ def test_the_model_that_knows_the_topics_is_better_and_chance_scores_one():
     assert unlabelled.compare(good, good, splits)[:3] == (1, 1, 1)
 
 
+def test_letters_of_scripts_without_spaces_are_words():
+    letters, chance = [[chr(start + i) for i in range(24)] for start in (0x4E00, 0x5E00, 0x6E00)], random.Random(0)
+    texts = ["".join(chance.sample(topic, 5)) + f"v{i}，" for topic in letters for i in range(100)]
+    splits = unlabelled.hide_words(texts)
+    seen = {word for text in splits[0].texts for word in text.split()}
+    assert seen <= {*letters[0], *letters[1], *letters[2], *(f"v{i}" for i in range(100))}
+    good, bad = ([unlabelled.scores(vectors_of(s, np.repeat(np.arange(3), 100), noise), s) for s in splits] for noise in (0.3, 50))
+    assert unlabelled.compare(bad, good, splits).verdict == "better"
+
+
 def test_few_texts_or_none_that_share_words_cannot_be_compared():
     assert unlabelled.hide_words(topic_texts(20)[0]) == []
     assert unlabelled.hide_words([f"word{i} other{i}" for i in range(500)]) == []
