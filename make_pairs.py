@@ -41,7 +41,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from files.arguments import count, not_negative, positive_int, probability, seconds, shard
+from files.arguments import count, not_negative, positive_int, probability, seconds, seed, shard
 from files.console import InputError, run_script, say, warn
 from pair_engines.chat_model import llm_pairs
 from pair_engines.chat_server import server_pairs
@@ -88,8 +88,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     engines = parser.add_subparsers(dest="engine", required=True, metavar="ENGINE", help="how the pairs are made:")
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--seed", type=int, default=0, help="seed of all random choices (default 0)")
-    common.add_argument("--limit", type=positive_int, help="make at most this many pairs (default: all)")
+    common.add_argument("--seed", type=seed, default=0, help="seed of all random choices (default 0)")
+    common.add_argument("--limit", type=positive_int, help="make at most this many pairs, of auto from as many texts (default: all)")
     rows = argparse.ArgumentParser(add_help=False)
     rows.add_argument(
         "--input", type=Path, required=True, help="file of texts: txt, csv, tsv, jsonl (also .gz), parquet, or - for standard input"

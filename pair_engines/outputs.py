@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import IO
 
 from files.console import InputError
-from files.writing import check_absent, errors_of_writing
+from files.writing import check_absent, check_writable, errors_of_writing
 
 # what may stand beside OUT, by the end of its name
 COMPANIONS = ("questions.jsonl", "failed.jsonl", "report.json", "report.png")
@@ -26,10 +26,14 @@ def partial_file(out: Path) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Raise InputError where OUT, or a file beside it that is not of an unfinished job, exists, or is no name for pairs."""
+    """Raise InputError where OUT is no name for pairs or cannot be written, or where it or a file beside it exists.
+
+    What stands beside the answers of an unfinished job is that job's.
+    """
     check_absent(out)
     if not out.name.endswith((".jsonl", ".jsonl.gz")):
         raise InputError(f"--out {out}: pairs are written as JSONL, take a name that ends in .jsonl or .jsonl.gz")
+    check_writable(out)
     if not partial_file(out).exists():
         for end in COMPANIONS:
             check_absent(companion(out, end))

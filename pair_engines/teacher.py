@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from encoder.names import base_of, find_base, is_run
+from encoder.names import base_of, check_dtype, find_base, is_run
 from files.console import InputError, say, warn
 from files.reading import left_out
-from files.writing import check_absent, errors_of_writing, write_atomic, write_json, write_text
+from files.writing import check_absent, check_writable, errors_of_writing, write_atomic, write_json, write_text
 from pair_engines.docstring_pairs import docstring_pairs
 from pair_engines.inputs import read_input
 from pair_engines.spans import UNSPACED
@@ -52,9 +52,11 @@ class Corpus(NamedTuple):
 def auto(args: argparse.Namespace) -> None:
     """Write the folder of texts, teacher, general pairs and recipe (training/own_texts.py), and say what was chosen and why."""
     check_absent(args.out)
+    check_writable(args.out)
+    check_dtype(args.dtype)
     models = teacher_models(args.model)
-    general = read_general(args)
     corpus = read_corpus(args)
+    general = read_general(args)
     lexical = lexical_vectors(corpus)
     names = [name for name, _ in lexical]
     parts = [vectors for _, vectors in lexical]
@@ -89,7 +91,10 @@ def auto(args: argparse.Namespace) -> None:
 
 
 def read_corpus(args: argparse.Namespace) -> Corpus:
-    """The texts without copies, at most MAX_TEXTS of them. Prints what was left out and what the corpus looks like."""
+    """The texts without copies, at most MAX_TEXTS of them. Prints what was left out, and what the corpus looks like and calls for."""
+    limit = min(args.limit or MAX_TEXTS, MAX_TEXTS)
+    if limit < MIN_TEXTS:
+        raise InputError(f"--limit {limit}: a teacher needs at least {MIN_TEXTS} texts")
     rows, seen, reasons = [], set(), Counter()
     for source, text in read_input(args.input, args.column):
         key = copy_key(text)
@@ -102,7 +107,6 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
         raise InputError(f"{args.input} holds {len(rows)} different texts: a teacher needs at least {MIN_TEXTS}")
     if reasons:
         say(left_out("text", reasons))
-    limit = min(args.limit or MAX_TEXTS, MAX_TEXTS)
     if len(rows) > limit:
         chosen = np.sort(np.random.default_rng(args.seed).choice(len(rows), limit, replace=False))
         say(f"{limit:,} of {len(rows):,} texts are drawn at random")

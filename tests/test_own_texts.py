@@ -137,6 +137,8 @@ def test_copies_are_counted_and_more_texts_than_wanted_are_drawn(tmp_path, texts
         (topic_texts(), {"--model": ["nowhere"]}, "no model 'nowhere'"),
         (topic_texts(), {"--model": ["tiny", "none"]}, "--model none means that no model takes part"),
         (topic_texts(), {"--model": ["tiny", "tiny"]}, "--model names a model twice"),
+        (topic_texts(), {"--limit": ["9"]}, "--limit 9: a teacher needs at least 32 texts"),
+        (topic_texts(), {"--dtype": ["float8"]}, "unknown dtype 'float8'"),
     ],
 )
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(tmp_path, texts, rows, flags, message):
