@@ -129,13 +129,14 @@ def look_at(texts: list[str]) -> tuple[str, int]:
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     some = texts[:: max(1, len(texts) // 2000)]
-    joined = "".join("".join(text.split()) for text in some)
+    beginnings = [text[:MAX_CHARACTERS] for text in some]  # so that one huge text does not speak for all
+    joined = "".join("".join(text.split()) for text in beginnings)
     if 2 * len(UNSPACED.sub("", joined)) < len(joined):
         return "unspaced", int(np.median([len("".join(text.split())) for text in some]))
-    words = [text.lower().split() for text in some]
+    words = [text.lower().split() for text in beginnings]
     n_english = sum(word in ENGLISH_STOP_WORDS for text in words for word in text)
     language = "English" if n_english > ENGLISH_SHARE * sum(map(len, words)) else "other"
-    return language, int(np.median([len(text) for text in words]))
+    return language, int(np.median([len(text.split()) for text in some]))
 
 
 def read_general(args: argparse.Namespace) -> list[dict]:

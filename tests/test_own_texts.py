@@ -110,6 +110,7 @@ def test_the_same_texts_give_the_same_folder_and_a_model_is_part_of_the_teacher(
 )
 def test_the_language_is_looked_at(text, language):
     assert look_at([text] * 40) == (language, 8)
+    assert look_at([*[text] * 800, "la " * 100_000]) == (language, 8)  # one huge text does not speak for all
 
 
 def test_texts_without_spaces_are_taught_by_their_characters(tmp_path, capsys):
