@@ -8,6 +8,7 @@ Legend: N texts, E numbers of a teacher's vector, K neighbours of a text.
 """
 
 import argparse
+import glob
 import json
 import os
 import shutil
@@ -246,6 +247,8 @@ def write_folder(out: Path, corpus: Corpus, teacher: np.ndarray, neighbours: np.
     from safetensors.numpy import save_file
 
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):  # by a job that was killed here
+        shutil.rmtree(left, ignore_errors=True)
 
     def lines(rows: Iterator[dict]) -> str:
         return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
