@@ -67,9 +67,12 @@ def auto(args: argparse.Namespace) -> None:
         parts.append(vectors)
         names.append(f"vectors of {model}")
         fingerprints.append(fingerprint)
-    say(f"teacher: {', '.join(names)}, side by side")
+    say(f"teacher: {', '.join(names)}{', side by side' * (len(names) > 1)}")
     teacher, neighbours = side_by_side(parts)
     steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
+    say(f"training: {steps} steps ({PASSES} passes over the texts, but {MIN_STEPS} to {MAX_STEPS:,} steps)")
+    share = f"{len(general):,}, {1 - OWN_SHARE:.0%} of each batch, so that the model keeps what it knows" if general else "none"
+    say(f"general pairs: {share}")
     recipe = {
         "texts": len(corpus.texts),
         "language": corpus.language,
@@ -115,8 +118,14 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     texts = [text for _, text in rows]
     language, words = look_at(texts)
     unit = "characters" if language == "unspaced" else "words"
-    look = {"English": "English", "other": "not English", "unspaced": "written without spaces"}[language]
-    say(f"{len(texts):,} texts, {look}, of {words} {unit} at the median")
+    look, so = {
+        "English": ("English", "its stop words do not count"),
+        "other": ("not English", f"what more than {MAX_SHARE:.0%} of the texts share does not count"),
+        "unspaced": ("written without spaces", "characters stand for words"),
+    }[language]
+    say(f"{len(texts):,} texts, {look}, of {words} {unit} at the median: {so}")
+    if n_long := sum(len(text) > MAX_CHARACTERS for text in texts):
+        say(f"{n_long:,} of them count with their first {MAX_CHARACTERS:,} characters")
     return Corpus(texts, [source for source, _ in rows], language, words)
 
 
@@ -145,6 +154,7 @@ def read_general(args: argparse.Namespace) -> list[dict]:
     if str(args.general) == "none":
         return []
     if args.general is None and not DOCSTRING_PAIRS.exists():
+        say("general pairs: docstrings of the installed packages, which takes a minute to read (--general FILE takes others)")
         return docstring_pairs(args)
     pairs = read_pairs(args.general or DOCSTRING_PAIRS)
     texts = ({"anchor": pair.anchor, "positive": pair.positive, "negatives": list(pair.negatives), "prompt": pair.prompt} for pair in pairs)
@@ -169,17 +179,21 @@ def lexical_vectors(corpus: Corpus) -> list[tuple[str, np.ndarray]]:
     else:
         words = {"stop_words": "english"} if corpus.language == "English" else {"max_df": MAX_SHARE}
         settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5), "max_df": MAX_SHARE}}
-    vectors = []
+    vectors, left = [], []
     for name, options in settings.items():
         try:
             counts = TfidfVectorizer(sublinear_tf=True, min_df=2, dtype=np.float32, **options).fit_transform(texts)
         except ValueError:  # nothing is left: every word stands in a single text, or in too many
-            continue
+            counts = np.empty((len(texts), 0))
         dims = min(LSA_DIMS, max(15, len(texts) // 10), min(counts.shape) - 1)
         if dims > 1:
             vectors.append((name, TruncatedSVD(dims, random_state=0).fit_transform(counts)))
+        else:
+            left.append(name)
     if not vectors:
         raise InputError("no two texts share a word: there is nothing that a teacher could be made of")
+    for name in left:
+        warn(f"the texts share hardly any {name}: these are not part of the teacher")
     return vectors
 
 

@@ -129,6 +129,20 @@ def test_copies_are_counted_and_more_texts_than_wanted_are_drawn(tmp_path, texts
     assert "9 texts left out: 9 that are copies of others" in out and "40 of 48 texts are drawn at random" in out
 
 
+def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
+    (tmp_path / "general.jsonl").write_text('{"anchor": "a", "positive": "b"}\n' * 3)
+    texts.write_text("\n".join([*topic_texts(), "long " * 1000]))
+    auto("--input", texts, "--model", "none", "--general", tmp_path / "general.jsonl", "--out", tmp_path / "out")
+    said = capsys.readouterr().out.splitlines()
+    for line in (
+        "49 texts, English, of 10 words at the median: its stop words do not count",
+        "1 of them count with their first 2,000 characters",
+        "training: 80 steps (3 passes over the texts, but 80 to 2,000 steps)",
+        "general pairs: 3, 25% of each batch, so that the model keeps what it knows",
+    ):
+        assert line in said
+
+
 @pytest.mark.parametrize(
     ("rows", "flags", "message"),
     [
@@ -148,6 +162,34 @@ def test_what_cannot_be_taught_is_refused_and_leaves_nothing(tmp_path, texts, ro
     with pytest.raises((InputError, FileNotFoundError), match=message):
         auto("--input", texts, "--out", tmp_path / "out", *(x for flag, values in flags.items() for x in (flag, *values)))
     assert {path.name for path in tmp_path.iterdir()} <= {"texts.txt"}
+
+
+def test_texts_that_share_no_words_are_taught_by_their_letters(tmp_path, capsys):
+    (tmp_path / "numbers.txt").write_text("\n".join(str(n) for n in range(1000, 1100)))
+    auto("--input", tmp_path / "numbers.txt", "--model", "none", "--general", "none", "--out", tmp_path / "out")
+    said = capsys.readouterr()
+    assert "warning: the texts share hardly any words: these are not part of the teacher" in said.err
+    assert "teacher: sequences of 3 to 5 letters\n" in said.out and "general pairs: none\n" in said.out
+
+
+def test_a_seed_is_no_negative_number(texts, capsys):
+    with pytest.raises(SystemExit):
+        auto("--input", texts, "--model", "none", "--seed", -1, "--out", texts.parent / "out")
+    assert "--seed: -1 is not between 0 and" in capsys.readouterr().err
+
+
+def test_a_place_that_cannot_be_written_is_named_before_the_texts_are_read(tmp_path, texts):
+    for engine in (("auto", "--model", "none", "--general", "none"), ("noise",)):
+        flags = [*engine, "--input", tmp_path / "none.txt", "--out", texts / "mine.jsonl"]
+        with pytest.raises(InputError, match="is a file, choose another place"):
+            make_pairs.main(make_pairs.build_parser().parse_args(list(map(str, flags))))
+
+
+def test_what_a_killed_job_has_left_is_removed(tmp_path, texts):
+    (tmp_path / ".out.123.tmp").mkdir()
+    (tmp_path / ".out.123.tmp" / TEXTS_FILE).write_text("half")
+    auto("--input", texts, "--model", "none", "--general", "none", "--out", tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"texts.txt", "out"}
 
 
 # ------------------------------------------------------------------------------------------------------------ distillation
