@@ -1,6 +1,7 @@
 """Pairs from a row alone: two spans of its text, the text and its damaged copy, the text twice, or two of its columns."""
 
 import argparse
+import itertools
 import random
 import re
 import unicodedata
@@ -154,9 +155,8 @@ def column_pairs(args: argparse.Namespace) -> Iterator[dict]:
         table.check_column(column, "two with --columns")
     if args.columns[0] == args.columns[1]:
         raise InputError(f"--columns names {args.columns[0]} twice: a pair needs two columns")
-    for number, (source, (anchor, positive)) in enumerate(table.texts(args.columns)):
-        if number == args.limit:  # which counts the pairs of all shards
-            break
+    rows = itertools.islice(table.texts(args.columns), args.limit)  # which counts the pairs of all shards
+    for number, (source, (anchor, positive)) in enumerate(rows):
         if in_shard(args.shard, number):
             yield {"anchor": anchor, "positive": positive, "engine": args.engine, "source": source}
     say(table.summary(f"rows with {' and '.join(args.columns)}"))

@@ -1,6 +1,7 @@
 """Instructions to a chat model, and the texts that it is given them for."""
 
 import argparse
+import itertools
 import json
 import random
 import re
@@ -66,9 +67,7 @@ def draw_jobs(args: argparse.Namespace, templates: dict[str, str]) -> Iterator[J
     """Each text of --input with a template drawn at random for it; texts are read one at a time. Prints which column was taken."""
     rng, texts, names = random.Random(args.seed), TextStream(args.input, args.column), sorted(templates)
     say(f"{texts.name}: {texts.choice}")
-    for number, (source, text) in enumerate(texts):
-        if number == args.limit:
-            break
+    for number, (source, text) in enumerate(itertools.islice(texts, args.limit)):
         template = rng.choice(names)
         if in_shard(args.shard, number):
             yield Job(number, source, text, template)

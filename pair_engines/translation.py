@@ -1,6 +1,7 @@
 """Pairs of a text and its translation into another language and back."""
 
 import argparse
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,9 +32,7 @@ def text_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Each text of --input; texts are read one at a time. Prints which column was taken."""
     texts = TextStream(args.input, args.column)
     say(f"{texts.name}: {texts.choice}")
-    for number, (source, text) in enumerate(texts):
-        if number == args.limit:
-            break
+    for number, (source, text) in enumerate(itertools.islice(texts, args.limit)):
         if in_shard(args.shard, number):
             yield Job(number, source, text)
     say(texts.summary())

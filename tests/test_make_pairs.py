@@ -142,6 +142,8 @@ def test_columns_are_the_pairs_that_a_table_holds(tmp_path, capsys):
     assert rows == [("How?", "So.", "faq.csv:1"), ("When?", "Now and then.", "faq.csv:3"), ("Who?", "I.", "faq.csv:6")]
     said = capsys.readouterr().out
     assert "5 rows with question and answer; 1 row left out: 1 without text" in said and "1 copy of its anchor" in said
+    run("columns", "--input", path, "--columns", "question", "answer", "--limit", 2, "--out", tmp_path / "two.jsonl")
+    assert "faq.csv: 2 rows with question and answer; 1 row left out" in capsys.readouterr().out
     for shard in (1, 2):
         run("columns", "--input", path, "--columns", "question", "answer", "--shard", f"{shard}/2", "--out", tmp_path / f"{shard}.jsonl")
     run("merge", tmp_path / "1.jsonl", tmp_path / "2.jsonl", "--out", tmp_path / "all.jsonl")

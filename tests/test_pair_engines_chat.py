@@ -1,12 +1,15 @@
 """Pairs that a model on this machine makes, which rewrites or translates; templates; jobs that were interrupted."""
 
+import argparse
+
 import pytest
 from conftest import make_tokenizer
 from short_jobs import llm, read_rows, run, write_texts
 
 from files.console import InputError
 from pair_engines import chat_model, durable, gate
-from pair_engines.templates import TEMPLATES, read_templates, without_thinking
+from pair_engines.templates import TEMPLATES, draw_jobs, read_templates, without_thinking
+from pair_engines.translation import text_jobs
 
 # ------------------------------------------------------------------------------------------------------------- templates
 
@@ -38,6 +41,13 @@ def test_templates_of_a_users_file(tmp_path):
             read_templates(tmp_path / name)
     with pytest.raises(InputError, match="no file"):
         read_templates(tmp_path / "gone.txt")
+
+
+@pytest.mark.parametrize("make", [lambda args: draw_jobs(args, TEMPLATES), text_jobs])
+def test_no_text_is_read_beyond_the_limit(tmp_path, make, capsys):
+    args = argparse.Namespace(seed=0, input=write_texts(tmp_path / "t.txt", 9), column=None, limit=4, shard=(2, 2))
+    assert [job.source for job in make(args)] == ["t.txt:2", "t.txt:4"]
+    assert "t.txt: 4 texts in column" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- on this machine
