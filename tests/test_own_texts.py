@@ -18,6 +18,7 @@ from encoder import Contract, Encoder
 from files.console import InputError
 from pair_engines.teacher import look_at, side_by_side
 from tasks import unlabelled
+from training import validation
 from training.gradients import chunked_backward
 from training.losses import COSINE_WEIGHT, LossSettings, batch_loss, distillation
 from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts
@@ -293,6 +294,13 @@ def test_every_adapter_is_compared_with_its_base_in_half_precision(small, folder
     monkeypatch.setattr(unlabelled, "MAX_SHARE", 0.5)
     run(*small("run", "--dtype", "bfloat16", *flags))
     assert summary(tmp_path / "run")["against_base_without_labels"]["verdict"]
+
+
+@pytest.mark.parametrize(("interval", "warned"), [((0.8, 0.7, 0.9), True), ((0.95, 0.9, 1.1), False)])
+def test_a_run_that_looks_worse_than_its_base_ends_with_a_warning(small, folder, interval, warned, monkeypatch, capsys):
+    monkeypatch.setattr(validation, "compare_with_base", lambda *_: unlabelled.Comparison(*interval))
+    run(*small("run", "--steps", 1))
+    assert ("without labels this run looks worse than its base" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.slow
