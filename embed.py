@@ -137,12 +137,15 @@ def is_own(number: int, shard: tuple[int, int] | None) -> bool:
     return shard is None or number % shard[1] == shard[0] - 1
 
 
-def begin_folder(args: argparse.Namespace, source: Source, described: dict) -> VectorFolder:
-    """The folder of this job, new or begun by the same one; `described`: see `describe`."""
+def begin_folder(args: argparse.Namespace, source: Source, first: Part, described: dict) -> VectorFolder:
+    """The folder of this job, new or begun by the same one; `described`: see `describe`.
+
+    The first part says whether it is the same file: name and size may be those of another, and standard input has neither.
+    """
     job = {"fingerprint": described["fingerprint"], "width": described["width"], "model": args.model, "role": args.role}
     job |= {"dtype": described["dtype"], "input": args.input.name, "bytes": None if args.input == STDIN else args.input.stat().st_size}
     job |= {"column": source.column, "id": source.id_column, "rows_per_part": args.rows_per_part}
-    job |= {"store": args.store, "format": args.format, "keep_text": args.keep_text}
+    job |= {"store": args.store, "format": args.format, "keep_text": args.keep_text, "content": first.digest}
     if not distributed().rank:
         VectorFolder.begin(args.out, job)
     wait_for_all()
@@ -150,12 +153,12 @@ def begin_folder(args: argparse.Namespace, source: Source, described: dict) -> V
     return VectorFolder.open(args.out)
 
 
-def embed_here(args: argparse.Namespace, source: Source, table: Table, parts: Iterable[Part]) -> Tally:
+def embed_here(args: argparse.Namespace, source: Source, table: Table, first: Part, others: Iterable[Part]) -> Tally:
     """The parts that are missing, one after the other, in this process or those that torchrun has started."""
     encoder, tally, n_read = load(model_of(args.model, args)), Tally(), 0
-    folder = begin_folder(args, source, describe(encoder))
+    folder = begin_folder(args, source, first, describe(encoder))
     with Progress(None, "embedded", "row") as progress:
-        for part in parts:
+        for part in itertools.chain([first], others):
             n_read += part.size
             expected = table.expected_rows(n_read)
             progress.expect(expected and expected // (args.shard[1] if args.shard else 1))
@@ -173,7 +176,7 @@ def embed_here(args: argparse.Namespace, source: Source, table: Table, parts: It
     return tally
 
 
-def embed_on_cluster(args: argparse.Namespace, source: Source) -> Tally:
+def embed_on_cluster(args: argparse.Namespace, source: Source, first: Part) -> Tally:
     """The parts that are missing, by the workers of a Ray cluster."""
     from serving.ray_engine import Cluster, Work
 
@@ -183,7 +186,7 @@ def embed_on_cluster(args: argparse.Namespace, source: Source) -> Tally:
     described, notes = cluster.describe(model)
     for note in notes:
         warn(note)
-    folder = begin_folder(args, source, described)
+    folder = begin_folder(args, source, first, described)
     sizes = {k: min(args.rows_per_part, n - k * args.rows_per_part) for k in range(-(-n // args.rows_per_part)) if is_own(k, args.shard)}
     missing = sorted(sizes.keys() - folder.numbers())
     tally.add(sum(sizes.values()) - sum(sizes[k] for k in missing), before=True)
@@ -213,8 +216,7 @@ def embed(args: argparse.Namespace) -> None:
     if first is None or not (first.texts or len(first.failed) == args.rows_per_part):
         raise InputError(f"{stream.name}: column {excerpt(stream.column)} holds no text")
     source = Source(args.input.absolute(), stream.column, id_column, args.rows_per_part)
-    ray = args.engine == "ray"
-    tally = embed_on_cluster(args, source) if ray else embed_here(args, source, table, itertools.chain([first], parts))
+    tally = embed_on_cluster(args, source, first) if args.engine == "ray" else embed_here(args, source, table, first, parts)
     for line in tally.report.warnings():
         warn(line)
     if tally.n_failed:
@@ -290,7 +292,7 @@ def serve(args: argparse.Namespace) -> None:
     except ImportError as error:
         raise InputError(f"serving needs the package {error.name}: pip install -r requirements-extras.txt") from None
     encoder, key = load(model_of(args.model, args)), os.environ.get("EMBED_API_KEY")
-    name = args.name or Path(args.model).name
+    name = args.name or Path(os.path.abspath(args.model)).name  # also of the folder .
     app = make_app(encoder, name, key, Limits(args.max_texts, args.max_megabytes * 2**20, args.max_waiting))
     with socket.socket(socket.AF_INET6 if ":" in args.host else socket.AF_INET) as listening:
         listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

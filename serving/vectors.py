@@ -14,6 +14,7 @@ Legend: N rows of a part, D numbers of a vector.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from files.reading import Row, as_text, excerpt
 from files.writing import write_atomic, write_json, write_text
 
 JOB_FILE = "job.json"
+READ_FROM_JOB = ("fingerprint", "width", "model", "store", "format", "keep_text")  # without which a folder cannot be read
 STORES = ("float32", "float16", "int8", "binary")
 FORMATS = ("parquet", "npy")
 ID_COLUMNS = ("id", "_id")
@@ -51,6 +53,11 @@ class Part(NamedTuple):
     @property
     def size(self) -> int:
         return len(self.rows) + len(self.failed)
+
+    @property
+    def digest(self) -> str:
+        """Of ids and texts."""
+        return hashlib.sha256(json.dumps([self.ids, self.texts]).encode()).hexdigest()[:16]
 
 
 class StoredVectors(NamedTuple):
@@ -128,9 +135,11 @@ class VectorFolder:
     def open(cls, folder: Path) -> "VectorFolder":
         try:
             job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
-            dict(job)["store"], job["width"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{folder} holds no vectors: {JOB_FILE} is missing or damaged") from None
+            missing = [name for name in READ_FROM_JOB if name not in dict(job)]
+        except (OSError, ValueError, TypeError):
+            missing = [JOB_FILE]
+        if missing:
+            raise InputError(f"{folder} holds no vectors: {JOB_FILE} is missing or damaged")
         return cls(folder, job)
 
     def path(self, number: int, end: str) -> Path:

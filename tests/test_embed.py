@@ -1,7 +1,9 @@
 """`embed.py`: every row once, in parts that are complete or absent, and the nearest of them."""
 
+import contextlib
 import json
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -65,6 +67,8 @@ def test_the_same_command_goes_on_and_another_one_does_not(llama, texts, tmp_pat
     assert {path.name: path.read_bytes() for path in (tmp_path / "v").iterdir()} == whole
     assert "10 rows in 4 parts, 7 of them before" in capsys.readouterr().out
     more = write_rows(tmp_path / "u.jsonl", [{"text": "a"}])
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "job.json").write_text('{"store": "float32", "width": 32}')
     for other, message in (
         ((*flags, "--store", "int8"), r"was begun with store float32, not int8: choose another --out"),
         ((*flags, "--role", "query"), "was begun with role document, not query"),
@@ -73,6 +77,7 @@ def test_the_same_command_goes_on_and_another_one_does_not(llama, texts, tmp_pat
         ((*flags[:2], "--out", tmp_path), "exists already and holds no vectors"),
         ((*flags, "--id", "no"), "no column no; it has id, text: name one with --id"),
         (("search", tmp_path, "a"), "holds no vectors: job.json is missing"),
+        (("search", tmp_path / "cut", "a"), "holds no vectors: job.json is missing or damaged"),
         (("search", tmp_path / "v", "a", "--model", tmp_path / "run"), "was made by fingerprint"),
     ):
         with pytest.raises(InputError, match=message):
@@ -81,6 +86,21 @@ def test_the_same_command_goes_on_and_another_one_does_not(llama, texts, tmp_pat
     (tmp_path / "v" / "part-00002.parquet").write_bytes(whole["part-00002.parquet"][:-20])
     with pytest.raises(InputError, match=r"part-00002\.parquet is damaged .*delete it and run the same command again"):
         run("search", tmp_path / "v", "a")
+
+
+def test_another_file_of_the_same_name_and_size_is_not_gone_on_with(llama, tmp_path, monkeypatch):
+    flags = (llama, write_rows(tmp_path / "t.jsonl", [{"text": "a cat"}]), "--out", tmp_path / "v")
+    run(*flags)
+    write_rows(tmp_path / "t.jsonl", [{"text": "a dog"}])
+    with pytest.raises(InputError, match=r"v was begun with content \w{16}, not \w{16}: choose another --out"):
+        run(*flags)
+    for text in ("a cat\n", "a dog\n"):  # of standard input nothing else is known
+        path = tmp_path / "stdin.txt"
+        path.write_text(text)
+        with path.open() as stdin:
+            monkeypatch.setattr(sys, "stdin", stdin)
+            with pytest.raises(InputError, match="was begun with content") if "dog" in text else contextlib.nullcontext():
+                run(llama, "-", "--out", tmp_path / "piped")
 
 
 def test_shards_share_a_folder(llama, texts, tmp_path):
