@@ -58,10 +58,10 @@ class Waiting:
 class Batcher:
     """The thread that runs the model, and the requests that wait for it.
 
-    encode    texts and a role -> vectors (N, D) and the number of tokens. Raises InputError.
+    encode    texts and a role -> vectors (N, D) and the tokens of each (N,). Raises InputError.
     """
 
-    def __init__(self, encode: Callable[[list[str], str], tuple[np.ndarray, int]], limits: Limits):
+    def __init__(self, encode: Callable[[list[str], str], tuple[np.ndarray, np.ndarray]], limits: Limits):
         self.encode, self.limits = encode, limits
         self.waiting, self.changed, self.closed = collections.deque(), threading.Condition(), False
         self.thread = threading.Thread(target=self._work, daemon=True)
@@ -108,8 +108,8 @@ class Batcher:
     def _answer(self, batch: list[Waiting]) -> None:
         try:
             vectors, n_tokens = self.encode([text for item in batch for text in item.texts], batch[0].role)
-            ends = np.cumsum([len(item.texts) for item in batch])
-            parts = np.split(vectors, ends[:-1])
+            ends = np.cumsum([len(item.texts) for item in batch])[:-1]
+            parts = zip(np.split(vectors, ends), np.split(n_tokens, ends), strict=True)
         except InputError as error:
             if len(batch) == 1:
                 batch[0].result.set_exception(Refused(400, str(error)))
@@ -119,8 +119,8 @@ class Batcher:
             for item in batch:
                 item.result.set_exception(error)
         else:
-            for item, part in zip(batch, parts, strict=True):
-                item.result.set_result((part, round(n_tokens * len(part) / len(vectors))))
+            for item, (own, tokens) in zip(batch, parts, strict=True):
+                item.result.set_result((own, int(tokens.sum())))
 
 
 class Metrics:
@@ -203,9 +203,9 @@ def make_app(encoder: "Encoder", name: str, key: str | None, limits: Limits) -> 
     key    that requests must bear; None: anybody may ask
     """
 
-    def encode(texts: list[str], role: str) -> tuple[np.ndarray, int]:
+    def encode(texts: list[str], role: str) -> tuple[np.ndarray, np.ndarray]:
         tokenized = encoder.tokenize(texts, role)
-        return encoder.encode(texts, role), sum(len(ids) for under_prompt in (tokenized, *tokenized.more) for ids in under_prompt.ids)
+        return encoder.encode(texts, role), np.sum([list(map(len, some.ids)) for some in (tokenized, *tokenized.more)], axis=0)
 
     metrics, batcher = Metrics(), Batcher(encode, limits)
 

@@ -177,10 +177,10 @@ def test_the_key(encoder):
 def test_requests_wait_up_to_a_number_and_are_encoded_together():
     go, calls = threading.Event(), []
 
-    def encode(texts: list[str], role: str) -> tuple[np.ndarray, int]:
+    def encode(texts: list[str], role: str) -> tuple[np.ndarray, np.ndarray]:
         go.wait(30)
         calls.append((texts, role))
-        return np.array([[len(text)] for text in texts], np.float32), 10 * len(texts)
+        return np.array([[len(text)] for text in texts], np.float32), np.array([10 * len(text) for text in texts])
 
     batcher = Batcher(encode, Limits(texts=4, waiting=5))
     first = batcher.submit(["a"], "document")
@@ -192,7 +192,7 @@ def test_requests_wait_up_to_a_number_and_are_encoded_together():
         batcher.submit(["too many"], "query")
     go.set()
     assert [result.result(30)[0].ravel().tolist() for result in results] == [[2, 3], [1], [4], [1, 1, 1], [1]]
-    assert [result.result()[1] for result in results] == [20, 10, 10, 30, 10]
+    assert [result.result()[1] for result in results] == [50, 10, 40, 30, 10]  # its own, not those of its batch
     assert calls == [(["a"], "document"), (["bb", "ccc", "dddd"], "document"), (["q", "h"], "query"), (["e", "f", "g"], "document")]
     batcher.close()
     assert not batcher.thread.is_alive()
@@ -247,16 +247,31 @@ def test_what_cannot_be_served_is_one_line(llama):
 
 
 def test_the_command_serves_until_it_is_told_to_stop(llama):
+    """And answers what has been asked by then: a request that runs, and one that waits for it."""
     command = [sys.executable, str(ROOT / "embed.py"), "serve", llama, "--port", "0", "--name", "small"]
     job = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"EMBED_API_KEY": "k"})
     url = job.stdout.readline().rpartition("at ")[2].strip()
-    request = urllib.request.Request(f"{url}/embeddings", b'{"input": "a", "model": "small"}', {"Authorization": "Bearer k"})
+
+    def ask(*texts: str) -> int:
+        body = json.dumps({"input": texts, "model": "small"}).encode()
+        request = urllib.request.Request(f"{url}/embeddings", body, {"Authorization": "Bearer k"})
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return len(json.load(answer)["data"])
+
+    def waiting() -> bool:
+        with urllib.request.urlopen(f"{url.removesuffix('/v1')}/metrics", timeout=30) as answer:
+            return "embed_waiting_requests 1" in answer.read().decode()
+
     while True:
         try:
-            with urllib.request.urlopen(request, timeout=30) as response:
-                assert response.status == 200
+            assert ask("a") == 1
             break
         except urllib.error.URLError as error:  # it does not listen yet
             assert not isinstance(error, urllib.error.HTTPError) and job.poll() is None
-    job.send_signal(signal.SIGTERM)
+    with ThreadPoolExecutor(2) as pool:
+        asked = [pool.submit(ask, *["the bank raised its fees " * 20] * n) for n in (2048, 1000)]
+        while not waiting():
+            assert not all(answer.done() for answer in asked), "they were answered before one waited: ask for more"
+        job.send_signal(signal.SIGTERM)
+        assert [answer.result() for answer in asked] == [2048, 1000]
     assert job.wait(30) in (0, -signal.SIGTERM)
