@@ -34,7 +34,7 @@ from pathlib import Path
 
 import numpy as np
 
-from encoder.contract import POOLING_PRESETS, POOLINGS, SCOPES
+from encoder.contract import POOLING_PRESETS, POOLINGS, SCOPES, Contract, trained_for
 from encoder.names import DTYPES, PRESETS, is_run
 from files.console import InputError, run_script, say, short_path, warn
 from files.writing import check_absent, errors_of_writing, write_json, write_text
@@ -88,6 +88,11 @@ def check_flags(args: argparse.Namespace) -> None:
         raise InputError(
             f"--{contract_flags[0].replace('_', '-')}: a run is exported under the contract of its training: leave the flag out"
         )
+    if is_run(args.model) and args.dims is not None:
+        lengths = [n for n in (Contract.read(args.model).dims, *trained_for(args.model)["dims"]) if n]
+        if args.dims not in lengths:
+            known = f"for {', '.join(map(str, lengths))} numbers" if lengths else "for whole vectors, without --matryoshka"
+            raise InputError(f"--dims {args.dims}: this run was trained {known}: leave the flag out, or train one")
     check_runtime_flags(args)
     check_push_flags(args)
 
@@ -96,8 +101,8 @@ def check_runtime_flags(args: argparse.Namespace) -> None:
     """Raise InputError for flags of another runtime, and where a program or package that this one needs is missing."""
     if args.vllm_python and args.to != "vllm":
         raise InputError("--vllm-python takes part in the verification of --to vllm: add that, or leave it out")
-    if args.vllm_python and not shutil.which(args.vllm_python):
-        raise InputError(f"--vllm-python {args.vllm_python}: no such program")
+    if args.vllm_python:
+        runtimes.check_python("--vllm-python", args.vllm_python, ("vllm",))
     of_gguf = [name for name in ("llama_cpp", "llama_python", "gguf_type") if getattr(args, name) is not None]
     if args.to != "gguf" and of_gguf:
         raise InputError(f"--{of_gguf[0].replace('_', '-')} belongs to --to gguf: add that, or leave it out")

@@ -20,7 +20,7 @@ from encoder.contract import CONTRACT_FILE
 from files.console import InputError
 from files.writing import write_json, write_text
 from serving.folder import built_in_pooling, folders_of, token_limit, write_tokenizer_file
-from serving.runtimes import HERE, run_program
+from serving.runtimes import HERE, check_python, run_program
 from serving.verification import text_lengths
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 GGUF_TYPES = ("f32", "f16", "bf16", "q8_0")
 CONVERTER = "convert_hf_to_gguf.py"
+MODULES = ("llama_cpp", "tokenizers", "torch", "transformers", "sentencepiece")  # of the worker and of the converter
 REPACK_NOTE = "Where this was verified, llama.cpp crashed with weights that it repacks for the CPU, and ran without: `--no-repack`."
 SEQUENCES = 256  # llama.cpp's most of one batch: a context of another multiple crashes its mean pooling
 
@@ -41,8 +42,7 @@ def check_gguf(llama_cpp: Path | None, python: str | None) -> None:
         )
     if not (llama_cpp / CONVERTER).is_file():
         raise InputError(f"--llama-cpp {llama_cpp}: no {CONVERTER} there: give the folder of llama.cpp's source")
-    if not shutil.which(python):
-        raise InputError(f"--llama-python {python}: no such program")
+    check_python("--llama-python", python, MODULES)
 
 
 def longest_sequence(encoder: "Encoder") -> int:

@@ -50,6 +50,19 @@ def run_program(command: list, failure: str) -> None:
         raise RuntimeFailed(f"{failure}: {last_words(done.stderr)}")
 
 
+def check_python(flag: str, python: str, modules: tuple[str, ...]) -> None:
+    """Raise InputError where the Python that a flag names is no program, or lacks a module that it would be used for."""
+    code = "import importlib.util, sys; print(*(name for name in sys.argv[1:] if importlib.util.find_spec(name) is None))"
+    try:
+        done = subprocess.run([python, "-c", code, *modules], capture_output=True, text=True, errors="replace", check=False)
+    except OSError:
+        raise InputError(f"{flag} {python}: no such program") from None
+    if done.returncode:
+        raise InputError(f"{flag} {python}: this is no Python that runs ({last_words(done.stderr)})")
+    if missing := done.stdout.split():
+        raise InputError(f"{flag} {python}: no {' and no '.join(missing)} there: install what is missing, or name another Python")
+
+
 def worker_arrays(python: str, worker: str, folder: Path, texts: list[str], failure: str, *more: str) -> dict[str, np.ndarray]:
     """What a worker of this folder says of the texts, in a fresh process of a Python. Raises RuntimeFailed.
 

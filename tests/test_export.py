@@ -89,6 +89,15 @@ def test_the_weights_keep_the_dtype_of_the_base(llama, tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors")["norm.weight"].dtype == torch.float16
 
 
+def test_vectors_are_cut_to_what_the_run_was_trained_for(llama, tmp_path):
+    source = make_run(llama, tmp_path / "run", prompt="cluster", pooling="last")
+    (tmp_path / "run" / "arguments.json").write_text(json.dumps({"arguments": {"matryoshka": [8, 16]}}))
+    run(source, "--out", tmp_path / "out", "--dims", 16, "--no-verify")
+    assert Contract.read(tmp_path / "out").dims == 16
+    with pytest.raises(InputError, match=r"--dims 7: this run was trained for 8, 16 numbers: leave the flag out"):
+        run(source, "--out", tmp_path / "seven", "--dims", 7)
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
@@ -124,7 +133,9 @@ def test_bad_arguments(llama, tmp_path, monkeypatch):
         ((source, "--vllm-python", sys.executable, "--out", tmp_path / "new"), "takes part in the verification of --to vllm"),
         ((source, "--to", "vllm", "--vllm-python", "no-python", "--out", tmp_path / "new"), "--vllm-python no-python: no such program"),
         ((tmp_path / "none", "--out", tmp_path / "new"), "no model"),
-        ((source, "--dims", 7, "--out", tmp_path / "new"), "dims"),
+        ((source, "--dims", 7, "--out", tmp_path / "new"), "--dims 7: this run was trained for whole vectors, without --matryoshka"),
+        ((source, "--to", "vllm", "--vllm-python", "/bin/false", "--out", tmp_path / "new"), "/bin/false: this is no Python that runs"),
+        ((source, "--to", "vllm", "--vllm-python", sys.executable, "--out", tmp_path / "new"), "python.*: no vllm there: install"),
     ):
         with pytest.raises(InputError, match=message):
             run(*flags)

@@ -67,6 +67,8 @@ def test_bad_arguments(llama, tmp_path):
     (tmp_path / "llama.cpp" / gguf_folder.CONVERTER).touch()
     with pytest.raises(InputError, match="--llama-python no-python: no such program"):
         run(llama, "--out", tmp_path / "out", "--to", "gguf", "--llama-cpp", tmp_path / "llama.cpp", "--llama-python", "no-python")
+    with pytest.raises(InputError, match=r"--llama-python .*: no llama_cpp and no sentencepiece there"):
+        run(llama, "--out", tmp_path / "out", "--to", "gguf", "--llama-cpp", tmp_path / "llama.cpp", "--llama-python", sys.executable)
     assert [path.name for path in tmp_path.iterdir()] == ["llama.cpp"]
 
 
