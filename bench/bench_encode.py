@@ -48,8 +48,11 @@ sys.path.insert(0, str(HERE))
 
 from encoder import Encoder  # noqa: E402, the folder above
 from encoder.runtime import empty_cache, is_out_of_memory, pick_device, pick_dtype  # noqa: E402
+from files.console import run_script  # noqa: E402
 from prompts import get_prompt  # noqa: E402
 from serving.folder import write_folder  # noqa: E402
+from serving.gguf_folder import SEQUENCES, check_gguf, write_gguf_folder  # noqa: E402
+from serving.runtimes import check_python  # noqa: E402
 
 LLAMA_1B = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
 SMOLLM = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3}
@@ -218,8 +221,6 @@ class Sides:
         return encode
 
     def llama_cpp(self, python: str, scratch: str, source: Path, kind: str, texts: list[str]) -> Encode:
-        from serving.gguf_folder import SEQUENCES, write_gguf_folder
-
         longest = max(map(len, self.encoder.tokenize(texts).ids))
         n_tokens = -(-longest // SEQUENCES) * SEQUENCES  # of larger contexts it computes the attention as well, and is slower
         encoder, exported = self.load_encoder(torch.float32), Path(tempfile.mkdtemp(dir=scratch)) / "exported"
@@ -444,6 +445,10 @@ def main() -> None:
     add("--stream", type=int, metavar="N", help="only: N lines through one layer, and memory")
     add("--json", type=Path)
     args = parser.parse_args()
+    if args.vllm_python:
+        check_python("--vllm-python", args.vllm_python, ("vllm",))
+    if args.llama_python or args.llama_cpp:
+        check_gguf(args.llama_cpp, args.llama_python)
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype or "auto", device)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
@@ -472,4 +477,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

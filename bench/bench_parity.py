@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import export
 from bench.gpu import append_row
-from files.console import InputError
+from files.console import InputError, run_script
 from prompts import PROMPTS
 
 PROMPT_NAMES = {"none": "none", "short": "cluster", "long": "knowledge"}
@@ -126,6 +126,7 @@ def make_run(base: str, cell: Cell, folder: Path):
 def measure(cell: Cell, base: str, flags: list[str]) -> dict:
     """The cell's outcome: "cosines" of every runtime that took part, or why it was "refused" or has "failed"."""
     from serving.folder import check_expressible
+    from serving.runtimes import RuntimeCrashed, RuntimeFailed
     from serving.verification import VerificationFailed
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -135,14 +136,13 @@ def measure(cell: Cell, base: str, flags: list[str]) -> dict:
             check_expressible(contract, cell.to)
         except InputError as error:
             return {"refused": str(error)}
-        stored = ["--gguf-type", GGUF_TYPES[cell.dtype]] if cell.to == "gguf" else ["--merge-dtype", cell.dtype]
-        command = [str(run), "--to", cell.to, *stored, "--out", str(out), *flags]
+        command = [str(run), "--out", str(out), *flags]
         try:
             with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
                 export.main(export.build_parser().parse_args(command))
-        except VerificationFailed as error:
+        except (VerificationFailed, RuntimeCrashed) as error:
             return {"failed": str(error).replace(f"{scratch}/", "")}
-        except InputError as error:  # the converter cannot
+        except RuntimeFailed as error:  # it says itself that it cannot, or its converter
             return {"refused": str(error).replace(f"{scratch}/", "")}
         cosines = defaultdict(list)
         for check in json.loads((out / "verification.json").read_text(encoding="utf-8"))["checks"]:
@@ -222,16 +222,20 @@ def main() -> None:
     args = parser.parse_args()
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not args.table:
+        for to in args.to:  # a package that is missing is no refusal of the runtime
+            export.check_runtime_flags(export.build_parser().parse_args(["run", "--out", "exported", *export_flags(args, to)]))
         compute(args)
     print(table(read_rows(args.out)))
     versions = {name: version(name) for name in ("torch", "transformers", "sentence-transformers")} | {"python": platform.python_version()}
     print(json.dumps({"rows": len(read_rows(args.out)), "date": str(date.today()), "versions": versions}))
 
 
-def runtime_flags(args: argparse.Namespace, to: str) -> list[str]:
-    """The flags of export.py that say where a runtime is."""
+def export_flags(args: argparse.Namespace, to: str) -> list[str]:
+    """The flags of export.py that name a runtime, where it is, and the dtype of its weights."""
     names = {"vllm": ("vllm_python",), "gguf": ("llama_cpp", "llama_python")}.get(to, ())
-    return [text for name in names if getattr(args, name) for text in (f"--{name.replace('_', '-')}", getattr(args, name))]
+    stored = ["--gguf-type", GGUF_TYPES[args.merge_dtype]] if to == "gguf" else ["--merge-dtype", args.merge_dtype]
+    where = [text for name in names if getattr(args, name) for text in (f"--{name.replace('_', '-')}", getattr(args, name))]
+    return ["--to", to, *stored, *where]
 
 
 def compute(args: argparse.Namespace) -> None:
@@ -250,7 +254,7 @@ def compute(args: argparse.Namespace) -> None:
             began = time.perf_counter()
             row = (
                 cell._asdict()
-                | measure(cell, bases[cell.model], runtime_flags(args, cell.to))
+                | measure(cell, bases[cell.model], export_flags(args, cell.to))
                 | {"seconds": round(time.perf_counter() - began, 1)}
             )
             print(json.dumps(row), flush=True)
@@ -259,4 +263,4 @@ def compute(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -9,10 +9,15 @@ from pathlib import Path
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
-from bench_parity import Cell, table
+import bench_parity
+from bench_parity import Cell, measure, table
 from bench_pooling import QUICK_SHAPES, SHAPES
 from bench_pooling import build_parser as pooling_flags
 from gpu import Step, append_row, build_parser, make_steps, markdown, read_rows, run_step
+
+import export
+from files.console import InputError
+from serving.runtimes import RuntimeCrashed, RuntimeFailed
 
 
 def step(program: str, limit: float = 60) -> Step:
@@ -86,3 +91,27 @@ def test_the_table_of_parity_shows_the_smallest_cosine_what_is_refused_and_what_
         "| llama | last, text | none: 1.000000 | none: not verified |",
         "| llama | mean, text | none: 1.000000 | none: 0.999910; long: refused; short: FAILED |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"), [(RuntimeFailed("no such head"), "refused"), (RuntimeCrashed("SIGSEGV"), "failed"), (InputError("no flag"), None)]
+)
+def test_a_cell_of_parity_is_refused_by_the_runtime_alone(llama, monkeypatch, error, outcome):
+    def fail(_):
+        raise error
+
+    monkeypatch.setattr(export, "main", fail)
+    cell = Cell("llama", "last, all", "none", "vllm", "float32")
+    if outcome:
+        assert measure(cell, llama, []) == {outcome: str(error)}
+    else:
+        with pytest.raises(InputError, match="no flag"):
+            measure(cell, llama, [])
+
+
+def test_parity_asks_for_a_runtime_that_is_missing_before_it_measures(tmp_path, monkeypatch):
+    flags = ["--to", "gguf", "vllm", "--llama-cpp", str(tmp_path), "--llama-python", sys.executable]
+    monkeypatch.setattr(sys, "argv", ["bench_parity.py", "--out", str(tmp_path / "parity.jsonl"), *flags])
+    with pytest.raises(InputError, match=r"no convert_hf_to_gguf\.py there"):
+        bench_parity.main()
+    assert not (tmp_path / "parity.jsonl").exists()
