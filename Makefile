@@ -9,7 +9,7 @@ SITE := import sysconfig; print(sysconfig.get_path('purelib'))
 TEXT := The bank raised its interest rate again this month.
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-extras test-vllm test-pathology pathology clean-pathology gpu check check-pins clean-demo
+.PHONY: help setup demo test test-slow test-extras test-vllm test-llama-cpp test-pathology pathology clean-pathology gpu check check-pins clean-demo
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-14s %s\n", $$1, $$2}'
@@ -66,6 +66,23 @@ else
 test-vllm:
 	@echo "vLLM for CPUs is there for Linux on x86-64 only: its tests are left out"
 endif
+
+LLAMA_PINS := -c requirements-llama-cpp.txt -c constraints.txt
+# as .extras is built; the library comes from its source archive, which also holds the converter that the tests need
+.llama/ready: requirements-llama-cpp.txt constraints.txt | $(VENV)/ready
+	@[ "$$(uname -s)" = Linux ] && command -v g++ >/dev/null || { echo "llama.cpp is built and tested on Linux with g++ only: install g++ there"; exit 2; }
+	rm -rf .llama
+	$(PY) -m venv .llama
+	$(PY) -c "$(SITE)" > $$(.llama/bin/python -c "$(SITE)")/venv.pth
+	.llama/bin/python -m pip install --quiet --disable-pip-version-check $(LLAMA_PINS) cmake ninja scikit-build-core diskcache sentencepiece
+	.llama/bin/python -m pip download --quiet --disable-pip-version-check $(LLAMA_PINS) --no-deps --no-build-isolation --no-binary llama-cpp-python --dest .llama llama-cpp-python
+	mkdir .llama/source && tar -xzf .llama/llama_cpp_python-*.tar.gz -C .llama/source --strip-components 1
+	sed -i 's/LLAMA_BUILD_COMMON ON/LLAMA_BUILD_COMMON OFF/' .llama/source/CMakeLists.txt  # a library of its programs alone
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF .llama/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation .llama/source
+	touch $@
+
+test-llama-cpp: setup .llama/ready ## exported folders in llama.cpp, which is built first: 10 to 20 minutes on two cores
+	LLAMA_CPP=$(CURDIR)/.llama/source/vendor/llama.cpp LLAMA_PYTHON=$(CURDIR)/.llama/bin/python $(OFFLINE) $(PY) -m pytest -q tests/test_export_gguf.py
 
 # as .extras is built: an environment of its own that sees the packages of .venv
 .pathology/ready: pathology/requirements.txt constraints.txt $(VENV)/ready

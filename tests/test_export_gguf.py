@@ -1,7 +1,7 @@
 """`export.py --to gguf`: what llama.cpp's converter is given, and that llama.cpp gives our vectors where it is installed.
 
 Tests of llama.cpp itself need LLAMA_CPP, the folder of its source, and LLAMA_PYTHON, a Python with llama-cpp-python and what the converter
-imports, in the environment; without these they are skipped.
+imports, in the environment; without these they are skipped. `make test-llama-cpp` builds both and runs these.
 """
 
 import json
