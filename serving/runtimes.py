@@ -131,10 +131,12 @@ def vllm_server(python: str, folder: Path, dtype: str, limit: int) -> Iterator[s
                 with contextlib.suppress(OSError):
                     urllib.request.urlopen(f"{url}/health", timeout=5).close()
                     break
-                if server.poll() is not None or time.monotonic() > deadline:
-                    log.seek(0)
-                    errors = [line for line in log if "Error" in line] or ["it did not answer"]
+                if server.poll() is not None:
+                    log.seek(0)  # warnings name errors that might come
+                    errors = [line for line in log if "Error" in line and "WARNING" not in line] or ["it did not answer"]
                     raise RuntimeFailed(f"vLLM cannot serve {folder}: {last_words(errors[-1])}")
+                if time.monotonic() > deadline:
+                    raise RuntimeFailed(f"vLLM cannot serve {folder}: it did not answer within {START_SECONDS} seconds")
                 time.sleep(0.5)
             yield url
         finally:

@@ -319,12 +319,20 @@ def test_vectors_of_vllm_come_in_order_and_refused_texts_are_nan(monkeypatch, tm
     assert all(body["truncate_prompt_tokens"] == -1 for body in fake.asked) and len(fake.asked) == 13 + 2
 
 
-@pytest.mark.parametrize("program", ["import sys; sys.exit('ValueError: no such pooling')", "pass"])
-def test_a_server_that_does_not_start_is_one_line(monkeypatch, tmp_path, program):
+@pytest.mark.parametrize(
+    ("program", "seconds", "message"),
+    [
+        ("import sys; sys.exit('ValueError: no such pooling')", 60, "ValueError: no such pooling"),
+        ("print('WARNING this may cause OSError: too many files')", 60, "it did not answer$"),
+        ("import time; time.sleep(60)", 0, "it did not answer within 0 seconds"),
+    ],
+)
+def test_a_server_that_does_not_start_is_one_line(monkeypatch, tmp_path, program, seconds, message):
+    monkeypatch.setattr(runtimes, "START_SECONDS", seconds)
     script = tmp_path / "python"
     script.write_text(f"#!{sys.executable}\n{program}\n")
     script.chmod(0o755)
-    with pytest.raises(runtimes.RuntimeFailed, match=r"vLLM cannot serve .*: (ValueError: no such pooling|it did not answer)"):
+    with pytest.raises(runtimes.RuntimeFailed, match=f"vLLM cannot serve .*: {message}"):
         runtimes.vllm_vectors(str(script), tmp_path, ["a"], "float32", 9)
 
 
