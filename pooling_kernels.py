@@ -2,6 +2,7 @@
 
     mean_pool       y_b  = sum_t w_t n_t / sum_t w_t                                   (B, D)
     attention_pool  y_bh = sum_t softmax_t(s_th) n_t, and log sum_t exp(s_th)          (B, H, D), (B, H)
+    attention_mean_pool   the mean of that over the heads                              (B, D)
     query_pool      the same with s_th = n_t . q_h / sqrt(D), where q is learned       (B, H, D), (B, H)
     last_pool       y_b  = n_t of the last valid token t                               (B, D)
     max_pool        y_bd = max_t x_td, in PyTorch alone                                (B, D)
@@ -69,8 +70,11 @@ def _row_of_each_token(values: Tensor, mask: Tensor | None, cu_seqlens: Tensor |
     return torch.bucketize(tokens, cu_seqlens[1:].to(tokens.dtype), right=True), len(cu_seqlens) - 1
 
 
-def _reference(values, scores, query, mask, cu_seqlens, mode, norm, eps):
-    """-> pooled (B, H, D), normalizer (B, H), in plain differentiable PyTorch. `norm` divides x by its root mean square."""
+def _reference(values, scores, query, mask, cu_seqlens, mode, norm, eps, mean_of_heads):
+    """-> pooled (B, H, D), normalizer (B, H), in plain differentiable PyTorch. `norm` divides x by its root mean square.
+
+    With `mean_of_heads` pooled is (B, 1, D): the weights' mean is taken, so that the values are read once and not for every head.
+    """
     dtype, width = _accumulator(values), values.shape[-1]
     row, n_rows = _row_of_each_token(values, mask, cu_seqlens)
     softmax = mode in ("attention", "query")
@@ -80,7 +84,11 @@ def _reference(values, scores, query, mask, cu_seqlens, mode, norm, eps):
         scores = scores.to(dtype).flatten(0, -2)  # (T, H)
         valid = valid & (scores != no_influence).any(-1)
         scores = scores.masked_fill(~valid[:, None], no_influence)
-    x = values.reshape(-1, width).masked_fill(~valid[:, None], 0).to(dtype)  # (T, D)
+        row = torch.where(valid, row, n_rows)
+    # sums of tokens without influence go to a row of their own, which is cut off: no copy of all values to set theirs to 0
+    x = values.reshape(-1, width).to(dtype)  # (T, D)
+    if norm or mode == "query":  # where whole tokens are read, as are the values in the query's gradient
+        x = x.masked_fill(~valid[:, None], 0)
     if norm:
         x = x * torch.rsqrt(torch.where(valid, x.square().mean(-1) + eps, 1))[:, None]
     if mode == "query":
@@ -89,19 +97,20 @@ def _reference(values, scores, query, mask, cu_seqlens, mode, norm, eps):
         position = torch.arange(1, len(row) + 1, device=row.device) * valid
         last = position.new_zeros(n_rows + 1).scatter_reduce(0, row, position, "amax")
         scores = (valid & (position == last[row])).to(dtype)[:, None]
-    if mode == "mean" and scores is None:
-        scores = valid.to(dtype)[:, None]
-    weights = scores
+    weights = valid.to(dtype)[:, None] if scores is None else scores
     if softmax:
         row_max = scores.new_full((n_rows + 1, scores.shape[1]), -torch.inf)
         row_max = row_max.scatter_reduce(0, row[:, None].expand_as(scores), scores.detach(), "amax")
         row_max = torch.where(row_max == -torch.inf, 0, row_max)  # if all scores are -inf, the next line would compute inf - inf
         weights = torch.exp(scores - row_max[row])
-    denominator = x.new_zeros(n_rows + 1, weights.shape[1]).index_add(0, row, weights)[:n_rows]  # (B, H)
-    sums = [x.new_zeros(n_rows + 1, width).index_add(0, row, weights[:, h : h + 1] * x)[:n_rows] for h in range(weights.shape[1])]
+    denominator = x.new_zeros(n_rows + 1, weights.shape[1]).index_add(0, row, weights)  # (B + 1, H)
     divisor = torch.where(denominator > 0, denominator, 1)
-    normalizer = torch.where(denominator > 0, divisor.log() + row_max[:n_rows], -torch.inf) if softmax else denominator
-    return torch.stack(sums, 1) / divisor[:, :, None], normalizer
+    normalizer = torch.where(denominator > 0, divisor.log() + row_max, -torch.inf) if softmax else denominator
+    if mean_of_heads:
+        weights, divisor = (weights / divisor[row]).mean(1, keepdim=True), divisor.new_ones(n_rows + 1, 1)
+    weighted = [x] if scores is None else (weights[:, h : h + 1] * x for h in range(weights.shape[1]))
+    sums = [x.new_zeros(n_rows + 1, width).index_add(0, row, tokens)[:n_rows] for tokens in weighted]
+    return torch.stack(sums, 1) / divisor[:n_rows, :, None], normalizer[:n_rows]
 
 
 # ------------------------------------------------------------------------------------------------------- the kernels
@@ -526,8 +535,10 @@ def can_launch() -> bool:
         return False
 
 
-def _pool(values, scores, query, mask, cu_seqlens, mode, norm_weight, eps, normalize, backend) -> tuple[Tensor, Tensor]:
-    """-> pooled (B, H, D), normalizer (B, H)."""
+def _pool(
+    values, scores, query, mask, cu_seqlens, mode, norm_weight, eps, normalize, backend, mean_of_heads=False
+) -> tuple[Tensor, Tensor]:
+    """-> pooled (B, H, D), normalizer (B, H); with `mean_of_heads`, which nothing normalizes, pooled is (B, 1, D)."""
     if backend not in ("auto", "torch", "triton"):
         raise ValueError(f"unknown backend {backend!r}: choose auto, torch or triton")
     if norm_weight is not None and norm_weight.shape != values.shape[-1:]:
@@ -541,8 +552,9 @@ def _pool(values, scores, query, mask, cu_seqlens, mode, norm_weight, eps, norma
             query = query.to(dtype) / math.sqrt(max(1, values.shape[-1]))
             query = (query if norm_weight is None else query * norm_weight.to(dtype)).contiguous()
         if backend == "triton" or (backend == "auto" and triton is not None and values.is_cuda and can_launch()):
-            return _Pool.apply(values, scores, query, norm_weight, mask, cu_seqlens, mode, normalize, eps)
-        out, normalizer = _reference(values, scores, query, mask, cu_seqlens, mode, norm_weight is not None, eps)
+            out, normalizer = _Pool.apply(values, scores, query, norm_weight, mask, cu_seqlens, mode, normalize, eps)
+            return out.mean(1, keepdim=True) if mean_of_heads else out, normalizer
+        out, normalizer = _reference(values, scores, query, mask, cu_seqlens, mode, norm_weight is not None, eps, mean_of_heads)
         if norm_weight is not None:
             out = out * norm_weight.to(dtype)
         if normalize:
@@ -582,6 +594,14 @@ def attention_pool(
     """Mean weighted by the softmax of `scores` (B, L, H) or (T, H) over each row -> (B, H, D), log-sum-exp of the scores (B, H)."""
     _check_shapes(values, mask, cu_seqlens, scores, 2)
     return _pool(values, scores, None, mask, cu_seqlens, "attention", norm_weight, eps, normalize, backend)
+
+
+def attention_mean_pool(
+    values: Tensor, scores: Tensor, *, mask: Tensor | None = None, cu_seqlens: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """The mean over the heads of `attention_pool` -> (B, D)."""
+    _check_shapes(values, mask, cu_seqlens, scores, 2)
+    return _pool(values, scores, None, mask, cu_seqlens, "attention", None, 0.0, False, backend, mean_of_heads=True)[0][:, 0]
 
 
 def query_pool(

@@ -16,7 +16,7 @@ from encoder.contract import POOLINGS, Layer, PoolingConfig
 from encoder.packing import PackedAttention, PackedBatch, select_tokens
 from encoder.runtime import to_device
 from files.console import InputError
-from pooling_kernels import attention_pool, last_pool, max_pool, mean_pool, query_pool
+from pooling_kernels import attention_mean_pool, last_pool, max_pool, mean_pool, query_pool
 
 
 class HiddenStates(NamedTuple):
@@ -25,7 +25,7 @@ class HiddenStates(NamedTuple):
     layers: dict[Layer, Tensor]  # layer -> (T, D), a state for each token of the row
     attention: PackedAttention  # has kept what the attention scores of the layers asked for are computed from
     last_only: bool  # the states are those of each sequence's last token alone, (B, D)
-    chosen: dict  # what poolings of the same tokens and layers share, see `choose`
+    shared: dict  # what several poolings need, computed once: chosen tokens, attention scores, pooled vectors
 
 
 class ChosenTokens(NamedTuple):
@@ -87,7 +87,7 @@ def pooled_width(pooling: str, width: int) -> int:
 def choose(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, device: torch.device) -> ChosenTokens:
     """The tokens that a pooling takes, from the layers that it reads; the same for all poolings of these tokens and layers."""
     key = config.pooling == "last", config.scope, config.keep_bos, config.layers
-    if key not in states.chosen:
+    if key not in states.shared:
         first, end = batch.pooled_range(config)
         if config.pooling == "last":
             first = np.maximum(end - 1, 0)
@@ -98,12 +98,19 @@ def choose(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, devi
         if not values.requires_grad and not values.is_cuda:
             values = values.to(torch.promote_types(values.dtype, torch.float32))  # once, not in every pooling; a GPU's kernels read any
         cu_seqlens = to_device(np.concatenate([[0], np.cumsum(end - first)]), device)
-        states.chosen[key] = ChosenTokens(first, located, cu_seqlens, values)
-    return states.chosen[key]
+        states.shared[key] = ChosenTokens(first, located, cu_seqlens, values)
+    return states.shared[key]
 
 
 def pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query: Tensor, n_layers: int, device: torch.device) -> Tensor:
-    """States -> (B, `pooled_width`) float32, neither cut nor normalized."""
+    """States -> (B, `pooled_width`) float32, neither cut nor normalized; the same tensor for all rows of a sweep that need it."""
+    config = config._replace(mean_removed=None)  # which is taken out afterwards
+    if config not in states.shared:
+        states.shared[config] = _pool(states, batch, config, query, n_layers, device)
+    return states.shared[config]
+
+
+def _pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query: Tensor, n_layers: int, device: torch.device) -> Tensor:
     if config.pooling == "last+mean":
         parts = [pool(states, batch, config._replace(pooling=part), query, n_layers, device) for part in ("last", "mean")]
         return torch.cat([F.normalize(part, dim=-1) for part in parts], -1)
@@ -119,8 +126,11 @@ def pool(states: HiddenStates, batch: PackedBatch, config: PoolingConfig, query:
     if config.pooling == "last":
         return last_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "attention":
-        scores = states.attention.scores(scored_block(config.attention_layer, n_layers), *located)
-        return attention_pool(values, scores, cu_seqlens=cu_seqlens)[0].mean(1)
+        block = scored_block(config.attention_layer, n_layers)
+        key = block, config.scope, config.keep_bos  # whichever layers the values come from
+        if key not in states.shared:
+            states.shared[key] = states.attention.scores(block, *located)
+        return attention_mean_pool(values, states.shared[key], cu_seqlens=cu_seqlens)
     if config.pooling == "max":
         return max_pool(values, cu_seqlens=cu_seqlens)
     if config.pooling == "query":

@@ -11,7 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import pooling_kernels
-from pooling_kernels import attention_pool, last_pool, max_pool, mean_pool, query_pool
+from pooling_kernels import attention_mean_pool, attention_pool, last_pool, max_pool, mean_pool, query_pool
 
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -288,6 +288,21 @@ def test_ignored_tokens_leave_no_trace(kind, backend):
         assert results["gradient of values"][~kw["mask"]].eq(0).all()
         if kind in ("attention", "query"):
             assert results["output 1"][1].eq(-torch.inf).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layout", ["holes", "packed"])
+def test_the_mean_over_heads_is_that_of_attention_pooling(layout, backend):
+    inputs, kw = make_inputs((3, 0, 1, 7), 5, 3, layout, torch.float32)
+    inputs["scores"][-1] = -torch.inf  # of the last row, or its last token
+    results = []
+    for pooled in (lambda v, s: attention_mean_pool(v, s, **kw, backend=backend), lambda v, s: attention_pool(v, s, **kw)[0].mean(1)):
+        values, scores = (inputs[name].clone().requires_grad_() for name in ("values", "scores"))
+        out = pooled(values, scores)
+        out.square().sum().backward()
+        results.append((out, values.grad, scores.grad))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
