@@ -57,7 +57,7 @@ from evaluation.task_choice import BENCHMARK, TYPES, choose_tasks
 from evaluation.without_labels import compare_on_texts, read_unlabelled
 from files.arguments import layer, layer_range, share
 from files.console import InputError, process_rank, run_script, say
-from files.writing import check_writable, write_json
+from files.writing import check_writable, errors_of_writing, write_json
 from prompts import PROMPTS, get_prompt
 
 # flags of our encoder, which rows of sentence-transformers do not obey
@@ -247,7 +247,8 @@ def main(args: argparse.Namespace) -> None:
         for spec in args.model or []:  # before the first one is scored
             check_model(spec, args.trust_remote_code)
     for path in filter(None, (out, report)):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with errors_of_writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
     kept = KeptVectors([task.metadata.type for task in tasks]) if args.report else None
     if args.texts or args.facets:
         results = score_facets(args, labelled, failures) if args.facets else compare_on_texts(args, splits, failures, texts, kept)

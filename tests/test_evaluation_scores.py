@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 import statistics
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -69,6 +70,19 @@ def test_a_place_for_the_scores_is_refused_before_anything_is_scored(tmp_path, m
     with pytest.raises(InputError, match=rf"{tmp_path} may not be written to"):
         run("--model", "tiny", "--out", tmp_path / "new" / "r.json")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "r.json.partial"]
+
+
+def test_a_folder_that_the_system_does_not_make_is_one_line(tmp_path, monkeypatch):
+    path, mkdir = labelled(tmp_path / "mine.csv"), Path.mkdir
+
+    def refuse(folder, *args, **options):
+        if folder == tmp_path / "new":
+            raise PermissionError(13, "Permission denied")
+        mkdir(folder, *args, **options)
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # as in /proc, of which only the system knows that nothing can be made there
+    with pytest.raises(InputError, match=f"^{tmp_path}/new/r.json cannot be written: "):
+        run("--data", path, "--model", "tiny", "--out", tmp_path / "new" / "r.json")
 
 
 def test_scores_are_kept_when_a_later_row_fails(llama, tmp_path, capsys, monkeypatch):
