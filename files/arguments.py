@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 
 
 def probability(text: str) -> float:
@@ -25,8 +26,12 @@ def not_negative(text: str) -> float:
 
 
 def layer(text: str) -> int | str:
-    """A layer's number, or a share of the depth: the contract checks both."""
-    return text if text.endswith("%") else int(text)
+    """A layer's number, which the model checks, or a share of the depth."""
+    if not text.endswith("%"):
+        return int(text)
+    if not re.fullmatch(r"(100|[1-9]\d?)%", text):
+        raise argparse.ArgumentTypeError(f"{text} is no share of the depth: take 1% to 100%")
+    return text
 
 
 def layer_range(text: str) -> tuple[int | str, int | str] | None:

@@ -30,6 +30,7 @@ def test_axes_and_their_values():
         ("depth=1", "'depth=1' is not one of prompt=VALUES, pooling=VALUES"),
         ("pooling=", "is not one of"),
         ("pooling=mean,median", "pooling 'median': take of mean, last"),
+        ("layers=-1,200%", "^200% is no share of the depth: take 1% to 100%"),
         ("layers=last", "layers 'last': take numbers, shares such as 80%, or A..B"),
     ):
         with pytest.raises(argparse.ArgumentTypeError, match=message):
