@@ -10,7 +10,6 @@ Legend: B sequences of a batch, T tokens of its row, D hidden size, n tokens of 
 """
 
 import copy
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,9 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attention_analysis.received import for_each_text
+from attention_analysis.received import of_each_text
 from encoder.packing import PackedBatch
-from encoder.streaming import EncodingReport
 from files.console import InputError
 
 if TYPE_CHECKING:
@@ -29,18 +27,10 @@ if TYPE_CHECKING:
 SCALAR = "cosine of the text's vector and that of an empty text under the same prompt"
 
 
-def gradient_times_input(
-    encoder: "Encoder",
-    texts: Iterable[str],
-    role: str = "document",
-    *,
-    batch_tokens: int | None = None,
-    report: EncodingReport | None = None,
-) -> list[np.ndarray]:
+def gradient_times_input(encoder: "Encoder", texts: list[str], role: str = "document") -> list[np.ndarray]:
     """Gradient of `SCALAR` times the embedding of each token: float32 (n,) for each text, signed. A text without a token has (0,).
 
-    Raises InputError where an empty text has no token at all (neither BOS nor a prompt), under several prompts, and for a class of
-    models that is padded.
+    Raises InputError where an empty text has no token at all (neither BOS nor a prompt), and as `check_looked_at` does.
     """
     alone = copy.copy(encoder)
     alone.share_prefix = False  # the tokens of a prefix that texts share have no gradient of each text's own
@@ -65,4 +55,4 @@ def gradient_times_input(
         values = (gradient.float() * embeddings[0].detach().float()).sum(-1)[0, : len(batch.ids)]  # (T,): one sequence behind the other
         return [of_text.cpu().numpy() for of_text in values.split(batch.lengths.tolist())]
 
-    return list(for_each_text(alone, texts, role, compute, np.zeros(0, np.float32), batch_tokens, report, grad=True))
+    return of_each_text(alone, texts, role, compute, np.zeros(0, np.float32), grad=True)

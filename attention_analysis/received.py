@@ -12,7 +12,7 @@ Legend: B sequences of a batch, T tokens of its row, M tokens of its sequences, 
 K heads of keys, d numbers of a head, L layers.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,9 +21,9 @@ from torch import Tensor
 
 from encoder.contract import PoolingConfig
 from encoder.packing import PackedAttention, PackedBatch
-from encoder.runtime import memory_budget, to_device
-from encoder.streaming import EncodingReport, run_batch, tokenized_windows
-from files.console import InputError
+from encoder.runtime import to_device
+from encoder.streaming import computed_batches
+from encoder.token_attention import check_looked_at
 
 if TYPE_CHECKING:
     from encoder.encoder import Encoder
@@ -32,17 +32,10 @@ BLOCK = 2**21  # weights in memory at a time, 8 MiB in float32
 POOLING = [PoolingConfig("mean")]  # a forward pass has to be told one; its vectors are not made
 
 
-def received_attention(
-    encoder: "Encoder",
-    texts: Iterable[str],
-    role: str = "document",
-    *,
-    batch_tokens: int | None = None,
-    report: EncodingReport | None = None,
-) -> list[np.ndarray]:
+def received_attention(encoder: "Encoder", texts: list[str], role: str = "document") -> list[np.ndarray]:
     """What each token of each text receives: float32 (n, L, H), in the order given. A text without a token has (0, L, H).
 
-    Raises InputError under several prompts, and for a class of models whose attention cannot be read.
+    Raises InputError as `check_looked_at` does.
     """
     n_layers, n_heads = len(encoder.blocks), encoder.decoder.config.num_attention_heads
 
@@ -57,8 +50,7 @@ def received_attention(
         per_token = torch.stack([layers[i] for i in range(n_layers)], 1)
         return [of_text.numpy() for of_text in per_token.split(batch.lengths.tolist())]
 
-    empty = np.zeros((0, n_layers, n_heads), np.float32)
-    return list(for_each_text(encoder, texts, role, compute, empty, batch_tokens, report))
+    return of_each_text(encoder, texts, role, compute, np.zeros((0, n_layers, n_heads), np.float32))
 
 
 class Sequences:
@@ -133,31 +125,25 @@ def _block_sums(query: Tensor, key: Tensor, scale: float, visible: Tensor, weigh
         return torch.einsum("bkgqs,bq->bskg", attention, weights).flatten(2)
 
 
-def for_each_text(
+def of_each_text(
     encoder: "Encoder",
-    texts: Iterable[str],
+    texts: list[str],
     role: str,
     compute: Callable[[PackedBatch], list[np.ndarray]],
     empty: np.ndarray,
-    batch_tokens: int | None,
-    report: EncodingReport | None,
+    *,
+    batch_tokens: int | None = None,
     grad: bool = False,
-) -> Iterator[np.ndarray]:
+) -> list[np.ndarray]:
     """What `compute` returns for each text of a batch, in the order of the texts; `empty` for a text without a token.
 
     grad    whether `compute` needs gradients
+    Raises InputError as `check_looked_at` does.
     """
-    if len(encoder.contract.prompts_of(role)) > 1:
-        raise InputError("under several prompts a text has several sequences: take one prompt to look at its attention")
-    if not encoder.packed:
-        raise InputError(f"{type(encoder.decoder).__name__} does not let its attention be read: take a class that is packed")
-    report = EncodingReport() if report is None else report
-    budget = batch_tokens or memory_budget(encoder.decoder.config, encoder.dtype, encoder.device)
-    encoder.decoder.eval()
-    for tokenized in tokenized_windows(encoder, texts, role, report):
-        results: dict[int, np.ndarray] = {}
-        with torch.set_grad_enabled(grad):  # not across a yield: the caller's code would run under it
-            for rows in encoder.plan(tokenized, [i for i, ids in enumerate(tokenized.ids) if ids], budget):
-                for some_rows, values in run_batch(encoder, tokenized, rows, compute, report):
-                    results |= zip(some_rows, values, strict=True)
-        yield from (results.get(i, empty) for i in range(len(tokenized.ids)))
+    check_looked_at(encoder, role)
+    out = [empty] * len(texts)
+    with torch.set_grad_enabled(grad):
+        for n_before, _, rows, values in computed_batches(encoder, texts, role, compute, batch_tokens=batch_tokens):
+            for row, of_text in zip(rows, values, strict=True):
+                out[n_before + row] = of_text
+    return out

@@ -10,17 +10,15 @@ Legend: B sequences of a batch, T tokens of its row, S the longest sequence, n t
 of a head.
 """
 
-from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from attention_analysis.received import POOLING, Sequences, column_sums, for_each_text
+from attention_analysis.received import POOLING, Sequences, column_sums, of_each_text
 from encoder.packing import PackedAttention, PackedBatch
 from encoder.runtime import memory_budget
-from encoder.streaming import EncodingReport
 
 if TYPE_CHECKING:
     from encoder.encoder import Encoder
@@ -28,21 +26,12 @@ if TYPE_CHECKING:
 RESIDUAL = 0.5  # the residual connection's share in each layer, as in the paper
 
 
-def attention_rollout(
-    encoder: "Encoder",
-    texts: Iterable[str],
-    role: str = "document",
-    *,
-    batch_tokens: int | None = None,
-    report: EncodingReport | None = None,
-) -> list[np.ndarray]:
+def attention_rollout(encoder: "Encoder", texts: list[str], role: str = "document") -> list[np.ndarray]:
     """The last row of the rollout over all layers: float32 (n,) for each text, which sums to 1. A text without a token has (0,).
 
-    batch_tokens    of a batch (default: that of `encode`, divided by the layers)
-    Raises InputError under several prompts, and for a class of models whose attention cannot be read.
+    Raises InputError as `check_looked_at` does.
     """
     n_layers = len(encoder.blocks)
-    batch_tokens = batch_tokens or max(256, memory_budget(encoder.decoder.config, encoder.dtype, encoder.device) // n_layers)
 
     def compute(batch: PackedBatch) -> list[np.ndarray]:
         kept: dict[int, tuple[Tensor, Tensor, float, int | None, bool]] = {}
@@ -59,4 +48,6 @@ def attention_rollout(
             row = RESIDUAL * row + (1 - RESIDUAL) * attended
         return [of_text.numpy() for of_text in whole.flat(row).cpu().split(batch.lengths.tolist())]
 
-    return list(for_each_text(encoder, texts, role, compute, np.zeros(0, np.float32), batch_tokens, report))
+    # a batch holds the queries and keys of all layers
+    batch_tokens = max(256, memory_budget(encoder.decoder.config, encoder.dtype, encoder.device) // n_layers)
+    return of_each_text(encoder, texts, role, compute, np.zeros(0, np.float32), batch_tokens=batch_tokens)

@@ -33,7 +33,7 @@ def measure(
 
     n_layers, n_heads, n = len(encoder.blocks), encoder.decoder.config.num_attention_heads, len(CATEGORIES)
     by_layer, by_head = np.zeros((len(texts), n_layers, n), np.float32), np.zeros((n_layers, n_heads, n))
-    for batch in attention_rows(encoder, texts, role, report=report, done=progress.update):
+    for batch in attention_rows(encoder, texts, role, report=report):
         of_tokens = [
             categories.of_sequence(number, encoder.prompt_tokenizer.parts(len(ids), span)) + n * i
             for i, (number, ids, span) in enumerate(zip(batch.numbers, batch.ids, batch.spans, strict=True))
@@ -43,6 +43,7 @@ def measure(
         sums = sums.view(len(of_tokens), n, n_layers, n_heads).permute(0, 2, 3, 1)  # (B, L, H, C)
         by_layer[batch.numbers] = sums.mean(2).cpu().numpy()
         by_head += sums.double().sum(0).cpu().numpy()
+        progress.update(len(of_tokens))
     return by_layer, by_head / len(texts)
 
 

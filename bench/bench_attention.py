@@ -135,7 +135,7 @@ def speed(args: argparse.Namespace) -> None:
         encoder.encode(texts)
 
     def read() -> None:
-        for batch in attention_rows(encoder, texts):
+        for batch in attention_rows(encoder, texts, "document"):
             batch.weights.cpu()
 
     times: dict[str, list[float]] = {"encode": [], "read": []}

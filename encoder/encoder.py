@@ -559,14 +559,13 @@ class Encoder:
         role: str = "document",
         *,
         layers: Sequence[int] | None = None,
-        batch_tokens: int | None = None,
         report: EncodingReport | None = None,
     ) -> list[TokenAttention]:
         """What each text's last token attends to, in the order given. A text without a token has no weights.
 
         layers    1 for the first block to the number of blocks, -1 for the last; None: the last alone, and weights have no axis of layers
         """
-        out = last_token_attention(self, texts, role, layers=(-1,) if layers is None else layers, batch_tokens=batch_tokens, report=report)
+        out = last_token_attention(self, texts, role, (-1,) if layers is None else layers, report)
         return [text._replace(weights=text.weights[:, 0]) for text in out] if layers is None else out
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from encoder.packing import PackedBatch
-from encoder.runtime import empty_cache, is_out_of_memory
+from encoder.runtime import empty_cache, is_out_of_memory, memory_budget
 from encoder.tokenization import TokenizedTexts, check_list
 from files.console import InputError
 
@@ -73,6 +73,29 @@ def tokenized_windows(encoder: "Encoder", texts: Iterable[str], role: str, repor
                 tokenized, exhausted = upcoming.result()
         finally:
             closed = True
+
+
+def computed_batches(
+    encoder: "Encoder",
+    texts: Iterable[str],
+    role: str,
+    compute: Callable[[PackedBatch], Any],
+    report: EncodingReport | None = None,
+    batch_tokens: int | None = None,
+) -> Iterator[tuple[int, TokenizedTexts, list[int], Any]]:
+    """Every batch of texts that have a token, longest first within a window, with what `compute` returns for it.
+
+    Yields the number of texts before the window, the window, the batch's rows in it, and what was computed.
+    batch_tokens    of a batch (default: what memory has room for)
+    """
+    report = EncodingReport() if report is None else report
+    budget, n_before = batch_tokens or memory_budget(encoder.decoder.config, encoder.dtype, encoder.device), 0
+    encoder.decoder.eval()
+    for tokenized in tokenized_windows(encoder, texts, role, report):
+        for rows in encoder.plan(tokenized, tokenized.filled(), budget):
+            for some, values in run_batch(encoder, tokenized, rows, compute, report):
+                yield n_before, tokenized, some, values
+        n_before += len(tokenized.ids)
 
 
 def run_batch(

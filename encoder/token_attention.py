@@ -8,7 +8,7 @@ Legend: B sequences of a batch, M tokens of all of them with the shared prefix i
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from encoder.contract import PoolingConfig
 from encoder.packing import PackedAttention, PackedBatch
-from encoder.runtime import memory_budget, to_device
+from encoder.runtime import to_device
 from encoder.states import scored_block
-from encoder.streaming import EncodingReport, run_batch, tokenized_windows
+from encoder.streaming import EncodingReport, computed_batches
 from encoder.tokenization import check_list, readable_pieces
 from files.console import InputError
 
@@ -75,53 +75,38 @@ def softmax_rows(scores: Tensor, sequence: Tensor, n_sequences: int) -> Tensor:
     return weights / totals.float()[sequence]
 
 
+def check_looked_at(encoder: "Encoder", role: str) -> None:
+    """Raise InputError where a text has several sequences, and for a class of models whose attention cannot be read."""
+    if len(encoder.contract.prompts_of(role)) > 1:
+        raise InputError("under several prompts a text has several last tokens: take one prompt to look at its attention")
+    if not encoder.packed:
+        raise InputError(f"{type(encoder.decoder).__name__} does not let its attention be read: take a class that is packed")
+
+
 def attention_rows(
-    encoder: "Encoder",
-    texts: Iterable[str],
-    role: str = "document",
-    *,
-    layers: Sequence[int] | None = None,
-    batch_tokens: int | None = None,
-    report: EncodingReport | None = None,
-    done: Callable[[int], object] = lambda n: None,
+    encoder: "Encoder", texts: Iterable[str], role: str, layers: Sequence[int] | None = None, report: EncodingReport | None = None
 ) -> Iterator[AttentionRows]:
     """The rows of every text that has a token, a batch at a time, longest first within a window of texts.
 
     layers    as in contracts, 1 for the first block, -1 for the last; None: all
-    done      is called with the number of texts after every batch
-    Raises InputError for a layer that does not exist, under several prompts, and for a class whose attention cannot be read.
+    Raises InputError for a layer that does not exist, and as `check_looked_at` does.
     """
     blocks = range(len(encoder.blocks)) if layers is None else [scored_block(layer, len(encoder.blocks)) for layer in layers]
-    if len(encoder.contract.prompts_of(role)) > 1:
-        raise InputError("under several prompts a text has several last tokens: take one prompt to look at its attention")
-    report = EncodingReport() if report is None else report
-    budget = batch_tokens or memory_budget(encoder.decoder.config, encoder.dtype, encoder.device)
-    encoder.decoder.eval()
+    check_looked_at(encoder, role)
     compute = torch.no_grad()(lambda batch: read_rows(encoder, batch, blocks))
-    n_before = 0
-    for tokenized in tokenized_windows(encoder, texts, role, report):
-        for rows in encoder.plan(tokenized, tokenized.filled(), budget):
-            for some, weights in run_batch(encoder, tokenized, rows, compute, report):
-                ids, spans = ([values[i] for i in some] for values in (tokenized.ids, tokenized.spans))
-                yield AttentionRows([n_before + i for i in some], ids, spans, weights)
-                done(len(some))
-        n_before += len(tokenized.ids)
+    for n_before, tokenized, rows, weights in computed_batches(encoder, texts, role, compute, report):
+        ids, spans = ([values[i] for i in rows] for values in (tokenized.ids, tokenized.spans))
+        yield AttentionRows([n_before + i for i in rows], ids, spans, weights)
 
 
 def last_token_attention(
-    encoder: "Encoder",
-    texts: Iterable[str],
-    role: str = "document",
-    *,
-    layers: Sequence[int] | None = None,
-    batch_tokens: int | None = None,
-    report: EncodingReport | None = None,
+    encoder: "Encoder", texts: Iterable[str], role: str, layers: Sequence[int], report: EncodingReport | None
 ) -> list[TokenAttention]:
     """Pieces, parts and rows of every text, in the order given; see `attention_rows`. A text without a token has no weights."""
     texts, decode = list(check_list(texts)), encoder.tokenizer.decode
-    n_layers, n_heads = len(encoder.blocks) if layers is None else len(layers), encoder.decoder.config.num_attention_heads
-    out = [TokenAttention([], [], np.zeros((0, n_layers, n_heads), np.float32))] * len(texts)
-    for batch in attention_rows(encoder, texts, role, layers=layers, batch_tokens=batch_tokens, report=report):
+    empty = np.zeros((0, len(layers), encoder.decoder.config.num_attention_heads), np.float32)
+    out = [TokenAttention([], [], empty)] * len(texts)
+    for batch in attention_rows(encoder, texts, role, layers, report):
         of_each = batch.weights.cpu().split(list(map(len, batch.ids)))
         for number, ids, span, weights in zip(batch.numbers, batch.ids, batch.spans, of_each, strict=True):
             parts = encoder.prompt_tokenizer.parts(len(ids), span)
