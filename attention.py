@@ -244,10 +244,12 @@ def measure_corpus(args: argparse.Namespace, models: list[str], out: Path, setti
 
 
 def redraw(args: argparse.Namespace) -> None:
-    """Draw a folder again. Raises InputError for flags that have no say in that."""
-    unused = [name for name in ("model", "text", "input", "data", "column", "limit", "out") if getattr(args, name) is not None]
+    """Draw a folder again. Raises InputError for flags that have no say in that, so that none is thought to have had one."""
+    unset = vars(build_parser().parse_args([]))
+    unused = [name for name, value in vars(args).items() if name not in ("redraw", "pictures") and value != unset[name]]
     if unused:
-        raise InputError(f"--redraw draws what its folder holds: leave out {', '.join(f'--{name}' for name in unused)}")
+        names = ", ".join(f"--{name.replace('_', '-')}" for name in unused)
+        raise InputError(f"--redraw draws what its folder holds: leave out {names}")
     from attention_analysis.pictures import draw_folder
 
     say(f"{args.redraw}: {draw_folder(args.redraw, args.pictures)}")

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attention_analysis.drawing import COLOURS, INK, MARKERS, MUTED, NAMES, SHORT, differences, shades, write_on
+from attention_analysis.drawing import COLOURS, INK, MARKERS, MUTED, NAMES, SHORT, differences, shades, signless, write_on
 from attention_analysis.looking import Corpus
 from attention_analysis.text_pictures import head_grid, number_ticks
 
@@ -60,7 +60,7 @@ def draw_layers(corpus: Corpus, title: str) -> "Figure":
     from matplotlib.colors import Normalize
 
     first, last = corpus.ends
-    names = [first] if first == last else [first, last, f"{last} less {first}"]
+    names = [first] if first == last else [first, last, f"{last} less {first} in points"]
     wide, tall = 0.5 * len(corpus.categories(True)) + 1.4, max(1.5, min(0.28 * corpus.n_layers, 9))
     size = (max(6, len(names) * wide), 2 * tall + 3)
     figure, axes = plt.subplots(2, len(names), figsize=size, squeeze=False, layout="constrained")
@@ -115,7 +115,7 @@ def _interval(axis, row: dict, y: float, category: str, *, filled: bool) -> None
     colour, marker = COLOURS[category], "o" if filled else "s"
     axis.plot([low, high], [y, y], color=colour, linewidth=1.6, marker="|", markersize=7)
     axis.plot(mean, y, color=colour, marker=marker, markersize=6, markerfacecolor=colour if filled else "white")
-    line = f"{mean:+.1f} ({low:.1f} to {high:.1f})".replace("-", "\N{MINUS SIGN}")
+    line = f"{signless(f'{mean:+.1f}')} ({signless(f'{low:.1f}')} to {signless(f'{high:.1f}')})"
     axis.text(1.02, y, line, fontsize=7.5, va="center", transform=axis.get_yaxis_transform())
 
 
@@ -162,6 +162,7 @@ def draw_heads(corpus: Corpus, title: str) -> "Figure":
     """Layers x heads: mean share of the content words for the first and the last side, and the difference."""
     names = list(dict.fromkeys(corpus.ends))
     grids = np.stack([corpus.heads(side, "content") for side in names])
+    title = title.removesuffix(", mean over heads")  # that of the other pictures; here each head is by itself
     return head_grid(grids, names, f"{title}\nshare of the content words in the attention of each head, BOS included, in %")
 
 

@@ -96,6 +96,11 @@ def tick(share: float, _: int | None = None) -> str:
     return signless(f"{100 * share:.3g}") + " %"
 
 
+def points(difference: float, _: int | None = None) -> str:
+    """A difference of shares beside a scale, in points."""
+    return tick(difference).removesuffix(" %")
+
+
 def signless(number: str) -> str:
     """A number with a true minus sign, and none before a zero."""
     return number.lstrip("-") if not number.strip("-0.") else number.replace("-", "\N{MINUS SIGN}")

@@ -77,7 +77,7 @@ def note_on_intervals(n_runs: int) -> str:
     """Over what the intervals are. n_runs: 0 for a base alone."""
     if n_runs < 2:
         return "95 % intervals over texts only" + ": one run says nothing about another training" * n_runs
-    return f"95 % intervals over texts and over {n_runs} runs" + ", which are few: rough ones" * (n_runs < 5)
+    return f"95 % intervals over texts and over {n_runs} runs" + ", rough ones as the runs are few" * (n_runs < 5)
 
 
 def make_corpus(about: dict, by_layer: np.ndarray, by_head: np.ndarray) -> StoredCorpus:

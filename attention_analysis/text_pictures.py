@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from attention_analysis.drawing import COLOURS, NAMES, differences, legend_of, percent, present, shades, tick, write_on
+from attention_analysis.drawing import COLOURS, MUTED, NAMES, differences, legend_of, percent, points, present, shades, tick, write_on
 from attention_analysis.fonts import Fonts
 from attention_analysis.looking import Text
 from attention_analysis.stored import OF_TEXT
@@ -30,7 +30,12 @@ def cut_middle(text: Text, most: int) -> tuple[Text, int]:
 
 
 def left_out(n: int) -> str:
-    return f"\n{n:,} tokens in the middle are left out here, not in attention.json" if n else ""
+    return f"\n{n:,} tokens in the middle, at the dashed line, are left out here, not in attention.json" if n else ""
+
+
+def mark_cut(axis, place: int) -> None:
+    """A dashed line before the token at this place of the axis, where others were left out."""
+    axis.axvline(place - 0.5, color=MUTED, linewidth=1, linestyle="--")
 
 
 def share_line(shares: dict[str, dict[str, float]], side: str) -> str:
@@ -83,9 +88,13 @@ def _bars(text: Text, title: str, titles: list[str], fonts: Fonts) -> "Figure":
         row, side = rows[number // n_sides], number % n_sides
         axis.bar(range(len(row)), weights[side, row], color=[COLOURS[text.tokens[i]["category"]] for i in row])
         axis.set(xlim=(-0.6, per_row - 0.4), ylim=(0, top), ylabel=fonts.drawable(text.sides[side]))
+        axis.yaxis.set_major_formatter(tick)
+        axis.tick_params(axis="y", labelsize=8)
         for place, i in enumerate(row):
             if weights[side, i] > top:
-                axis.annotate(f"{weights[side, i]:.2f}", (place + 0.5, 0.85 * top), fontsize=7)
+                axis.annotate(percent(weights[side, i]), (place + 0.5, 0.85 * top), fontsize=7)
+        if n_left_out and n_tokens // 2 in row:
+            mark_cut(axis, row.index(n_tokens // 2))
         if number < n_sides:
             axis.set_title(titles[side], fontsize=9, loc="left")
         labels = [fonts.label(text.tokens[i]["piece"]) for i in row] if side == n_sides - 1 else []
@@ -124,7 +133,7 @@ def draw_layers(text: Text, title: str, fonts: Fonts) -> "Figure":
     names = list(text.sides)
     if len(maps) > 1:
         scales.append(_difference_scale(maps[-1] - maps[0], text.categories))
-        maps, names = np.concatenate([maps, maps[-1:] - maps[:1]]), [*names, f"{names[-1]} less {names[0]}"]
+        maps, names = np.concatenate([maps, maps[-1:] - maps[:1]]), [*names, f"{names[-1]} less {names[0]}, in points"]
     tall = max(1.1, min(0.2 * n_layers, 6))
     size = (max(9, 0.17 * n_tokens + 2), len(maps) * (tall + 0.3) + 2.1)
     heights = [0.12, *[tall] * len(maps)]
@@ -136,9 +145,11 @@ def draw_layers(text: Text, title: str, fonts: Fonts) -> "Figure":
         axis.set_ylabel("layer", fontsize=8)
         number_ticks(axis.yaxis, n_layers)
         axis.set_xticks([])
+        if n_left_out:
+            mark_cut(axis, n_tokens // 2)
         beyond = values.min(initial=0) < norm.vmin, values.max(initial=0) > norm.vmax
         ends = {(False, False): "neither", (True, False): "min", (False, True): "max", (True, True): "both"}
-        bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=12, format=tick, extend=ends[beyond])
+        bar = figure.colorbar(image, ax=axis, pad=0.01, aspect=12, format=points if norm.vmin else tick, extend=ends[beyond])
         bar.ax.tick_params(labelsize=7)
     labels = [fonts.label(token["piece"]) for token in text.tokens]
     axes[-1, 0].set_xticks(range(n_tokens), labels, rotation=90, fontsize=7)
@@ -192,7 +203,7 @@ def head_grid(grids: np.ndarray, names: list[str], title: str) -> "Figure":
     if len(grids) > 1:
         less = grids[-1] - grids[0]
         most = float(np.abs(less).max()) or 1
-        panels.append((less, f"{names[-1]} less {names[0]}", differences(), Normalize(-most, most)))
+        panels.append((less, f"{names[-1]} less {names[0]}, in points", differences(), Normalize(-most, most)))
     wide, tall = max(2.6, min(0.42 * n_heads, 8)), max(1.8, min(0.34 * n_layers, 9))
     size = (max(9, len(panels) * (wide + 0.9)), tall + 1.4)
     figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False, layout="constrained")
@@ -204,7 +215,7 @@ def head_grid(grids: np.ndarray, names: list[str], title: str) -> "Figure":
         number_ticks(axis.xaxis, n_heads)
         number_ticks(axis.yaxis, n_layers)
         write_on(axis, values, colours, norm)
-        bar = figure.colorbar(image, ax=axis, pad=0.02, format=tick)
+        bar = figure.colorbar(image, ax=axis, pad=0.02, format=points if norm.vmin else tick)
         bar.ax.tick_params(labelsize=7)
     figure.suptitle(title, fontsize=9, x=0.01, ha="left")
     return figure

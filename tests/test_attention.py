@@ -234,7 +234,7 @@ def test_shares_over_a_corpus_and_seeds(llama, tmp_path, corpus, capsys, monkeyp
     monkeypatch.setattr("attention_analysis.pictures.draw_corpus", lambda folder: drawn.append(kind_of(folder)) or 5)
     run("--model", *runs, "--data", corpus, "--out", out)
     printed = capsys.readouterr().out
-    assert "95 % intervals over texts and over 2 runs, which are few: rough ones" in printed
+    assert "95 % intervals over texts and over 2 runs, rough ones as the runs are few" in printed
     for layer in ("last layer (3)", "mean over layers"):
         for tokens in ("all tokens", "BOS left out, the rest renormalized"):
             assert f"{layer}, {tokens}" in printed

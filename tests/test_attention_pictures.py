@@ -14,6 +14,7 @@ from matplotlib import font_manager
 import attention
 from attention_analysis import pictures
 from attention_analysis.corpus_pictures import draw_differences, draw_layers, draw_training
+from attention_analysis.corpus_pictures import draw_heads as draw_corpus_heads
 from attention_analysis.drawing import COLOURS, percent, style
 from attention_analysis.fonts import Fonts, choose_fonts
 from attention_analysis.looking import Text, corpus_of, spread, text_of
@@ -130,14 +131,18 @@ def test_long_texts_are_drawn_in_rows_of_bars():
         labels = [tick.get_text() for axis in figure.axes for tick in axis.get_xticklabels()]
         assert len(figure.axes) == 2 * rows
         assert len(labels) == min(n, 480) and labels[0] == "<s>" and labels[-1] == ":"
-        assert ("1,520 tokens in the middle are left out here" in figure.get_suptitle()) == (n == 2000)
+        assert ("1,520 tokens in the middle, at the dashed line, are left out" in figure.get_suptitle()) == (n == 2000)
+        marked = {number: line.get_xdata()[0] for number, axis in enumerate(figure.axes) for line in axis.lines}
+        assert marked == ({8: -0.5, 9: -0.5} if n == 2000 else {})  # before the fifth of eight rows of 60
         plt.close(figure)
 
 
 def test_a_bar_of_bos_does_not_hide_the_others():
     figure = draw_bars(text(sentence()[:3], [[0.96, 0.02, 0.02]], ("base",)), "title", FONTS)
     (panel,) = figure.axes
-    assert panel.get_ylim()[1] == pytest.approx(0.022) and [note.get_text() for note in panel.texts] == ["0.96"]
+    assert panel.get_ylim()[1] == pytest.approx(0.022) and [note.get_text() for note in panel.texts] == ["96 %"]
+    figure.draw_without_rendering()
+    assert [label.get_text() for label in panel.get_yticklabels()][:3] == ["0 %", "0.25 %", "0.5 %"]
 
 
 def test_the_picture_of_training_has_the_weights_of_the_softmax_over_all_tokens_but_no_bos():
@@ -164,7 +169,11 @@ def test_layers_and_tokens_and_their_difference(tmp_path):
     np.testing.assert_allclose(less, adapter - base, atol=1e-7)
     assert [tick.get_text() for tick in figure.axes[1].get_yticklabels()] == ["1", "2", "3"]
     cut = draw_text_layers(text(long_text(2000)), "title", FONTS)
-    assert "1,880 tokens in the middle are left out here" in cut.get_suptitle() and cut.axes[1].images[0].get_array().shape == (1, 120)
+    assert "1,880 tokens in the middle, at the dashed line" in cut.get_suptitle() and cut.axes[1].images[0].get_array().shape == (1, 120)
+    assert [axis.lines[0].get_xdata()[0] for axis in cut.axes[1:4]] == [59.5] * 3 and not figure.axes[1].lines
+    assert figure.axes[3].get_title(loc="left") == "adapter less base, in points"
+    scales = [[tick.get_text() for tick in axis.get_yticklabels()] for axis in figure.axes[4:]]
+    assert all("%" in mark for scale in scales[:2] for mark in scale) and not any("%" in mark for mark in scales[2])
 
 
 def test_heads_show_the_share_of_the_content_words(tmp_path):
@@ -268,6 +277,13 @@ def test_layers_and_categories_of_a_corpus(tmp_path):
     assert panels[4].images[0].get_array()[0, 2] == pytest.approx(corpus.shares["adapter", 1, "content", False]["mean"])
 
 
+def test_heads_of_a_corpus_are_no_mean_over_heads(tmp_path):
+    title = "texts\nattention of the last token: softmax over all tokens of the sequence, mean over heads"
+    figure = draw_corpus_heads(corpus_of(make_corpus(tmp_path / "out")), title)
+    assert "share of the content words in the attention of each head" in figure.get_suptitle()
+    assert "mean over heads" not in figure.get_suptitle()
+
+
 def test_a_damaged_folder_is_refused(tmp_path):
     make_texts(tmp_path / "out", [sentence()])
     (tmp_path / "out" / "attention.npz").write_bytes(b"PK")
@@ -295,6 +311,7 @@ def test_redraw_refuses_what_it_cannot_draw(tmp_path):
         (("--redraw", tmp_path), "holds neither attention.json nor shares.json: name a folder that attention.py wrote"),
         (("--redraw", tmp_path / "nothing"), "holds neither"),
         (("--redraw", tmp_path, "--model", "tiny", "--out", "a"), "--redraw draws what its folder holds: leave out --model, --out"),
+        (("--redraw", tmp_path, "--also", "rollout", "--v-measure", "--mask-layers", 1, 2), "leave out --also, --v-measure, --mask-layers"),
     ):
         with pytest.raises(InputError, match=message):
             run(*flags)
