@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from attention_analysis.categories import Categories
+from attention_analysis.sides import reads_last_token
 from attention_analysis.stored import CATEGORIES, HIDEABLE
 from encoder.attention_masks import Hides, hiding
 from evaluation.differences import Difference, aligned, difference, show
@@ -83,9 +84,9 @@ def check_intervention(encoder: "Encoder", names: Iterable[str], role: str = "do
             raise InputError(f"--mask {name}: take one or more of {', '.join(HIDEABLE)}")
     if len(encoder.contract.prompts_of(role)) > 1:
         raise InputError("--mask: under several prompts a text has several last tokens, take one prompt")
-    if encoder.contract.pooling not in ("last", "last+mean"):
-        pooling = encoder.contract.pooling
-        raise InputError(f"--mask hides tokens from the last token, but pooling {pooling} reads others as well: take one of pooling last")
+    if not reads_last_token(encoder.contract):
+        ways = f"pooling {encoder.contract.pooling}, scope {encoder.contract.scope}"
+        raise InputError(f"--mask hides tokens from the sequence's last, but {ways} reads others: take one of pooling last, scope all")
 
 
 def costs(

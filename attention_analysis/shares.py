@@ -9,7 +9,7 @@ import numpy as np
 
 from attention_analysis.categories import Categories, categorize
 from attention_analysis.intervals import share_rows
-from attention_analysis.sides import Side, load_sides, seed_of
+from attention_analysis.sides import Side, load_sides, seed_of, warn_of_pooling
 from attention_analysis.stored import CATEGORIES, StoredCorpus
 from files.console import Progress
 from prompts import prompt_label
@@ -66,7 +66,7 @@ def measure_sides(
             name = side.name if side.run is None else f"{side.run}, {side.name}"
             known = {"seed": seed_of(side.run) if side.run else None, "step": side.step, "fingerprint": encoder.fingerprint}
             models.append({"name": name, "run": side.run, "side": side.name} | known)
-            warnings += [*encoder.notes, *report.warnings()]
+            warnings += [*encoder.notes, *warn_of_pooling(encoder.contract), *report.warnings()]
             del encoder  # before the next one is loaded
     n_layers, n_heads = measured[0][1].shape[:2]
     about = {"prompt": prompt, "role": role, "how": categories.how, "layers": n_layers, "heads": n_heads, "models": models}

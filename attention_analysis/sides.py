@@ -82,6 +82,21 @@ def common_sides(models: list[str]) -> tuple[list[Side], list[str]]:
     return [of_each[0][0], *(side for sides in of_each for side in sides[1:] if side.name in common)], left_out
 
 
+def reads_last_token(contract: Contract) -> bool:
+    """Whether a vector, or half of it, is the state of its sequence's last token."""
+    return contract.pooling in ("last", "last+mean") and contract.scope == "all"
+
+
+def warn_of_pooling(contract: Contract) -> list[str]:
+    """A line where the last token's attention is not what vectors are made of: a reader would take one for the other."""
+    if reads_last_token(contract) or contract.pooling == "attention":
+        return []
+    vectors = f"vectors of pooling {contract.pooling}, scope {contract.scope}"
+    return [
+        f"{vectors}, are not read from the sequence's last token, whose attention this is: for means see --also received, on single texts"
+    ]
+
+
 def load_sides(sides: list[Side], **settings) -> Iterator[tuple[Side, "Encoder"]]:
     """Each side with its encoder, loaded one at a time. settings: of `Encoder.load`."""
     from encoder import Encoder

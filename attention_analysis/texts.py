@@ -6,7 +6,7 @@ import numpy as np
 
 from attention_analysis.categories import categorize
 from attention_analysis.opinions import second_opinions
-from attention_analysis.sides import Side, load_sides
+from attention_analysis.sides import Side, load_sides, warn_of_pooling
 from attention_analysis.stored import ALSO, CATEGORIES, StoredTexts, without_bos
 from files.console import InputError
 from prompts import prompt_label
@@ -41,7 +41,7 @@ def look(
         weights.append(np.concatenate([row.weights for row in rows]))
         opinions.append(second_opinions(encoder, texts, role, also))
         described.append({"name": side.name, "step": side.step, "fingerprint": encoder.fingerprint})
-        warnings += [*encoder.notes, *report.warnings()]
+        warnings += [*encoder.notes, *warn_of_pooling(encoder.contract), *report.warnings()]
         prompt = prompt_label(encoder.contract.prompts)
         del encoder  # before the next one is loaded
     stacked = np.stack(weights)  # (S, T, L, H)

@@ -138,13 +138,23 @@ def test_an_untuned_base_has_one_side(llama, tmp_path):
 
 
 def test_a_truncated_text_is_counted_once_for_both_sides(llama, tmp_path, capsys):
-    model = make_run(llama, tmp_path / "mine", max_tokens=5)
+    model = make_run(llama, tmp_path / "mine", max_tokens=5, pooling="last")
     run("--model", model, "--text", "a cat " * 9, "--pictures", 0, "--out", tmp_path / "out")
     assert capsys.readouterr().err == "warning: 1 texts were truncated to 5 tokens\n"
 
 
+def test_vectors_that_are_not_read_from_the_last_token_are_named(llama, tmp_path, corpus, capsys, monkeypatch):
+    monkeypatch.setattr("attention_analysis.pictures.draw_corpus", lambda _: 0)
+    for name, contract in (("mean", {"pooling": "mean"}), ("inside", {"pooling": "last", "scope": "text"}), ("last", {"pooling": "last"})):
+        model = make_run(llama, tmp_path / name, prompt="cluster", **contract)
+        for i, flags in enumerate((("--text", "a", "--pictures", 0), ("--data", corpus))):
+            run("--model", model, *flags, "--out", tmp_path / f"{name}-{i}")
+            warned = capsys.readouterr().err
+            assert ("are not read from the sequence's last token, whose attention this is" in warned) == (name != "last")
+
+
 def test_a_run_that_was_changed_after_training_is_looked_at_with_a_warning(llama, tmp_path, capsys):
-    model = make_run(llama, tmp_path / "mine")
+    model = make_run(llama, tmp_path / "mine", pooling="last")
     (tmp_path / "mine" / "summary.json").write_text('{"fingerprint": "0123456789abcdef"}')
     run("--model", model, "--text", "a", "--pictures", 0, "--out", tmp_path / "out")
     (line,) = capsys.readouterr().err.splitlines()

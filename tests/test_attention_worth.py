@@ -85,7 +85,7 @@ def test_bad_input(llama, tmp_path, labelled):
         (("--data", labelled, "--mask", "bos", "--mask-layers", 2, 9), "this model has layers 1 to 3"),
         (("--data", bare, "--v-measure"), "need columns text,label"),
         (("--data", one, "--v-measure"), "V-measure needs two labels or more, and fewer than texts; 30 texts have 1"),
-        (("--data", labelled, "--mask", "bos", "--model", mean), "pooling mean reads others as well"),
+        (("--data", labelled, "--mask", "bos", "--model", mean), "pooling mean, scope text reads others: take one of pooling last"),
     ):
         with pytest.raises(InputError, match=message):
             run("--model", llama, "--out", tmp_path / "out", *flags)

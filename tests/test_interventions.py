@@ -82,8 +82,9 @@ def test_what_cannot_be_hidden_is_refused(llama):
     encoder = Encoder.load(llama, prompt="cluster", pooling="last")
     with pytest.raises(InputError, match="--mask verbs: take one or more of bos, prefix"):
         costs(encoder, ["a"], ["x"], [["content"]], ["verbs"])
-    with pytest.raises(InputError, match="pooling mean reads others as well"):
-        costs(encoder.with_contract(pooling="mean"), ["a"], ["x"], [["content"]], ["content"])
+    for changes in ({"pooling": "mean"}, {"scope": "text"}):  # of the latter the text's last token is read, and would lose nothing
+        with pytest.raises(InputError, match="reads others: take one of pooling last, scope all"):
+            costs(encoder.with_contract(**changes), ["a"], ["x"], [["content"]], ["content"])
     with pytest.raises(InputError, match="take one prompt"):
         costs(Encoder.load(llama, prompt="cluster || classify", pooling="last"), ["a"], ["x"], [["content"]], ["content"])
 
