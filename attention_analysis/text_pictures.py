@@ -175,9 +175,9 @@ def _strip(axis, categories: list[str]) -> None:
 
 
 def number_ticks(axis, n: int) -> None:
-    """Ticks from 1 to n, at most a dozen, the last among them."""
+    """Ticks from 1 to n, a dozen or so, the last among them and none crowded against it."""
     step = -(-n // 12)
-    places = sorted({*range(0, n, step), n - 1}) if n % step == 1 or step == 1 else [*range(0, n - step // 2, step), n - 1]
+    places = [*range(0, n - 1 - step // 2, step), n - 1]
     axis.set_ticks(places, [str(place + 1) for place in places], fontsize=8)
 
 

@@ -18,7 +18,7 @@ from attention_analysis.corpus_pictures import draw_heads as draw_corpus_heads
 from attention_analysis.drawing import COLOURS, percent, style
 from attention_analysis.fonts import Fonts, choose_fonts
 from attention_analysis.looking import Text, corpus_of, spread, text_of
-from attention_analysis.text_pictures import draw_bars, draw_heads
+from attention_analysis.text_pictures import draw_bars, draw_heads, number_ticks
 from attention_analysis.text_pictures import draw_layers as draw_text_layers
 from attention_analysis.text_pictures import draw_training as draw_text_training
 from attention_analysis.word_pictures import MOST_LINES, Shaded, cut_lines, draw_words, layout
@@ -174,6 +174,16 @@ def test_layers_and_tokens_and_their_difference(tmp_path):
     assert figure.axes[3].get_title(loc="left") == "adapter less base, in points"
     scales = [[tick.get_text() for tick in axis.get_yticklabels()] for axis in figure.axes[4:]]
     assert all("%" in mark for scale in scales[:2] for mark in scale) and not any("%" in mark for mark in scales[2])
+
+
+def test_layers_are_numbered_at_a_distance():
+    axis = plt.subplots()[1].yaxis
+    for n in (1, 2, 5, 12, 13, 24, 28, 32, 36, 80):
+        number_ticks(axis, n)
+        numbers = [int(label.get_text()) for label in axis.get_ticklabels()]
+        assert numbers[-1] == n and numbers[0] == 1 and len(numbers) <= 13
+        assert min(np.diff(numbers), default=1) >= -(-n // 12) / 2 and (n > 12 or numbers == list(range(1, n + 1)))
+        assert n < 13 or min(np.diff(numbers)) > 1
 
 
 def test_heads_show_the_share_of_the_content_words(tmp_path):
