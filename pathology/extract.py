@@ -24,18 +24,23 @@ import numpy as np
 
 from files.arguments import positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
-from files.writing import WriteError, errors_of_writing, write_json
+from files.writing import WriteError
 from pathology.files import (
+    TILES_SUMMARY,
     Batches,
     Tiles,
+    check_sources,
     h5_files,
     open_h5,
     read_features,
     read_json_object,
     read_tiles,
     require,
+    reserve,
     say_totals,
+    source_of,
     write_features,
+    write_summary,
 )
 from pathology.models import PRESETS, find_model
 from pathology.slides import SlideReader, batches, geometry
@@ -152,13 +157,13 @@ def extract_slide(model: "PatchModel", path: Path, out: Path, args: argparse.Nam
     return {"tiles": len(features), "damaged": damaged}
 
 
-def finished(path: Path, fingerprint: str) -> dict | None:
-    """The entry of a slide whose features an earlier call has written; None where there are none of this model."""
+def finished(path: Path, fingerprint: str, slide: Path | None) -> dict | None:
+    """The entry of a slide whose features an earlier call has written; None where there are none of it by this model."""
     try:
         features = read_features(path)
     except InputError:
         return None
-    if features.attributes["fingerprint"] != fingerprint:
+    if features.attributes["fingerprint"] != fingerprint or (slide and Path(features.attributes["slide"]).resolve() != slide.resolve()):
         return None
     return {"tiles": len(features.features), "damaged": int(features.attributes.get("damaged", 0))}
 
@@ -181,46 +186,41 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def reserve(out: Path, arguments: dict) -> None:
-    """Make the folder, and write down with what model. Raises InputError where it holds other features, or other things."""
-    before = read_json_object(out / SUMMARY)
-    if before is not None and before.get("arguments") != arguments:
-        if any(out.glob("*.h5")):
-            raise InputError(f"{out} holds features that were made with {before.get('arguments')}: choose another --out, or give the same")
-        before = None
-    elif before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already and holds no {SUMMARY}: choose another --out")
-    if before is None:
-        with errors_of_writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SUMMARY, {"arguments": arguments, "slides": {}, "skipped": {}})
+def tile_arguments(tiles: Path) -> dict | None:
+    """What the tiles of a folder, or of the folder of a file, were cut by; None where tile.py left no note of it there."""
+    summary = read_json_object((tiles if tiles.is_dir() else tiles.parent) / TILES_SUMMARY)
+    return summary and summary.get("arguments")
 
 
 def main(args: argparse.Namespace) -> None:
     require("h5py")
     find_model(args.model, args.revision)
     paths = h5_files(args.tiles, "tiles")
+    slides = {path.stem: slide for path in paths if (slide := source_of(path))}
+    check_sources(args.out, slides)
     from pathology.models import load_model
 
     model = load_model(args.model, args.revision, args.device, args.dtype, args.seed)
     dtype = str(model.dtype).removeprefix("torch.")
     # on what the numbers depend: a batch of another size may round in another way
     arguments = {"model": args.model, "fingerprint": model.fingerprint, "dtype": dtype, "batch_size": args.batch_size}
-    reserve(args.out, arguments)
+    arguments["tiles"] = tile_arguments(args.tiles)
+    reserve(args.out, SUMMARY, arguments)
     say(f"{args.model}: {model.dim} numbers a tile, {model.rule} at {model.input_size} pixels, {dtype} on {model.device.type}")
     done: dict[str, dict] = {}
     skipped: dict[str, str] = {}
     with Progress(len(paths), "features", "slide") as progress:
         for path in paths:
             try:
-                done[path.stem] = finished(args.out / path.name, model.fingerprint) or extract_slide(model, path, args.out, args)
+                entry = finished(args.out / path.name, model.fingerprint, slides.get(path.stem))
+                done[path.stem] = entry or extract_slide(model, path, args.out, args)
             except WriteError:  # the disk is full: no other slide would do better
                 raise
             except InputError as error:
                 skipped[path.stem] = str(error)
                 warn(f"{path.stem} is skipped: {error}")
             progress.update(note=f"{sum(entry['tiles'] for entry in done.values()):,} tiles")
-    write_json(args.out / SUMMARY, {"arguments": arguments, "dim": model.dim, "slides": done, "skipped": skipped})
+    write_summary(args.out, SUMMARY, arguments, done, skipped)
     say_totals(args.out, "features", done, skipped)
 
 

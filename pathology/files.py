@@ -7,7 +7,7 @@
     tiles/tiles.json        {"arguments", "slides": {name: {"tiles", ...}}, "skipped": {name: reason}}
     feats/SLIDE.h5          features (N, D) float32 or float16, coords (N, 2) int32
                             attributes: model, fingerprint, and those of the tiles
-    feats/features.json     {"arguments", "model", "slides": {name: {"tiles", "damaged"}}, "skipped": {name: reason}}
+    feats/features.json     {"arguments", "slides": {name: {"tiles", "damaged"}}, "skipped": {name: reason}}
     labels.csv              columns slide, label, patient and, where there is an external cohort, cohort
 
 SLIDE is the slide's file name without its last suffix. Every file is complete or absent. The same content gives the same bytes.
@@ -27,11 +27,12 @@ import numpy as np
 
 from files.console import InputError, say
 from files.reading import as_label, column_names, read_column, read_rows
-from files.writing import write_atomic
+from files.writing import errors_of_writing, write_atomic, write_json
 
 if TYPE_CHECKING:
     import h5py
 
+TILES_SUMMARY = "tiles.json"
 REQUIREMENTS = "pathology/requirements.txt"
 # of a file of tiles. slide: its path. mpp: micrometres per pixel of a tile; size: pixels of its edge at mpp; size_level0: the same edge in
 # pixels of level 0; width, height: of level 0; mpp_level0: micrometres per pixel there
@@ -264,6 +265,52 @@ def h5_files(folder: Path, what: str) -> list[Path]:
     if not paths:
         raise InputError(f"{folder} holds no {what} (SLIDE.h5)")
     return paths
+
+
+def reserve(out: Path, summary: str, arguments: dict) -> None:
+    """Make a folder of tiles or features, and write down in `summary` with what arguments; a call with the same ones goes on.
+
+    Raises InputError where it holds files that were made with others, or other things.
+    """
+    before = read_json_object(out / summary)
+    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InputError(f"{out} exists already and holds no {summary}: choose another --out")
+    earlier = before and before.get("arguments")
+    if before is not None and earlier == arguments:
+        return
+    if before is not None and any(out.glob("*.h5")):  # where nothing came of them the arguments may be corrected
+        earlier = earlier if isinstance(earlier, dict) else {}
+        names = [name for name in {**arguments, **earlier} if arguments.get(name) != earlier.get(name)]
+        differing = ", ".join(f"{name} {earlier.get(name)}, not {arguments.get(name)}" for name in names)
+        raise InputError(f"{out} was made with other arguments ({differing}): choose another --out, or give the same")
+    with errors_of_writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+    write_json(out / summary, {"arguments": arguments, "slides": {}, "skipped": {}})
+
+
+def source_of(path: Path) -> Path | None:
+    """The slide that a file of tiles or features was made from; None where the file is missing or damaged."""
+    try:
+        with open_h5(path) as file:
+            return Path(file.attrs["slide"])
+    except InputError:
+        return None
+
+
+def check_sources(out: Path, slides: dict[str, Path]) -> None:
+    """Raise InputError where out/SLIDE.h5 was made from another slide of that name: it would be taken for finished."""
+    for name, slide in slides.items():
+        source = source_of(out / f"{name}.h5")
+        if source and source.exists() and source.resolve() != slide.resolve():
+            raise InputError(f"{out / name}.h5 was made from {source}, not from {slide}: rename one of the two, or choose another --out")
+
+
+def write_summary(out: Path, summary: str, arguments: dict, done: dict[str, dict], skipped: dict[str, str]) -> None:
+    """Write tiles.json or features.json; slides of earlier calls with the same arguments stay in it."""
+    earlier = read_json_object(out / summary) or {}
+    slides = {name: entry for name, entry in earlier.get("slides", {}).items() if (out / f"{name}.h5").is_file()} | done
+    reasons = {name: reason for name, reason in (earlier.get("skipped", {}) | skipped).items() if name not in slides}
+    write_json(out / summary, {"arguments": arguments, "slides": dict(sorted(slides.items())), "skipped": dict(sorted(reasons.items()))})
 
 
 def say_totals(out: Path, what: str, done: dict[str, dict], skipped: dict[str, str]) -> None:

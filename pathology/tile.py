@@ -22,13 +22,24 @@ import numpy as np
 
 from files.arguments import positive_int, share
 from files.console import InputError, Progress, run_script, warn
-from files.writing import WriteError, errors_of_writing, write_atomic, write_json
-from pathology.files import SLIDE_SUFFIXES, Batches, read_json_object, read_tiles, require, say_totals, slide_name, write_tiles
+from files.writing import WriteError, write_atomic
+from pathology.files import (
+    SLIDE_SUFFIXES,
+    TILES_SUMMARY,
+    Batches,
+    check_sources,
+    read_tiles,
+    require,
+    reserve,
+    say_totals,
+    slide_name,
+    write_summary,
+    write_tiles,
+)
 from pathology.slides import COARSEST_MPP, FINEST_MPP, Geometry, SlideReader, batches, geometry, grid, resolution, thumbnail_factor
 from pathology.stains import REFERENCE, Stains, conversion, estimate, normalise, read_reference
 from pathology.tissue import tissue_mask, tissue_share
 
-SUMMARY = "tiles.json"
 BATCH = 32  # tiles written at once
 STAIN_TILES = 32  # tiles, evenly spread, that a slide's stains are estimated from
 
@@ -99,11 +110,13 @@ def tile_slide(path: Path, out: Path, args: argparse.Namespace, reference: Stain
     return {"tiles": len(coords) - damaged, "damaged": damaged, "mpp_level0": mpp_level0}
 
 
-def finished(path: Path) -> dict | None:
-    """The entry of a slide whose tiles an earlier call has written; None where there are none that can be read."""
+def finished(path: Path, slide: Path) -> dict | None:
+    """The entry of a slide whose tiles an earlier call has written; None where there are none of it that can be read."""
     try:
         tiles = read_tiles(path)
     except InputError:
+        return None
+    if Path(tiles.attributes["slide"]).resolve() != slide.resolve():  # the slide was moved: extract.py would look for it in vain
         return None
     return {"tiles": len(tiles.coords), "damaged": tiles.attributes.get("damaged", 0), "mpp_level0": tiles.attributes["mpp_level0"]}
 
@@ -140,23 +153,6 @@ def mpp(text: str) -> float:
     return value
 
 
-def reserve(out: Path, arguments: dict) -> None:
-    """Make the folder, and write down with what arguments. Raises InputError where it was made with others, or holds other things."""
-    before = read_json_object(out / SUMMARY)
-    if before is not None and before.get("arguments") != arguments and not any(out.glob("*.h5")):
-        before = {"arguments": arguments}  # nothing came of them: the arguments may be corrected
-        write_json(out / SUMMARY, before | {"slides": {}, "skipped": {}})
-    if before is not None and before.get("arguments") != arguments:
-        other = {key: value for key, value in before.get("arguments", {}).items() if arguments.get(key) != value}
-        raise InputError(f"{out} was made with other arguments ({other}): choose another --out, or give the same")
-    if before is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already and holds no {SUMMARY}: choose another --out")
-    if before is None:
-        with errors_of_writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-        write_json(out / SUMMARY, {"arguments": arguments, "slides": {}, "skipped": {}})
-
-
 def main(args: argparse.Namespace) -> None:
     for module in ("openslide", "h5py", "imagecodecs"):
         require(module)
@@ -168,20 +164,21 @@ def main(args: argparse.Namespace) -> None:
     slides = find_slides(args.slides)
     names = ("mpp", "size", "min_tissue", "assume_mpp", "save_pixels", "macenko")
     arguments = {name: getattr(args, name) for name in names}
-    reserve(args.out, arguments)
+    check_sources(args.out, slides)
+    reserve(args.out, TILES_SUMMARY, arguments)
     done: dict[str, dict] = {}
     skipped: dict[str, str] = {}
     with Progress(len(slides), "slides", "slide") as progress:
         for name, path in slides.items():
             try:
-                done[name] = finished(args.out / f"{name}.h5") or tile_slide(path, args.out, args, reference)
+                done[name] = finished(args.out / f"{name}.h5", path) or tile_slide(path, args.out, args, reference)
             except WriteError:  # the disk is full: no other slide would do better
                 raise
             except InputError as error:
                 skipped[name] = str(error)
-                warn(f"{path} is skipped: {error}")
+                warn(f"{name} is skipped: {error}")
             progress.update(note=f"{sum(entry['tiles'] for entry in done.values()):,} tiles")
-    write_json(args.out / SUMMARY, {"arguments": arguments, "slides": done, "skipped": skipped})
+    write_summary(args.out, TILES_SUMMARY, arguments, done, skipped)
     say_totals(args.out, "tiles", done, skipped)
 
 

@@ -253,6 +253,19 @@ def test_an_interrupted_call_goes_on_to_the_same_files(tiled, folder):
         run("extract", tiled / "kept", "--model", f"random:{folder}", "--out", tiled / "cut")
 
 
+def test_features_of_other_tiles_are_not_taken_for_these(tiled, folder):
+    """Slides cut again at another resolution, and another slide of the same name."""
+    extract(tiled, folder, "kept", "features")
+    run("tile", tiled / "slides", "--out", tiled / "coarse", "--mpp", 1, "--size", 128)
+    with pytest.raises(InputError, match=r"was made with other arguments \(tiles .*'mpp': 0.5.*, not .*'mpp': 1.0"):
+        extract(tiled, folder, "coarse", "features")
+    (tiled / "others").mkdir()
+    one_slide(tiled / "others/slide-1.tiff", seed=5)
+    run("tile", tiled / "others", "--out", tiled / "more", "--mpp", 0.5, "--size", 128, "--save-pixels")
+    with pytest.raises(InputError, match=r"slide-1.h5 was made from .*slides/slide-1.tiff, not from .*others/slide-1.tiff"):
+        extract(tiled, folder, "more", "features")
+
+
 # ------------------------------------------------------------------------------------------------------------- labels
 
 

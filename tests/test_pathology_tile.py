@@ -225,9 +225,26 @@ def test_other_arguments_are_refused_and_the_same_go_on(tmp_path):
     run("tile", tmp_path / "slide.tiff", "--out", tmp_path / "tiles")
     assert (tmp_path / "tiles/slide.h5").stat().st_mtime_ns == written
     (tmp_path / "tiles/slide.h5").write_bytes(b"damaged")
-    assert finished(tmp_path / "tiles/slide.h5") is None
+    assert finished(tmp_path / "tiles/slide.h5", tmp_path / "slide.tiff") is None
     run("tile", tmp_path / "slide.tiff", "--out", tmp_path / "tiles")
     assert len(read_tiles(tmp_path / "tiles/slide.h5").coords)
+
+
+def test_slides_of_one_name_in_two_calls_are_told_apart(tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        one_slide(tmp_path / folder / "slide.tiff")
+    one_slide(tmp_path / "b/other.tiff")
+    out = tmp_path / "tiles"
+    run("tile", tmp_path / "a", "--out", out)
+    with pytest.raises(InputError, match=r"slide.h5 was made from .*a/slide.tiff, not from .*b/slide.tiff: rename one"):
+        run("tile", tmp_path / "b", "--out", out)
+    assert not (out / "other.h5").exists()
+    (tmp_path / "a/slide.tiff").rename(tmp_path / "slide.tiff")
+    run("tile", tmp_path / "slide.tiff", "--out", out)
+    assert read_tiles(out / "slide.h5").attributes["slide"] == str(tmp_path / "slide.tiff")
+    run("tile", tmp_path / "b/other.tiff", "--out", out)
+    assert list(json.loads((out / "tiles.json").read_text())["slides"]) == ["other", "slide"]
 
 
 def test_a_thumbnail_is_read_in_blocks(tmp_path, monkeypatch):
