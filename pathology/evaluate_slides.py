@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from files.arguments import not_negative, positive_int, seed
 from files.console import InputError, Progress, run_script, say, warn
-from files.writing import check_absent, check_writable, write_json
+from files.writing import check_absent, check_writable, errors_of_writing, write_json
 from pathology.files import FEATURE_ATTRIBUTES, h5_files, read_features, read_labels
 
 if TYPE_CHECKING:
@@ -366,7 +366,8 @@ def write_results(args, bags: Bags, folds: "np.ndarray", fitted: dict, table: di
     """The model of the first aggregator, and results.json."""
     from pathology.mil import save_mil
 
-    args.out.mkdir(parents=True)
+    with errors_of_writing(args.out):
+        args.out.mkdir(parents=True)
     save_mil(fitted[args.aggregator[0]][1], args.out)
     scores = {row: {w: {k: v for k, v in s.items() if k != "redrawn"} for w, s in where.items()} for row, where in table.items()}
     rows = zip(bags.slides, bags.labels, bags.patients, bags.cohorts, folds, strict=True)

@@ -134,7 +134,8 @@ def write_h5(path: Path, attributes: dict, write: Callable[["h5py.File"], None])
 def checked_attributes(file: "h5py.File", path: Path, names: tuple[str, ...]) -> dict:
     missing = [name for name in names if name not in file.attrs]
     if missing:
-        raise InputError(f"{path} lacks {', '.join(missing)}: it was not written by this project, make it again")
+        script = "extract.py" if names == FEATURE_ATTRIBUTES else "tile.py"
+        raise InputError(f"{path} was not written by {script} (it has no attribute {missing[0]}): files of other tools are not read")
     return {name: value.item() if hasattr(value, "item") else value for name, value in file.attrs.items()}
 
 
@@ -200,7 +201,8 @@ def stored_chunk(tile: np.ndarray) -> tuple[int, bytes]:
 def read_tiles(path: Path) -> Tiles:
     """The tiles of tiles/SLIDE.h5. Raises InputError where the file is missing or damaged."""
     with open_h5(path) as file:
-        return Tiles(path, checked_coords(file, path), checked_attributes(file, path, TILE_ATTRIBUTES), "pixels" in file)
+        attributes = checked_attributes(file, path, TILE_ATTRIBUTES)
+        return Tiles(path, checked_coords(file, path), attributes, "pixels" in file)
 
 
 def read_pixels(path: Path, start: int = 0, stop: int | None = None) -> np.ndarray:
@@ -228,8 +230,8 @@ def write_features(path: Path, features: np.ndarray, coords: np.ndarray, attribu
 def read_features(path: Path) -> Features:
     """The bag of feats/SLIDE.h5. Raises InputError where the file is missing, damaged, or inconsistent."""
     with open_h5(path) as file:
-        features, coords = file["features"][:], checked_coords(file, path)
         attributes = checked_attributes(file, path, FEATURE_ATTRIBUTES)
+        features, coords = file["features"][:], checked_coords(file, path)
     if features.ndim != 2 or not features.shape[1] or features.dtype.kind != "f":
         raise InputError(f"{path}: features must be float32 or float16 (N, D), they are {features.dtype} {features.shape}: make it again")
     if len(features) != len(coords):

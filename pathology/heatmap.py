@@ -39,8 +39,9 @@ def attention_of(model: "torch.nn.Module", features: Features) -> np.ndarray:
     import torch
 
     expected, fingerprint = model.config["features"], features.attributes["fingerprint"]
-    if not np.isfinite(features.features).all() or not len(features.features):
-        raise InputError(f"{features.path}: its features are {'not finite' if len(features.features) else 'none'}: make it again")
+    if not len(features.features) or not np.isfinite(features.features).all():
+        what = "its features are not finite" if len(features.features) else "it holds no patches"
+        raise InputError(f"{features.path}: {what}: make it again")
     if features.features.shape[1] != model.config["dim"] or expected["fingerprint"] != fingerprint:
         made = f"{features.attributes['model']} ({fingerprint})"
         raise InputError(

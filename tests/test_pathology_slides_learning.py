@@ -250,3 +250,19 @@ def test_features_that_do_not_fit_together_are_told(tmp_path, capsys):
         run(*flags)
     with pytest.raises(InputError, match=r"labels.csv is no file of features: name a folder of features, or one SLIDE.h5"):
         run(tmp_path / "feats/labels.csv", *flags[1:])
+
+
+@pytest.mark.parametrize("leading", [(), (1,)], ids=["CLAM", "TRIDENT"])
+def test_features_of_other_tools_are_told_as_such(tmp_path, leading, capsys):
+    """Both write features and coords, the latter with a leading 1, and none of the attributes that tie them to a slide and a model."""
+    import h5py
+
+    with h5py.File(tmp_path / "s000.h5", "w") as file:
+        file["features"] = np.ones((*leading, 3, 4), np.float32)
+        file["coords"] = np.zeros((*leading, 3, 2), np.int64)
+        file["coords"].attrs["patch_size_level0"] = 512
+    labels = tmp_path / "labels.csv"
+    labels.write_text("slide,label,patient\ns000,a,p\n")
+    with pytest.raises(InputError, match=r"no slide of .*labels\.csv has features there"):
+        run(tmp_path, "--labels", labels)
+    assert "s000.h5 was not written by extract.py (it has no attribute model): files of other tools" in capsys.readouterr().err
