@@ -5,7 +5,7 @@
 
 Leaves behind, in --out:
 
-    SLIDE.geojson     a square a tile in pixels of level 0, with its attention: drop it onto the slide in QuPath
+    SLIDE.geojson     a square a tile in pixels of level 0, with its attention: drop it onto the slide in QuPath 0.4 or newer
     SLIDE.png         the slide at thumbnail resolution beside its attention, on one scale from the least to the most
     SLIDE.top.png     the patches of most attention, the first at the upper left
 
@@ -67,17 +67,25 @@ def heat(attention: np.ndarray, features: Features) -> np.ndarray:
     return grid
 
 
-def geojson(attention: np.ndarray, features: Features) -> dict:
-    """Tiles as detections of QuPath: squares in pixels of level 0, with the attention and its rank (1 is the most) as measurements."""
+def geojson(attention: np.ndarray, features: Features, origin: tuple[int, int] = (0, 0)) -> dict:
+    """Tiles as detections of QuPath: squares in pixels of level 0, with the attention and its rank (1 is the most) as measurements.
+
+    origin   of the scanned area, see `scanned_from`
+    """
     size = int(features.attributes["size_level0"])
     ranks = np.empty(len(attention), int)
     ranks[np.argsort(-attention, kind="stable")] = np.arange(1, len(attention) + 1)
     objects = []
-    for (x, y), value, rank in zip(features.coords.tolist(), attention.tolist(), ranks.tolist(), strict=True):
+    for (x, y), value, rank in zip((features.coords - np.array(origin)).tolist(), attention.tolist(), ranks.tolist(), strict=True):
         ring = [[x, y], [x + size, y], [x + size, y + size], [x, y + size], [x, y]]
         properties = {"objectType": "detection", "measurements": {"attention": value, "attention rank": rank}}
         objects.append({"type": "Feature", "geometry": {"type": "Polygon", "coordinates": [ring]}, "properties": properties})
     return {"type": "FeatureCollection", "features": objects}
+
+
+def scanned_from(properties: dict) -> tuple[int, int]:
+    """Where the scanned area begins, from which QuPath counts pixels: MIRAX slides store it, others begin at 0, 0."""
+    return tuple(int(properties.get(f"openslide.bounds-{axis}", 0)) for axis in "xy")
 
 
 def draw(thumbnail: np.ndarray, grid: np.ndarray, title: str, path: Path) -> None:
@@ -125,10 +133,10 @@ def show(features: Features, attention: np.ndarray, args: argparse.Namespace) ->
     with SlideReader(Path(attributes["slide"]), args.workers) as reader:
         if (reader.width, reader.height) != (attributes["width"], attributes["height"]):
             raise InputError(f"{attributes['slide']} has another size than when it was tiled: tile it again")
-        thumbnail = reader.thumbnail()
+        thumbnail, origin = reader.thumbnail(), scanned_from(reader.properties)
         how = geometry(reader.downsamples, attributes["mpp_level0"], attributes["mpp"], attributes["size"])
         pixels = list(reader.tiles(features.coords[top], how))
-    write_text(args.out / f"{name}.geojson", json.dumps(geojson(attention, features)) + "\n")
+    write_text(args.out / f"{name}.geojson", json.dumps(geojson(attention, features, origin)) + "\n")
     title = f"{name}: attention of {args.model}, not a class\n{len(attention):,} tiles, features of {attributes['model']}"
     write_atomic(args.out / f"{name}.png", lambda path: draw(thumbnail, heat(attention, features), title, path))
     patches = [(tile, float(attention[i])) for i, tile in zip(top, pixels, strict=True) if tile is not None]

@@ -19,7 +19,7 @@ from transformers import BeitConfig, Dinov2Config, Dinov2WithRegistersConfig, Re
 from files.console import InputError
 from files.writing import WriteError
 from pathology.files import Features, read_features, read_labels
-from pathology.heatmap import attention_of, geojson, heat
+from pathology.heatmap import attention_of, geojson, heat, scanned_from
 from pathology.models import PRESETS, find_model, load_model, model_class, normalized, write_embedding
 
 SMALL = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 28, "patch_size": 14}
@@ -320,6 +320,9 @@ def test_objects_for_qupath_are_in_pixels_of_level_0():
     assert objects[0]["geometry"]["coordinates"] == [[[1024, 512], [1536, 512], [1536, 1024], [1024, 1024], [1024, 512]]]
     assert objects[0]["properties"] == {"objectType": "detection", "measurements": {"attention": 0.75, "attention rank": 1}}
     assert objects[1]["properties"]["measurements"]["attention rank"] == 2
+    origin = scanned_from({"openslide.bounds-x": "1000", "openslide.bounds-y": "500"})  # of a MIRAX slide, which QuPath crops
+    assert geojson(np.array([0.75, 0.25]), features, origin)["features"][0]["geometry"]["coordinates"][0][0] == [24, 12]
+    assert scanned_from({}) == (0, 0)
 
 
 def test_features_of_another_model_are_refused():
