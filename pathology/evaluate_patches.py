@@ -45,7 +45,7 @@ RANDOM_SEED = 1_000_003  # of the random baseline: not one that a run would begi
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pathology.evaluate_patches", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("source", type=Path, nargs="?", help="tiles with pixels (tile.py --save-pixels), or a folder or zip of pictures")
     add("--model", nargs="+", default=[], help="runs of finetune.py, presets, folders, hub ids")
@@ -271,6 +271,8 @@ def compared_with(row: str, rows: list[str]) -> str | None:
 
 def print_tables(results: list[dict]) -> dict:
     """Print scores and differences -> the same by shift, row, and probe and measure."""
+    from pathology.scores import FEW_PATIENTS
+
     tables = {measure: redraws_of(results, measure) for measure in ("balanced accuracy", "AUROC")}
     rows, summary = list(results[0]["shares"]), {}
     width = max(map(len, rows)) + 2
@@ -282,6 +284,8 @@ def print_tables(results: list[dict]) -> dict:
             say(f"{row:<{width}}{''.join(f'{shown(value):<36}' for value in cells.values())}".rstrip())
     n = len({patient for result in results for patient in result["test"]["patients"]})
     redrawn = "patients and splits" if len(results) > 1 else "patients"
+    if n < FEW_PATIENTS:
+        warn(f"{n} test patient{'s' * (n != 1)}: too few for intervals, + and - prove nothing")
     say(f"\n{len(results)} split{'s' * (len(results) > 1)}, {n} test patients; 95 % intervals, by redrawing {redrawn}")
     say("behind a score: less the frozen model (fine-tuned) or the colour histogram (others), + better, - worse, = cannot tell")
     return summary

@@ -39,7 +39,7 @@ HELD_OUT = 6  # one in so many training patients says when to stop
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pathology.evaluate_slides", description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("features", type=Path, help="folder of extract.py: a file of features a slide")
     add("--labels", type=Path, required=True, help="csv: slide, label, patient and perhaps cohort")
@@ -303,6 +303,14 @@ def table_of(bags: Bags, folds: "np.ndarray", shares: dict[str, "np.ndarray"], e
     return {row: {where: score for where, score in scores.items() if score} for row, scores in table.items()}
 
 
+def warn_of_few_patients(bags: Bags, folds: "np.ndarray", external: list[str]) -> None:
+    from pathology.scores import FEW_PATIENTS
+
+    for where, rows in {"folds": folds >= 0, **{name: bags.cohorts == name for name in external}}.items():
+        if (n := len(set(bags.patients[rows]))) < FEW_PATIENTS:
+            warn(f"{where}: {n} patient{'s' * (n != 1)}, too few for an interval to rely on")
+
+
 def print_table(table: dict[str, dict[str, dict]], against: dict[str, dict[str, dict]] | None) -> None:
     from pathology.scores import interval
 
@@ -349,6 +357,7 @@ def main(args: argparse.Namespace) -> None:
         shares = {name: shares_of(others, folds, name, args)[0] for name in args.aggregator}
         against = table_of(others, folds, shares, args.external)
     print_table(table, against)
+    warn_of_few_patients(bags, folds, args.external)
     say(f"{args.folds} folds, 95 % intervals by redrawing patients" + ("; differences: less --against" if against else ""))
     if args.out:
         write_results(args, bags, folds, fitted, table, time.perf_counter() - began)

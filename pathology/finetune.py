@@ -74,7 +74,7 @@ COLLAPSED, COLLAPSED_SHARE, STEPS_TO_BELIEVE = 1e-4, 0.05, 3  # variance of the 
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m pathology.finetune", description=__doc__.split("\n")[0])
     add_data_arguments(parser.add_argument_group("patches and model").add_argument)
     add_training_arguments(parser.add_argument_group("training").add_argument)
     add_run_arguments(parser.add_argument_group("validation, checkpoints, machine").add_argument)

@@ -87,7 +87,7 @@ def split_patients(patients: np.ndarray, labels: np.ndarray, seed: int, shares: 
     """
     unique = np.unique(patients)
     if len(unique) < len(SPLITS):
-        raise InputError(f"{len(unique)} patients: training, validation and test need one each")
+        raise InputError(f"{len(unique)} patient{'s' * (len(unique) != 1)}: training, validation and test need one each")
     rng, classes = np.random.default_rng(seed), set(labels.tolist())
     n_test, n_validation = (max(1, round(len(unique) * share)) for share in (shares[2], shares[1]))
     for _ in range(DRAWS):

@@ -14,6 +14,7 @@ import numpy as np
 K = 20
 STRENGTHS = (0.001, 0.01, 0.1, 1.0)  # C of scikit-learn's LogisticRegression, from much to little regularization
 REDRAWS = 1000
+FEW_PATIENTS = 10  # of which redraws are too much alike: their intervals are too narrow
 HISTOGRAM_BINS = 8  # of each of R, G and B
 
 
