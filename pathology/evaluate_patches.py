@@ -254,12 +254,14 @@ def redraws_of(results: list[dict], measure: str) -> dict[tuple[str, str, str], 
 
 
 def cells(results: list[dict]) -> list[tuple[str, str, str]]:
-    """Row, shift and probe of what all files have. Raises InputError where rows or classes differ."""
+    """Row, shift and probe of what all files have. Raises InputError where rows, classes or patients differ."""
     rows = [list(result["shares"]) for result in results]
     if any(names != rows[0] for names in rows):
         raise InputError(f"the files have different rows: {', '.join(rows[0])} and {', '.join(next(n for n in rows if n != rows[0]))}")
     if other := next((result["classes"] for result in results if result["classes"] != results[0]["classes"]), None):
         raise InputError(f"the files have different classes: {', '.join(results[0]['classes'])} and {', '.join(other)}")
+    if any(result["all_patients"] != results[0]["all_patients"] for result in results):
+        raise InputError("the files are of different patients: pool splits of one data set")
     return [(row, shift, probe) for row in rows[0] for shift in results[0]["shares"][row] for probe in PROBES]
 
 

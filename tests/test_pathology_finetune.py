@@ -250,13 +250,16 @@ def test_a_model_that_is_not_finite_is_one_clear_line(flags, tmp_path, data):
         evaluate(data[0], "--pattern", PATTERN, "--model", tmp_path / "nan")
 
 
-def test_results_of_other_classes_are_not_pooled(tmp_path):
+def test_results_of_other_classes_or_patients_are_not_pooled(tmp_path):
     shares = {"row": {"clean": {"kNN": [], "logistic": []}}}
     for name in ("ab", "abc"):
         result = {"shares": shares, "test": {}, "classes": list(name), "all_patients": ["p"]}
         (tmp_path / f"{name}.json").write_text(json.dumps(result))
     with pytest.raises(InputError, match="different classes: a, b and a, b, c"):
         evaluate("--summary", tmp_path / "ab.json", tmp_path / "abc.json")
+    (tmp_path / "others.json").write_text((tmp_path / "ab.json").read_text().replace('"p"', '"q"'))
+    with pytest.raises(InputError, match="the files are of different patients"):
+        evaluate("--summary", tmp_path / "ab.json", tmp_path / "others.json")
 
 
 # ------------------------------------------------------------------------------------------------------ several processes
