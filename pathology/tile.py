@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--size", type=positive_int, default=256, help="pixels of a tile's edge (default 256)")
     add("--min-tissue", type=share, default=0.5, help="share of a tile that has to be tissue (default 0.5)")
     add("--assume-mpp", type=mpp, help="of level 0, for slides that store no resolution or an absurd one (default: skip them)")
-    add("--save-pixels", action="store_true", help="keep the pixels in SLIDE.h5, up to 200 KB a tile of 256 (default: read them from the slide)")
+    add("--save-pixels", action="store_true", help="keep the pixels in SLIDE.h5, up to 200 KB a tile (default: read them from the slide)")
     add(
         "--macenko",
         nargs="?",
