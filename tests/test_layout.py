@@ -1,6 +1,8 @@
-"""The plan of the house: imports run one way, and no script imports a script."""
+"""The plan of the house: imports run one way, no script imports a script, and each README describes the modules of its folder."""
 
 import ast
+import fnmatch
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -151,3 +153,21 @@ def test_a_script_starts_without_slow_imports(script):
 def test_no_script_imports_a_script():
     wrong = [f"{name} imports {other}" for name, path in modules().items() if name in SCRIPTS for other in imports(path) & SCRIPTS - {name}]
     assert not wrong
+
+
+READMES = sorted(path for folder in (".", *FOLDERS) for path in (ROOT / folder).glob("README.md"))
+
+
+@pytest.mark.parametrize("readme", READMES, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_of_a_readme_lead_somewhere(readme):
+    targets = [target.partition("#")[0] for target in re.findall(r"\]\(([^)]+)\)", readme.read_text(encoding="utf-8"))]
+    missing = [target for target in targets if "://" not in target and not (readme.parent / target).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("folder", [f for f in FOLDERS if f not in ("bench", "models") and (ROOT / f / "README.md").exists()])
+def test_a_readme_describes_every_module(folder):
+    """By name, or several at once as `*_worker.py`."""
+    patterns = re.findall(r"`([\w*]+\.py)`", (ROOT / folder / "README.md").read_text(encoding="utf-8"))
+    names = [path.name for path in (ROOT / folder).glob("*.py") if path.name != "__init__.py"]
+    assert not [name for name in names if not any(fnmatch.fnmatch(name, pattern) for pattern in patterns)]
