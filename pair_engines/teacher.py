@@ -56,8 +56,11 @@ def auto(args: argparse.Namespace) -> None:
     check_writable(args.out)
     check_dtype(args.dtype)
     models = teacher_models(args.model)
-    corpus = read_corpus(args)
     general = read_general(args)
+    corpus = read_corpus(args)
+    if general is None:
+        say("general pairs: docstrings of the installed packages, which takes a minute to read (--general FILE takes others)")
+        general = docstring_pairs(args)
     lexical = lexical_vectors(corpus)
     names = [name for name, _ in lexical]
     parts = [vectors for _, vectors in lexical]
@@ -149,13 +152,15 @@ def look_at(texts: list[str]) -> tuple[str, int]:
     return language, int(np.median([len(text.split()) for text in some]))
 
 
-def read_general(args: argparse.Namespace) -> list[dict]:
-    """The pairs that keep the model's general knowledge: of --general, docstrings by default; none where it is "none"."""
+def read_general(args: argparse.Namespace) -> list[dict] | None:
+    """The pairs that keep the model's general knowledge, those of --general; docstrings by default, None where these are to be read yet.
+
+    [] where it is "none".
+    """
     if str(args.general) == "none":
         return []
     if args.general is None and not DOCSTRING_PAIRS.exists():
-        say("general pairs: docstrings of the installed packages, which takes a minute to read (--general FILE takes others)")
-        return docstring_pairs(args)
+        return None
     pairs = read_pairs(args.general or DOCSTRING_PAIRS)
     texts = ({"anchor": pair.anchor, "positive": pair.positive, "negatives": list(pair.negatives), "prompt": pair.prompt} for pair in pairs)
     return [{name: value for name, value in row.items() if value is not None} for row in texts]
