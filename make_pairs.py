@@ -115,7 +115,9 @@ def build_parser() -> argparse.ArgumentParser:
     docs.add_argument(
         "--out", type=Path, default=HERE / "pairs" / "docstrings.jsonl", help="JSONL file to write (default pairs/docstrings.jsonl)"
     )
-    auto = engines.add_parser("auto", parents=[common, table], help="your own texts with a teacher that needs no label: see pair_engines/README.md")
+    auto = engines.add_parser(
+        "auto", parents=[common, table], help="your own texts with a teacher that needs no label (pair_engines/README.md)"
+    )
     auto.add_argument(
         "--model",
         nargs="+",
