@@ -256,7 +256,7 @@ def test_features_that_do_not_fit_together_are_told(tmp_path, capsys):
 @pytest.mark.parametrize("leading", [(), (1,)], ids=["CLAM", "TRIDENT"])
 def test_features_of_other_tools_are_told_as_such(tmp_path, leading, capsys):
     """Both write features and coords, the latter with a leading 1, and none of the attributes that tie them to a slide and a model."""
-    import h5py
+    h5py = pytest.importorskip("h5py", reason="files of features need h5py (pathology/requirements.txt)")
 
     with h5py.File(tmp_path / "s000.h5", "w") as file:
         file["features"] = np.ones((*leading, 3, 4), np.float32)
