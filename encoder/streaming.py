@@ -34,10 +34,14 @@ class EncodingReport:
         """One line for each kind of event."""
         lines = list(self.notes)
         if self.n_empty:
-            lines.append(f"{self.n_empty} empty texts were embedded as the prompt alone")
+            lines.append(f"{number_of('empty text', self.n_empty)} embedded as the prompt alone")
         if self.n_truncated:
-            lines.append(f"{self.n_truncated} texts were truncated to {self.max_tokens} tokens")
+            lines.append(f"{number_of('text', self.n_truncated)} truncated to {self.max_tokens} tokens")
         return lines
+
+
+def number_of(what: str, n: int) -> str:
+    return f"{n} {what}s were" if n != 1 else f"1 {what} was"
 
 
 def tokenized_windows(encoder: "Encoder", texts: Iterable[str], role: str, report: EncodingReport) -> Iterator[TokenizedTexts]:

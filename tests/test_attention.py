@@ -140,7 +140,7 @@ def test_an_untuned_base_has_one_side(llama, tmp_path):
 def test_a_truncated_text_is_counted_once_for_both_sides(llama, tmp_path, capsys):
     model = make_run(llama, tmp_path / "mine", max_tokens=5, pooling="last")
     run("--model", model, "--text", "a cat " * 9, "--pictures", 0, "--out", tmp_path / "out")
-    assert capsys.readouterr().err == "warning: 1 texts were truncated to 5 tokens\n"
+    assert capsys.readouterr().err == "warning: 1 text was truncated to 5 tokens\n"
 
 
 def test_vectors_that_are_not_read_from_the_last_token_are_named(llama, tmp_path, corpus, capsys, monkeypatch):

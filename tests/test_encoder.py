@@ -159,7 +159,7 @@ def test_a_report_counts_what_happened_to_the_texts_of_its_calls(llama):
     encoder.encode(TEXTS, report=report)
     encoder.encode(TEXTS)  # its texts are counted nowhere
     encoder.encode(["a"], report=other)
-    expected = ["1 empty texts were embedded as the prompt alone", "3 texts were truncated to 5 tokens"]
+    expected = ["1 empty text was embedded as the prompt alone", "3 texts were truncated to 5 tokens"]
     assert report.warnings() == expected and other.warnings() == []
     encoder.last_token_attention(TEXTS, report=report)
     assert (report.n_empty, report.n_truncated) == (2, 6)

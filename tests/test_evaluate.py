@@ -62,7 +62,7 @@ def test_empty_and_truncated_texts_are_scored_with_one_warning_each(llama, tmp_p
     path.write_text(path.read_text() + ",animal\n" + "word " * 40 + ",money\n")
     run("--data", path, "--model", llama, "--prompt", "cluster", "--pooling", "mean", "last", "--max-tokens", 30)
     warnings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
-    assert warnings == ["warning: 1 empty texts were embedded as the prompt alone", "warning: 1 texts were truncated to 30 tokens"]
+    assert warnings == ["warning: 1 empty text was embedded as the prompt alone", "warning: 1 text was truncated to 30 tokens"]
 
 
 def test_an_error_is_one_line_and_status_2(capsys, monkeypatch):
