@@ -44,6 +44,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests" / "test_gpu.py"
 LAST_LINES, LINE_WIDTH = 40, 400  # of a step's output that its row keeps
 TEST_SECONDS, BENCH_SECONDS = 240, 510  # limits of a step; a call of nine minutes has time for any of them
+DRY_SECONDS = 1800  # of a step of a dry run, where nothing is measured: a slow processor is no fault
 # the rate is a third of the bundled model's first one; --minutes is filled in when the step begins
 PRETRAIN_FLAGS = ["--lr", "2e-3", "--batch-tokens", "65536", "--decay", "0.9", "--max-shard-mb", "15", "--minutes", "MINUTES"]
 PRETRAIN_SECONDS = 60  # that loading, measuring and saving take besides
@@ -209,22 +210,23 @@ OWN_STEPS: dict[str, Callable[[], dict]] = {"versions": versions, "tiny": tiny, 
 def make_steps(args: argparse.Namespace) -> list[Step]:
     """All steps, in their order."""
     dry_run = args.dry_run
+    test_seconds, bench_seconds = (DRY_SECONDS, DRY_SECONDS) if dry_run else (TEST_SECONDS, BENCH_SECONDS)
 
     def script(line: str) -> list[str]:
         name, *flags = shlex.split(line)
         return [sys.executable, str(ROOT / "bench" / name), *flags]
 
-    steps = [Step(name, script(f"gpu.py --step {name}"), TEST_SECONDS) for name in ("versions", "tiny")]
+    steps = [Step(name, script(f"gpu.py --step {name}"), test_seconds) for name in ("versions", "tiny")]
     nodes = ast.parse(TESTS.read_text(encoding="utf-8")).body
     tests = [node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_")]
     # a process takes longer to start than these tests take on small shapes: a dry run starts two
     groups = {tests[0]: tests[:1], "the other tests": tests[1:]} if dry_run else {test: [test] for test in tests}
     pytest = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-m", "gpu"]
-    steps += [Step(name, pytest + [f"{TESTS}::{test}" for test in group], TEST_SECONDS) for name, group in groups.items()]
+    steps += [Step(name, pytest + [f"{TESTS}::{test}" for test in group], test_seconds) for name, group in groups.items()]
     for name, line, dry_flags in BENCHMARKS:
-        steps.append(Step(name, script(f"{line.split()[0]} {dry_flags}" if dry_run else line), BENCH_SECONDS))
+        steps.append(Step(name, script(f"{line.split()[0]} {dry_flags}" if dry_run else line), bench_seconds))
     if dry_run:
-        steps.append(Step("pre-training further", script("gpu.py --step pretrain"), TEST_SECONDS))
+        steps.append(Step("pre-training further", script("gpu.py --step pretrain"), test_seconds))
     elif args.tokens:
         flags = ["--init", ROOT / "models" / "tiny", "--tokens", args.tokens, "--out", args.out.parent / "pretrained", *PRETRAIN_FLAGS]
         steps.append(Step("pre-training further", [sys.executable, str(ROOT / "models" / "pretrain.py"), *map(str, flags)], 3600))
