@@ -92,7 +92,7 @@ test-llama-cpp: setup .llama/ready ## exported folders in llama.cpp, which is bu
 	.pathology/bin/python -m pip install --quiet --disable-pip-version-check -r pathology/requirements.txt -c constraints.txt
 	touch $@
 
-pathology: .pathology/ready clean-pathology ## synthetic slides, tiles, features, a slide model, its AUROC, a heat map: offline, in some 5 minutes
+pathology: .pathology/ready clean-pathology ## synthetic slides, tiles, features, a slide model, its AUROC, a heat map: offline, in 3 minutes
 	$(PATHOLOGY).synthetic demo/pathology/slides
 	$(PATHOLOGY).tile demo/pathology/slides --out demo/pathology/tiles
 	$(PATHOLOGY).extract demo/pathology/tiles --model random:dinov2-small --out demo/pathology/features
