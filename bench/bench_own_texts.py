@@ -2,8 +2,9 @@
 
     python bench/bench_own_texts.py --data labelled/*.jsonl.gz --out results/own
     python bench/bench_own_texts.py --data labelled/*.jsonl.gz --out results/own --table --agreement   # evaluate.py --texts, against labels
+    python bench/bench_own_texts.py --data labelled/*.jsonl.gz --out results/own --table --teachers    # of what a teacher is best made
 
---data   JSONL files with the fields text and label; each is a corpus of its first 3,000 rows of a fixed shuffle
+--data   JSONL files with the fields text and label; each is a corpus of its first 3,000 rows (--texts) of a fixed shuffle
 
 Every row of the table is a set of vectors of these texts, scored by V-measure x 100 (mini-batch k-means as mteb runs it, the mean over
 five seeds of it):
@@ -47,10 +48,11 @@ from encoder import Encoder
 from encoder.nearest import unit
 from files.reading import read_rows
 from files.writing import append_line, write_text
+from pair_engines import teacher
 from pair_engines.teacher import copy_key
 from tasks import unlabelled
 
-ROOT, N_TEXTS, STEPS = Path(__file__).resolve().parent.parent, 3000, 125
+ROOT, STEPS = Path(__file__).resolve().parent.parent, 125
 ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
     "same": (["same"], ["--lora-dropout", 0.1]),
     "crop": (["crop", "--min-words", 4], []),
@@ -65,6 +67,12 @@ ENCODERS = ("untuned", "general", "auto", "two rounds", "with general", "from ge
 TEACHERS = {"words": "words", "teacher": "auto", "second teacher": "two rounds", "teacher with general": "with general"}
 DEFAULT = ("untuned", "LSA", "words", "general", "side by side", "teacher", "auto")
 RECIPES = (*DEFAULT, *ENCODERS[3:], *list(TEACHERS)[2:], "MiniLM")
+TEACHER_TRIALS = [  # shares of words, letter sequences and the untuned model, and how far the latter's vectors are whitened
+    *[(1, 1, 1, degree) for degree in (0, 0.5, 1)],
+    *[(1, 1, 2, degree) for degree in (0, 0.5, 1)],
+    *[(1, 2, 3, degree) for degree in (0, 0.25, 0.5, 0.75, 1)],
+    *[(*shares, 0.5) for shares in ((1, 0, 1), (0, 1, 1), (2, 1, 3), (1, 3, 4), (1, 2, 1.5), (1, 2, 6), (1, 1, 0), (1, 2, 0))],
+]
 POOLING = {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
 
 
@@ -85,10 +93,10 @@ def v_measure(vectors: np.ndarray, labels: list[str]) -> float:
     return round(100 * float(np.mean(scores)), 1)
 
 
-def read_set(path: Path) -> tuple[list[str], list[str]]:
+def read_set(path: Path, n_texts: int) -> tuple[list[str], list[str]]:
     rows = [row for _, row in read_rows(path)]
     random.Random(0).shuffle(rows)
-    return [row["text"] for row in rows[:N_TEXTS]], [str(row["label"]) for row in rows[:N_TEXTS]]
+    return [row["text"] for row in rows[:n_texts]], [str(row["label"]) for row in rows[:n_texts]]
 
 
 def lsa(texts: list[str]) -> np.ndarray:
@@ -104,7 +112,7 @@ class Corpus:
 
     def __init__(self, path: Path, args: argparse.Namespace):
         self.name, self.args = path.name.partition(".")[0], args
-        self.texts, self.labels = read_set(path)
+        self.texts, self.labels = read_set(path, args.texts)
         self.folder, self.general = args.out / self.name, ROOT / "pairs" / "docstrings.jsonl"
         self.folder.mkdir(parents=True, exist_ok=True)
 
@@ -130,7 +138,7 @@ class Corpus:
         name = recipe.replace(",", "").replace(" ", "-")
         pairs, source = self.folder / (f"{name}.jsonl" if recipe in ENGINES else f"{name}-pairs"), self.folder / f"{name}.texts.jsonl"
         if not pairs.exists():
-            texts = self.texts[: N_TEXTS // 2] if recipe == "half" else self.texts
+            texts = self.texts[: len(self.texts) // 2] if recipe == "half" else self.texts
             rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
             write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
             general = ["--general", "none" if recipe in ("own only", "words") else self.general]
@@ -220,6 +228,24 @@ def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
     return f"{right} right of {len(decided)} decided ({low:.1%} to {high:.1%}, were they independent), {clear}"
 
 
+def teachers(corpora: list["Corpus"]) -> str:
+    """V-measure of teachers that are made in other ways, the corpora in columns, their mean last."""
+    lines, scores = ["| words : letters : model, whitening |", "|---|"], [[] for _ in TEACHER_TRIALS]
+    for corpus in corpora:
+        parts = teacher.lexical_parts(teacher.Corpus(corpus.texts, [], *teacher.look_at(corpus.texts)))
+        of_model = corpus.encoder("untuned")(corpus.texts)
+        for row, (*shares, degree) in zip(scores, TEACHER_TRIALS, strict=True):
+            trial = [*parts, teacher.Part("model", teacher.whitened(of_model, degree), 0)]
+            trial = [part._replace(share=share) for part, share in zip(trial, shares, strict=True) if share]
+            row.append(v_measure(teacher.side_by_side(trial)[0], corpus.labels))
+        lines[0], lines[1] = f"{lines[0]} {corpus.name} |", f"{lines[1]}---|"
+    lines[0], lines[1] = f"{lines[0]} mean |", f"{lines[1]}---|"
+    for row, (*shares, degree) in zip(scores, TEACHER_TRIALS, strict=True):
+        name = f"{' : '.join(map(str, shares))}{f', {degree}' * bool(shares[2])}"
+        lines.append(f"| {name} | {' | '.join(f'{score:.1f}' for score in [*row, np.mean(row)])} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict]) -> str:
     """Sets and recipes, means over seeds; below, the two halves of the sets of which `half` has seen the first."""
     sets, recipes = list(dict.fromkeys(row["set"] for row in rows)), [r for r in RECIPES if r in {row["recipe"] for row in rows}]
@@ -248,10 +274,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=DEFAULT, choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--texts", type=int, default=3000, help="rows of a corpus (default 3000); give other numbers another --out")
     steps = f"of the runs on pairs alone (default {STEPS}, as auto takes for 3,000 texts)"
     parser.add_argument("--steps", type=int, default=STEPS, help=steps)
     parser.add_argument("--sentence-transformer", help="folder of the encoder for the recipe MiniLM")
     parser.add_argument("--agreement", action="store_true", help="compare what is there without labels as well, and with them")
+    parser.add_argument("--teachers", action="store_true", help="score teachers that are made in other ways as well")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -264,7 +292,7 @@ def main() -> None:
             if (corpus.name, recipe, args.seed) in done:
                 continue
             began = time.perf_counter()
-            vectors, half = corpus.vectors(recipe), N_TEXTS // 2
+            vectors, half = corpus.vectors(recipe), len(corpus.texts) // 2
             np.save(corpus.folder / f"{recipe}-{args.seed}.npy", vectors.astype(np.float16))
             row = {"set": corpus.name, "recipe": recipe, "seed": args.seed, "score": v_measure(vectors, corpus.labels)}
             row |= {"first": v_measure(vectors[:half], corpus.labels[:half]), "second": v_measure(vectors[half:], corpus.labels[half:])}
@@ -274,6 +302,8 @@ def main() -> None:
     print(table(rows))
     if args.agreement:
         print(agreement([Corpus(path, args) for path in args.data], rows, args.out))
+    if args.teachers:
+        print(teachers([Corpus(path, args) for path in args.data]))
 
 
 if __name__ == "__main__":

@@ -293,7 +293,7 @@ class Encoder:
         self.adapter_hash = adapter_hash(run)
         recorded, present = recorded_fingerprint(run), fingerprint(Contract.read(run), self.base_hash, self.adapter_hash)
         if recorded is None and (run / ARGUMENTS_FILE).is_file():
-            self.notes.append(f"{run}: its training has not ended, this is its last checkpoint")
+            self.notes.append("the training of this run has not ended: its last checkpoint is taken")
         elif recorded not in (None, present):
             self.notes.append(
                 f"{CONTRACT_FILE} or the adapter was changed after training: fingerprint {present}, {SUMMARY_FILE} has {recorded}"

@@ -10,6 +10,7 @@ Legend: N texts, E numbers of a teacher's vector, K neighbours of a text.
 import argparse
 import glob
 import json
+import math
 import os
 import shutil
 from collections import Counter
@@ -34,13 +35,24 @@ NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of the
 MIN_TEXTS = 32  # of a corpus in which neighbours mean something
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
 MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 0.1 to 0.4 hardly differ
-LSA_DIMS = 100  # of fewer than 1,000 texts a tenth of their number, 15 at least
-MODEL_DIMS = 256  # of the model's vectors in the teacher, so that it stays small
+DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
+# By trial on three corpora, confirmed on three others (bench/README.md): shares in a teacher's cosines, those of the models together, and
+# how far the models' vectors are whitened
+WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
+WHITENING = 0.5
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 COSINES_AT_ONCE = 2**25  # 128 MiB
 MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 3  # of a run; passes over the texts
 TEXTS_PER_STEP = OWN_SHARE * 96  # the batch that the bundled model takes; others take some more
+
+
+class Part(NamedTuple):
+    """One of the sets of vectors of which a teacher is made."""
+
+    name: str
+    vectors: np.ndarray  # (N, any number)
+    share: float  # in a teacher's cosines, beside those of the other parts
 
 
 class Corpus(NamedTuple):
@@ -61,15 +73,12 @@ def auto(args: argparse.Namespace) -> None:
     if general is None:
         say("general pairs: docstrings of the installed packages, which takes a minute to read (--general FILE takes others)")
         general = docstring_pairs(args)
-    lexical = lexical_vectors(corpus)
-    names = [name for name, _ in lexical]
-    parts = [vectors for _, vectors in lexical]
-    fingerprints = []
+    parts, fingerprints = lexical_parts(corpus), []
     for model in models:
         vectors, fingerprint = model_vectors(model, corpus.texts, args)
-        parts.append(vectors)
-        names.append(f"vectors of {model}")
+        parts.append(Part(f"vectors of {model}", vectors, MODELS_SHARE / len(models)))
         fingerprints.append(fingerprint)
+    names = [part.name for part in parts]
     say(f"teacher: {', '.join(names)}{', side by side' * (len(names) > 1)}")
     teacher, neighbours = side_by_side(parts)
     steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
@@ -169,8 +178,13 @@ def read_general(args: argparse.Namespace) -> list[dict] | None:
 # ----------------------------------------------------------------------------------------------------------- the teacher
 
 
-def lexical_vectors(corpus: Corpus) -> list[tuple[str, np.ndarray]]:
-    """Latent semantic analysis (TF-IDF and truncated SVD) of words and of letter sequences: a name and vectors (N, E) of each.
+def n_dims(n_texts: int) -> int:
+    """How many numbers of a part's vectors count."""
+    return min(DIMS, max(15, n_texts // 10))
+
+
+def lexical_parts(corpus: Corpus) -> list[Part]:
+    """Latent semantic analysis (TF-IDF and truncated SVD) of words and of letter sequences.
 
     Words in English lose the stop words; in another language, and sequences of letters, those of more than MAX_SHARE of the texts.
     """
@@ -184,22 +198,22 @@ def lexical_vectors(corpus: Corpus) -> list[tuple[str, np.ndarray]]:
     else:
         words = {"stop_words": "english"} if corpus.language == "English" else {"max_df": MAX_SHARE}
         settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5), "max_df": MAX_SHARE}}
-    vectors, left = [], []
-    for name, options in settings.items():
+    parts, left = [], []
+    for (name, options), share in zip(settings.items(), (WORDS_SHARE, LETTERS_SHARE), strict=True):
         try:
             counts = TfidfVectorizer(sublinear_tf=True, min_df=2, dtype=np.float32, **options).fit_transform(texts)
         except ValueError:  # nothing is left: every word stands in a single text, or in too many
             counts = np.empty((len(texts), 0))
-        dims = min(LSA_DIMS, max(15, len(texts) // 10), min(counts.shape) - 1)
+        dims = min(n_dims(len(texts)), min(counts.shape) - 1)
         if dims > 1:
-            vectors.append((name, TruncatedSVD(dims, random_state=0).fit_transform(counts)))
+            parts.append(Part(name, TruncatedSVD(dims, random_state=0).fit_transform(counts), share))
         else:
             left.append(name)
-    if not vectors:
+    if not parts:
         raise InputError("no two texts share a word: there is nothing that a teacher could be made of")
     for name in left:
         warn(f"the texts share hardly any {name}: these are not part of the teacher")
-    return vectors
+    return parts
 
 
 def teacher_models(specs: list[str]) -> list[str]:
@@ -216,9 +230,7 @@ def teacher_models(specs: list[str]) -> list[str]:
 
 
 def model_vectors(model: str, texts: list[str], args: argparse.Namespace) -> tuple[np.ndarray, str]:
-    """Vectors (N, at most MODEL_DIMS) of a model of --model, and its fingerprint; the mean over all tokens unless it is a run."""
-    from sklearn.decomposition import PCA
-
+    """Vectors (N, at most DIMS) of a model of --model, and its fingerprint; the mean over all tokens unless it is a run."""
     from encoder import Encoder, EncodingReport
 
     contract = {} if is_run(model) else {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
@@ -227,15 +239,28 @@ def model_vectors(model: str, texts: list[str], args: argparse.Namespace) -> tup
     vectors = encoder.encode(texts, progress=True, report=report)
     for line in [*encoder.notes, *report.warnings()]:
         warn(line)
-    if vectors.shape[1] > MODEL_DIMS:
-        vectors = PCA(min(MODEL_DIMS, len(vectors)), random_state=0).fit_transform(vectors)
-    return vectors, encoder.fingerprint
+    return whitened(vectors), encoder.fingerprint
 
 
-def side_by_side(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def whitened(vectors: np.ndarray, degree: float = WHITENING) -> np.ndarray:
+    """Principal components of vectors (N, D), each divided by its standard deviation to the power of `degree` (0: left, 1: in full).
+
+    A few directions make up most of a language model's vectors and say little about what a text means, while whitening in full makes
+    noise as loud as all else. SVD of word counts is best halfway, too (Levy, Goldberg and Dagan 2015, "eigenvalue weighting",
+    https://aclanthology.org/Q15-1016).
+    """
+    from sklearn.decomposition import PCA
+
+    with np.errstate(invalid="ignore"):  # of a model that gives all texts the same vector
+        components = PCA(min(n_dims(len(vectors)), *vectors.shape), random_state=0).fit_transform(vectors)
+    deviations = components.std(0)
+    return components / np.maximum(deviations, 1e-6 * deviations.max() + 1e-30) ** degree
+
+
+def side_by_side(parts: list[Part]) -> tuple[np.ndarray, np.ndarray]:
     """Teacher's vectors (N, E) of norm 1 and the numbers (N, K) of each text's nearest.
 
-    The parts are centred, brought to norm 1 and stand side by side, so that each has an equal say in a cosine. Each vector then
+    The parts are centred, brought to the norm that gives them their shares in a cosine, and stand side by side. Each vector then
     moves halfway to the mean of its neighbours, weighted by their cosines: what a text shares with them stays, its noise does not.
     """
     import torch
@@ -244,7 +269,12 @@ def side_by_side(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
         return torch.nn.functional.normalize(vectors.float(), dim=-1)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    vectors = unit(torch.cat([unit(v - v.mean(0)) for v in (torch.from_numpy(part).float().to(device) for part in parts)], dim=1))
+
+    def scaled(part: Part) -> torch.Tensor:
+        vectors = torch.from_numpy(part.vectors).float().to(device)
+        return math.sqrt(part.share) * unit(vectors - vectors.mean(0))
+
+    vectors = unit(torch.cat([scaled(part) for part in parts], dim=1))
     n_neighbours = min(NEIGHBOURS, 2 * ((len(vectors) - 1) // 2))
     neighbours, smooth = [], torch.empty_like(vectors)
     for rows in torch.arange(len(vectors), device=device).split(max(1, COSINES_AT_ONCE // len(vectors))):

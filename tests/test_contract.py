@@ -100,7 +100,7 @@ def test_a_contract_that_was_changed_after_training_is_noticed(llama, tmp_path):
     before = Encoder.load(run)
     assert before.notes == []  # a run that train.py has not made
     (folder / "arguments.json").write_text("{}")
-    assert Encoder.load(run).notes == [f"{run}: its training has not ended, this is its last checkpoint"]
+    assert Encoder.load(run).notes == ["the training of this run has not ended: its last checkpoint is taken"]
     (folder / "arguments.json").unlink()
     (folder / "summary.json").write_text(json.dumps({"fingerprint": before.fingerprint}))
     assert Encoder.load(run).notes == Encoder.load(run, pooling="mean", override_contract=True).notes == []

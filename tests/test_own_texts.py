@@ -16,7 +16,7 @@ from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, su
 import make_pairs
 from encoder import Contract, Encoder
 from files.console import InputError
-from pair_engines.teacher import look_at, side_by_side
+from pair_engines.teacher import Part, look_at, side_by_side, whitened
 from tasks import unlabelled
 from training import validation
 from training.gradients import chunked_backward
@@ -72,16 +72,29 @@ def test_neighbours_share_their_topic(folder):
     assert json.loads(lines[0]) == {"text": topic_texts()[0], "source": "texts.txt:1"}
 
 
-def test_parts_have_an_equal_say_and_move_towards_their_neighbours():
+def test_parts_have_their_shares_and_move_towards_their_neighbours():
     rng = np.random.default_rng(0)
-    parts = [100 * rng.normal(size=(20, 3)) + 7, rng.normal(size=(20, 5))]
+    parts = [Part("long", 100 * rng.normal(size=(20, 3)) + 7, 1), Part("short", rng.normal(size=(20, 5)), 3)]
     teacher, neighbours = side_by_side(parts)
-    unit = np.hstack([(part - part.mean(0)) / np.linalg.norm(part - part.mean(0), axis=1, keepdims=True) for part in parts]) / math.sqrt(2)
+    centred = [part.vectors - part.vectors.mean(0) for part in parts]
+    units = [vectors / np.linalg.norm(vectors, axis=1, keepdims=True) for vectors in centred]
+    unit = np.hstack([units[0] * math.sqrt(1 / 4), units[1] * math.sqrt(3 / 4)])
     cosines = unit @ unit.T - 3 * np.eye(20)
     assert (np.sort(neighbours) == np.sort(np.argsort(-cosines)[:, :8])).all()
     weights = np.clip(np.take_along_axis(cosines, neighbours.astype(int), 1), 0, None)
     moved = unit + (weights[:, :, None] * unit[neighbours]).sum(1) / weights.sum(1, keepdims=True)
     np.testing.assert_allclose(teacher, moved / np.linalg.norm(moved, axis=1, keepdims=True), atol=1e-5)
+
+
+def test_a_model_s_vectors_are_whitened_halfway():
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(2000, 3)) * (100, 9, 1) + 50
+    half = whitened(vectors.astype(np.float32))
+    np.testing.assert_allclose(half.std(0), (10, 3, 1), rtol=0.05)
+    assert abs(np.corrcoef(half[:, 0], vectors[:, 0])[0, 1]) > 0.999
+    np.testing.assert_allclose(whitened(vectors, degree=1).std(0), 1, rtol=0.01)
+    assert whitened(rng.normal(size=(2000, 384))).shape == (2000, 100) and whitened(rng.normal(size=(40, 384))).shape == (40, 15)
+    assert np.isfinite(whitened(np.ones((50, 4), np.float32))).all()  # a model that gives all texts the same vector
 
 
 def test_the_same_texts_give_the_same_folder_and_a_model_is_part_of_the_teacher(tmp_path, texts, folder, llama, capsys):
