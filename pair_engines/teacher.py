@@ -90,6 +90,7 @@ def auto(args: argparse.Namespace) -> None:
         "language": corpus.language,
         "median_words": corpus.words,
         "teacher": names,
+        "shares": [part.share for part in parts],
         "models": models,
         "fingerprints": fingerprints,
         "general": str(args.general or "docstrings"),

@@ -104,11 +104,17 @@ def test_the_same_texts_give_the_same_folder_and_a_model_is_part_of_the_teacher(
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     auto("--input", texts, "--model", llama, "--general", "none", "--out", tmp_path / "with model")
     recipe = json.loads((tmp_path / "with model" / RECIPE_FILE).read_text())
-    assert len(recipe["teacher"]) == 3 and recipe["fingerprints"] and not (tmp_path / "with model" / "general.jsonl").exists()
+    assert (
+        len(recipe["teacher"]) == 3
+        and recipe["shares"] == [1, 2, 3]
+        and recipe["fingerprints"]
+        and not (tmp_path / "with model" / "general.jsonl").exists()
+    )
     assert "words, sequences of 3 to 5 letters, vectors of" in capsys.readouterr().out
     run = make_run(llama, tmp_path / "run", prompt="cluster")
     auto("--input", texts, "--model", llama, run, "--general", "none", "--out", tmp_path / "with run")
     recipes = [json.loads((tmp_path / name / RECIPE_FILE).read_text()) for name in ("with model", "with run")]
+    assert recipes[1]["shares"] == [1, 2, 1.5, 1.5]  # the models divide what one has alone
     assert (
         len(recipes[1]["teacher"]) == 4 and recipes[1]["fingerprints"][0] == recipes[0]["fingerprints"][0] != recipes[1]["fingerprints"][1]
     )
