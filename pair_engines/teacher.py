@@ -36,8 +36,8 @@ MIN_TEXTS = 32  # of a corpus in which neighbours mean something
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
 MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 0.1 to 0.4 hardly differ
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
-# By trial on six corpora (bench/README.md): shares in a teacher's cosines, those of the models together, and how far the models' vectors are
-# whitened
+# By trial on six corpora (bench/README.md): shares in a teacher's cosines, those of the models together, and how far the vectors of
+# models are whitened
 WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
 WHITENING = 0.5
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
