@@ -247,8 +247,8 @@ def whitened(vectors: np.ndarray, degree: float = WHITENING) -> np.ndarray:
     """Principal components of vectors (N, D), each divided by its standard deviation to the power of `degree` (0: left, 1: in full).
 
     A few directions make up most of a language model's vectors and say little about what a text means, while whitening in full makes
-    noise as loud as all else. SVD of word counts is best halfway, too (Levy, Goldberg and Dagan 2015, "eigenvalue weighting",
-    https://aclanthology.org/Q15-1016).
+    noise as loud as all else. For SVD of word counts see "eigenvalue weighting" in Levy, Goldberg and Dagan 2015,
+    https://aclanthology.org/Q15-1016.
     """
     from sklearn.decomposition import PCA
 
