@@ -203,7 +203,10 @@ def load_gate(args: argparse.Namespace, checks: tuple[str, ...]) -> Gate:
 
 
 def write_gated(args: argparse.Namespace, engine: Engine, files: RowFiles) -> Tally:
-    """Write the pairs that pass the gate to OUT, what failed beside it, and a report. Raises InputError where no pair is left."""
+    """Write the pairs that pass the gate to OUT, and what failed beside it. Raises InputError where no pair is left.
+
+    A shard may be without pairs, as merge has to know that it was made.
+    """
     gate, tally, last_error = load_gate(args, engine.checks), Tally(args.seed, args.review), ""
 
     def pairs() -> Iterator[dict]:
@@ -234,10 +237,12 @@ def write_gated(args: argparse.Namespace, engine: Engine, files: RowFiles) -> Ta
         raise InputError(f"no pairs were made: every text failed, {tally.failed} in all, the last with {last_error}; {again}")
     if not tally.kept:
         why = "read some with --review 5, or keep them with --no-gate" if tally.made else "no text was left to make one of"
-        raise InputError(f"no pairs were made: {why}")
+        if not getattr(args, "shard", None):
+            raise InputError(f"no pairs were made: {why}")
+        warn(f"no pairs were made of this shard: {why}; its file is empty, and merge needs it")
     if tally.failed:
         warn(f"{tally.failed} failed, the last with {last_error}: see {companion(args.out, 'failed.jsonl')}")
-    files.open(args.out)  # also where it stays empty, as all pairs are questions
+    files.open(args.out)  # also where it stays empty: all pairs are questions, or a shard has none
     return tally
 
 
@@ -274,7 +279,7 @@ def main(args: argparse.Namespace) -> None:
     partial_file(args.out).unlink(missing_ok=True)
     if n_questions := files.counts[companion(args.out, "questions.jsonl")]:
         say(f"{companion(args.out, 'questions.jsonl')}: {n_questions} questions, each with its text: no paraphrase, and so kept apart")
-    say(f"{args.out}: {files.counts[args.out]} pairs, for example")
+    say(f"{args.out}: {files.counts[args.out]} pairs{', for example' * bool(files.first)}")
     for pair in files.first:
         say(f"  {pair['anchor'][:90]!r}\n  {pair['positive'][:90]!r}")
 

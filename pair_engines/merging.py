@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from files.console import InputError, say
-from files.reading import excerpt, read_rows
+from files.reading import excerpt, read_lines, read_rows
 from pair_engines.outputs import companion
 from pair_engines.templates import is_question
 from training.pair_data import validate_pair
@@ -25,8 +25,7 @@ def merged_rows(args: argparse.Namespace) -> Iterator[dict]:
     besides = [companion(path, end) for path in args.files for end in ("questions.jsonl", "failed.jsonl")]
     files = [path for path in args.files if path not in besides]  # `merge *.jsonl` names them, too
     check_shards(files)
-    # a file is empty where all that its shard made were questions
-    paths = [path for path in files if not (companion(path, "questions.jsonl").exists() and path.exists() and not path.stat().st_size)]
+    paths = [path for path in files if not is_empty(path)]
     paths += [path for path in besides if path.exists()]
     previous = {}  # source -> file, of the rows that have the same number
     last = None
@@ -54,6 +53,11 @@ def numbered_rows(path: Path) -> Iterator[tuple[int, Path, dict]]:
         if is_question(row.get("template", "")) and "error" not in row:
             row |= {"anchor": row["positive"], "positive": row["anchor"]}
         yield last, path, row
+
+
+def is_empty(path: Path) -> bool:
+    """Whether a file of make_pairs.py is without pairs: its shard has none, or they are all questions."""
+    return companion(path, "report.json").exists() and next(read_lines(path), None) is None
 
 
 def has_questions_apart(files: list[Path]) -> bool:

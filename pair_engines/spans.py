@@ -62,7 +62,7 @@ def span_pairs(args: argparse.Namespace, make: MakeSpans) -> Iterator[dict]:
     """The pairs of the texts of --input, each cut to at most `MAX_WORDS` words; texts are read one at a time.
 
     At the end prints how many texts there were, how many were cut, and how many were left out for which reason.
-    Raises InputError where all were left out.
+    Raises InputError where all were left out, but for a shard, of which merge needs a file.
     """
     texts, reasons = TextStream(args.input, args.column), Counter()
     n_cut = n_pairs = n_texts = 0
@@ -87,7 +87,7 @@ def span_pairs(args: argparse.Namespace, make: MakeSpans) -> Iterator[dict]:
     if n_cut:
         say(f"{n_cut} of {n_texts} texts cut to their first {MAX_WORDS:,} words")
     reasons = +reasons
-    if n_texts and reasons.total() == n_texts:
+    if n_texts and reasons.total() == n_texts and not args.shard:
         raise InputError(f"{texts.name}: no pairs were made, {left_out('text', reasons)}")
     if reasons:
         say(left_out("text", reasons))

@@ -16,6 +16,7 @@ from short_jobs import read_rows, run
 
 import make_pairs
 from files.console import InputError
+from files.reading import read_lines
 from pair_engines import gate
 from pair_engines.gate import ALL_CHECKS, Gate
 from pair_engines.report import Sample
@@ -222,6 +223,20 @@ def test_shards_together_are_the_whole(tmp_path, engine, flags):
     assert (tmp_path / "all.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     if flags:
         assert [len(read_rows(path)) for path in shards] == [4, 3, 3]
+
+
+@pytest.mark.parametrize("end", ["jsonl", "jsonl.gz"])
+def test_a_shard_without_pairs_is_no_missing_shard(tmp_path, capsys, end):
+    (tmp_path / "t.txt").write_text(f"{PROSE}\ntoo short\n{PROSE} And more.\n")  # the fourth shard is without a text
+    for i in range(1, 5):
+        run("crop", "--input", tmp_path / "t.txt", "--shard", f"{i}/4", "--out", tmp_path / f"{i}.{end}")
+    assert "no pairs were made of this shard" in capsys.readouterr().err
+    assert [len(list(read_lines(tmp_path / f"{i}.{end}"))) for i in range(1, 5)] == [1, 0, 1, 0]
+    run("merge", *(tmp_path / f"{i}.{end}" for i in range(1, 5)), "--out", tmp_path / "all.jsonl")
+    run("crop", "--input", tmp_path / "t.txt", "--out", tmp_path / "whole.jsonl")
+    assert (tmp_path / "all.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    with pytest.raises(InputError, match="no pairs were made"):  # a whole job still needs some
+        run("crop", "--input", tmp_path / "t.txt", "--min-words", 99, "--out", tmp_path / "none.jsonl")
 
 
 def test_shards_that_are_missing_doubled_or_of_another_job_are_not_merged(tmp_path, capsys):
