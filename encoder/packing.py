@@ -36,6 +36,7 @@ except ImportError:
 VARLEN_TAKES_SPLITS = torch.__version__ >= (2, 13) and not torch.version.hip
 
 MIN_SHARED_PREFIX = 4  # tokens that must be shared before sharing them pays
+LIKE = 0.65  # a sequence at least this share as long as the longest of a stack is laid into it; measured in bench/README.md
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
@@ -191,13 +192,9 @@ class PackedAttention:
         self.batch, self.causal, self.scored_layers, self.trimmed_layer = batch, causal, scored_layers, trimmed_layer
         self.implementation, self.read, self.hidden = implementation, read, hidden or {}
         self.prefix_length, self.device = batch.prefix_length, batch.ids.device
-        rests = np.diff(batch.starts)
-        self.shape = len(rests), int(rests.max(initial=0))  # B, L
-        self.equal_lengths = bool((rests == self.shape[1]).all())
         self.trimmed_keys: tuple[Tensor, Tensor] | None = None  # keys and values of the trimmed layer
         self.scored: dict[int, tuple[Tensor, Tensor, float, int | None]] = {}  # of a layer: last queries, keys, scale, window
         self.released = False
-        self._masks: dict[tuple, Tensor] = {}
 
     def release(self) -> None:
         """Forget the stored keys and queries, once states have been pooled or the forward pass has failed.
@@ -292,33 +289,11 @@ class PackedAttention:
             **{name: value for name, value in extra.items() if name in VARLEN_PARAMETERS},
         )  # fmt: skip
 
-    # stacked: sequences under each other
+    # stacked: sequences of like length under each other
 
     @functools.cached_property
-    def _stacked_layout(self) -> tuple[Tensor, Tensor]:
-        """Which token of the row lies at each place of (B, L), flattened; at which place each token of the rests lies."""
-        inside = np.arange(self.shape[1]) < np.diff(self.batch.starts)[:, None]
-        token = np.where(inside, self.batch.starts[:-1, None] + np.arange(self.shape[1]), self.prefix_length)
-        return self._on_device(token.ravel()), self._on_device(np.flatnonzero(inside))
-
-    def _visible(self, window: int | None, trimmed: bool) -> Tensor | None:
-        """Which keys (prefix + L) a query of each sequence sees: bool (B or 1, 1, L or 1, prefix + L); None: plainly causal, or all."""
-        prefix, width = self.prefix_length, self.shape[1]
-        if not trimmed and (self.equal_lengths or self.causal) and not prefix and (window is None or window >= width):
-            return None
-        if (window, trimmed) not in self._masks:
-            lengths = self._on_device(self.batch.lengths)[:, None, None]
-            key = torch.arange(prefix + width, device=self.device)
-            query = lengths - 1 if trimmed else prefix + torch.arange(width, device=self.device)[None, :, None]
-            distance = query - key  # (B or 1, L, prefix + L)
-            reach = prefix + width if window is None else window
-            if self.causal:
-                visible = (distance >= 0) & (distance < reach)
-            else:
-                visible = (key < lengths) & (distance.abs() <= reach)
-                visible = visible | (distance + key >= lengths)  # a query behind its sequence's end must see something, or it is NaN
-            self._masks[window, trimmed] = visible[:, None]
-        return self._masks[window, trimmed]
+    def _stacks(self) -> list["Stack"]:
+        return [Stack(self.batch, self.causal, rows) for rows in like_lengths(np.diff(self.batch.starts))]
 
     def stacked(
         self,
@@ -331,31 +306,99 @@ class PackedAttention:
         trimmed: bool,
         hidden: Tensor | None = None,
     ) -> Tensor:
-        prefix, (rows, width) = self.prefix_length, self.shape
-
-        def stack(x):  # (T, H, d) -> (B, L, H, d)
-            x = x[prefix:] if self.equal_lengths else x.flatten(1).index_select(0, self._stacked_layout[0]).unflatten(1, x.shape[1:])
-            return x.unflatten(0, (rows, width))
-
-        def with_prefix(x):  # (T, K, d) -> (B, prefix + L, K, d)
-            return torch.cat([x[:prefix].expand(rows, *x[:prefix].shape), stack(x)], 1) if prefix else stack(x)
-
-        def attend(q, k, v, visible, causal):  # (B, L, H, d) and (B, S, K, d) -> (B, L, H, d)
+        def attend(q, k, v, visible, causal=False):  # (B, L, H, d) and (B, S, K, d) -> (B, L, H, d)
             settings = {"attn_mask": visible, "is_causal": causal, "scale": scale, "dropout_p": dropout}
             q, k, v = (x.transpose(1, 2) for x in (q, k, v))
             return F.scaled_dot_product_attention(q, k, v, **settings, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
 
-        visible = self._visible(window, trimmed)
-        if trimmed:
-            visible = visible if hidden is None else visible & ~hidden[:, None, None]
-            return attend(query[:, None], with_prefix(key), with_prefix(value), visible, False)[:, 0]
-        out = attend(stack(query), with_prefix(key), with_prefix(value), visible, self.causal and visible is None).flatten(0, 1)
-        out = out if self.equal_lengths else out.index_select(0, self._stacked_layout[1])
-        if not prefix:
-            return out
-        place = torch.arange(prefix, device=self.device)
-        near = (place[:, None] - place < window).tril() if window is not None and window < prefix else None
-        return torch.cat([attend(query[None, :prefix], key[None, :prefix], value[None, :prefix], near, near is None)[0], out])
+        prefix, stacks = self.prefix_length, self._stacks
+        sizes = [prefix, *(stack.n_tokens for stack in stacks)]
+        (first_key, *keys), (first_value, *values) = key.split(sizes), value.split(sizes)  # those of the prefix first
+        first_query, *queries = query.split([0, *(stack.shape[0] for stack in stacks)] if trimmed else sizes)
+        out = []
+        if prefix and not trimmed:
+            place = torch.arange(prefix, device=self.device)
+            near = (place[:, None] - place < window).tril() if window is not None and window < prefix else None
+            out.append(attend(first_query[None], first_key[None], first_value[None], near, near is None)[0])
+        for stack, q, *keys_and_values in zip(stacks, queries, keys, values, strict=True):
+            if not len(q):  # sequences that are nothing but the prefix
+                continue
+            k, v = (stack.lay(x, first) for x, first in zip(keys_and_values, (first_key, first_value), strict=True))
+            visible = stack.visible(window, trimmed)
+            if not trimmed:
+                out.append(stack.pick(attend(stack.lay(q), k, v, visible, self.causal and visible is None)))
+                continue
+            if hidden is not None:
+                visible = visible & ~hidden[stack.rows, None, None, : k.shape[1]]
+            out.append(attend(q[:, None], k, v, visible)[:, 0])
+        return out[0] if len(out) == 1 else torch.cat(out)
+
+
+def like_lengths(lengths: np.ndarray) -> list[slice]:
+    """Sequences sorted by length, longest first -> ranges of which none is padded by much; all in one where they are not sorted.
+
+    A batch of training has short texts beside long ones. Attention's time grows with the square of the padded length, a range
+    costs a few small operations in each layer.
+    """
+    if len(lengths) == 0 or (np.diff(lengths) > 0).any():
+        return [slice(0, len(lengths))]
+    first = [0]
+    for row, length in enumerate(lengths):
+        if length < LIKE * lengths[first[-1]]:
+            first.append(row)
+    return [slice(a, b) for a, b in itertools.pairwise([*first, len(lengths)])]
+
+
+class Stack:
+    """Neighbouring sequences of a batch, the rests of which are laid under each other: B sequences here, L tokens the longest.
+
+    rows    which sequences of the batch
+    """
+
+    def __init__(self, batch: PackedBatch, causal: bool, rows: slice):
+        self.rows, self.causal, self.prefix_length, self.device = rows, causal, batch.prefix_length, batch.ids.device
+        self.starts = batch.starts[rows.start : rows.stop + 1] - batch.starts[rows.start]
+        self.lengths, rests = batch.lengths[rows], np.diff(self.starts)
+        self.n_tokens, self.shape = int(self.starts[-1]), (len(rests), int(rests.max(initial=0)))
+        self.equal_lengths = bool((rests == self.shape[1]).all())
+        self._masks: dict[tuple, Tensor] = {}
+
+    @functools.cached_property
+    def _layout(self) -> tuple[Tensor, Tensor]:
+        """Which token lies at each place of (B, L), flattened; at which place each token lies."""
+        inside = np.arange(self.shape[1]) < np.diff(self.starts)[:, None]
+        token = np.where(inside, self.starts[:-1, None] + np.arange(self.shape[1]), 0)
+        return to_device(token.ravel(), self.device), to_device(np.flatnonzero(inside), self.device)
+
+    def lay(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """(n, H, d) -> (B, L, H, d), or (B, prefix + L, H, d) with the states of the shared prefix (prefix, H, d) before each."""
+        x = x if self.equal_lengths else x.flatten(1).index_select(0, self._layout[0]).unflatten(1, x.shape[1:])
+        x = x.unflatten(0, self.shape)
+        return x if prefix is None or not len(prefix) else torch.cat([prefix.expand(len(x), *prefix.shape), x], 1)
+
+    def pick(self, x: Tensor) -> Tensor:
+        """(B, L, H, d) -> (n, H, d)"""
+        x = x.flatten(0, 1)
+        return x if self.equal_lengths else x.index_select(0, self._layout[1])
+
+    def visible(self, window: int | None, trimmed: bool) -> Tensor | None:
+        """Which keys (prefix + L) a query of each sequence sees: bool (B or 1, 1, L or 1, prefix + L); None: plainly causal, or all."""
+        prefix, width = self.prefix_length, self.shape[1]
+        if not trimmed and (self.equal_lengths or self.causal) and not prefix and (window is None or window >= width):
+            return None
+        if (window, trimmed) not in self._masks:
+            lengths = to_device(self.lengths, self.device)[:, None, None]
+            key = torch.arange(prefix + width, device=self.device)
+            query = lengths - 1 if trimmed else prefix + torch.arange(width, device=self.device)[None, :, None]
+            distance = query - key  # (B or 1, L, prefix + L)
+            reach = prefix + width if window is None else window
+            if self.causal:
+                visible = (distance >= 0) & (distance < reach)
+            else:
+                visible = (key < lengths) & (distance.abs() <= reach)
+                visible = visible | (distance + key >= lengths)  # a query behind its sequence's end must see something, or it is NaN
+            self._masks[window, trimmed] = visible[:, None]
+        return self._masks[window, trimmed]
 
 
 def trim_hook(packed: PackedAttention):

@@ -57,6 +57,24 @@ def test_a_trimmed_last_layer_changes_nothing(model, prompt, attention, monkeypa
     assert seen[-1].last_only and len(seen[-1].layers[-1]) == len(MANY) - 1 and not seen[0].last_only
 
 
+def test_sequences_of_like_length_are_stacked():
+    lengths = np.array([100, 90, 66, 64, 20, 20, 13, 12, 0])
+    assert [lengths[rows].tolist() for rows in packing.like_lengths(lengths)] == [[100, 90, 66], [64], [20, 20, 13], [12], [0]]
+    assert packing.like_lengths(np.array([3, 100, 3])) == [slice(0, 3)]  # not sorted
+    assert packing.like_lengths(np.array([], int)) == [slice(0, 0)]
+
+
+def test_attention_pads_short_sequences_by_little(llama, monkeypatch):
+    """Of a long text and many short ones, the short ones are not padded to the long one."""
+    padded, attend = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda q, *a, **k: padded.append(q) or attend(q, *a, **k))
+    encoder = Encoder.load(llama, prompt="none", pooling="mean")
+    ((_, batch),) = encoder.batches(encoder.tokenize(["be " * 60, *["a cat"] * 30]), list(range(31)))
+    encoder.forward(batch)
+    n_layers = len(encoder.blocks)
+    assert len(padded) == 2 * n_layers and sum(q.shape[0] * q.shape[2] for q in padded) == n_layers * len(batch.ids)
+
+
 def test_nothing_but_the_prompt(model):
     """Texts without a token of their own, alone and together, where nothing stands behind them; and no token at all."""
     settings = {"prompt": LONG.removesuffix(", that is the question"), "max_tokens": 20}
