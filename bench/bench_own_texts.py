@@ -20,6 +20,7 @@ five seeds of it):
     second teacher, teacher with general    the teachers of two of these; neither can encode any other text
     own only       `auto` without general pairs
     half           auto on the first half of the corpus; scored on both halves, the second of which it never saw
+    mixed          auto on all rows of all sets of --data and the anchors of the pairs of --more, one corpus and one run for all sets
     neighbours, same, crop, noise    train.py on pairs alone, one of each text and as many steps: the text and its nearest under the
                    teacher, the text twice (with dropout), two of its spans, it and a damaged copy; "no gate": what the gate would drop too
     columns        the same of title and abstract, for texts with a title before their first ". " (arXiv abstracts)
@@ -62,7 +63,7 @@ ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
     "columns": (["columns", "--columns", "title", "abstract"], []),
 }
 # of all recipes, those that encode any text
-ENCODERS = ("untuned", "general", "auto", "two rounds", "with general", "from general", "own only", "half", "neighbours", *ENGINES)
+ENCODERS = ("untuned", "general", "auto", "two rounds", "with general", "from general", "own only", "half", "mixed", "neighbours", *ENGINES)
 # recipe of a teacher's vectors -> of its folder
 TEACHERS = {"words": "words", "teacher": "auto", "second teacher": "two rounds", "teacher with general": "with general"}
 DEFAULT = ("untuned", "LSA", "words", "general", "side by side", "teacher", "auto")
@@ -78,6 +79,14 @@ POOLING = {"prompt": "cluster", "pooling": "position-mean", "scope": "all"}
 def call(script: str, *flags, log: Path) -> None:
     with open(log, "a") as f:
         subprocess.run([sys.executable, ROOT / script, *map(str, flags)], check=True, stdout=f, stderr=f)
+
+
+def make_pairs(texts: list[str], flags: list, out: Path) -> None:
+    """Call make_pairs.py on a file of the texts, which stays beside OUT; its columns `title` and `abstract` are for `columns`."""
+    source = out.with_name(f"{out.stem}.texts.jsonl")
+    rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
+    write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
+    call("make_pairs.py", *flags, "--input", source, "--out", out, log=out.parent / "log.txt")
 
 
 def v_measure(vectors: np.ndarray, labels: list[str]) -> float:
@@ -125,6 +134,8 @@ class Corpus:
         """The folder of a recipe's run, which is trained by the commands that a user types."""
         if recipe == "general":  # one run serves all corpora
             return self.train(self.args.out / "general", self.general)
+        if recipe == "mixed":  # so does this
+            return self.train(self.args.out / "mixed", self.mixed_pairs())
         if recipe == "neighbours":
             return self.train(self.folder / "neighbours", self.neighbour_pairs())
         if recipe == "from general":
@@ -135,16 +146,23 @@ class Corpus:
     def pairs(self, recipe: str) -> Path:
         """What make_pairs.py makes for a recipe of the corpus: a file of pairs, or the folder of `auto`."""
         name = recipe.replace(",", "").replace(" ", "-")
-        pairs, source = self.folder / (f"{name}.jsonl" if recipe in ENGINES else f"{name}-pairs"), self.folder / f"{name}.texts.jsonl"
+        pairs = self.folder / (f"{name}.jsonl" if recipe in ENGINES else f"{name}-pairs")
         if not pairs.exists():
             texts = self.texts[: len(self.texts) // 2] if recipe == "half" else self.texts
-            rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
-            write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
             general = ["--general", "none" if recipe in ("own only", "words") else self.general]
             models = self.teacher_models(recipe)
             engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, "--model", *models]
             column = [] if recipe == "columns" else ["--column", "text"]
-            call("make_pairs.py", *engine, "--input", source, *column, "--out", pairs, log=self.folder / "log.txt")
+            make_pairs(texts, [*engine, *column], pairs)
+        return pairs
+
+    def mixed_pairs(self) -> Path:
+        """The folder of `auto` of all sets together."""
+        pairs = self.args.out / "mixed-pairs"
+        if not pairs.exists():
+            texts = [row["text"] for path in self.args.data for _, row in read_rows(path)]
+            texts += [row["anchor"] for path in self.args.more for _, row in read_rows(path)]
+            make_pairs(texts, ["auto", "--general", self.general, "--model", "tiny", "--column", "text"], pairs)
         return pairs
 
     def teacher_models(self, recipe: str) -> list:
@@ -270,6 +288,7 @@ def table(rows: list[dict]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--more", type=Path, nargs="+", default=[], help="JSONL files of pairs, whose anchors `mixed` takes too")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--recipes", nargs="+", default=DEFAULT, choices=RECIPES)
     parser.add_argument("--seed", type=int, default=0)
