@@ -12,7 +12,8 @@ Losses on the first batch have to agree. A ratio is the median of the rounds' ra
 says so. A step's time runs from the end of the step before to its own end, so that it includes tokenizing. Memory is the peak
 of what was allocated on a GPU, or resident on a CPU, after loading.
 
-Pairs are drawn from the sentences of the bundled tasks, each text 20 to 100 tokens long, inside the clustering prompt.
+Pairs are drawn from the sentences of the bundled tasks, each text 20 to 100 tokens long, inside the clustering prompt; with --short 0.75,
+three quarters of them have texts of 4 to 12 tokens, as a batch of short texts of one's own has beside general pairs.
 """
 
 import argparse
@@ -38,6 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
+from encoder import packing
 from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
 from prompts import get_prompt
 from training.checkpoint import TrainingState
@@ -73,7 +75,7 @@ class PairsInMemory(list):
 
 
 class Ours:
-    def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None, trim=True):
+    def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None, trim=True, like=packing.LIKE):
         flags = ["--model", folder, "--pairs", pairs, "--batch-size", args.batch_size, "--lora-rank", RANK, "--lr", LR, "--dtype", dtype]
         flags += [
             "--temperature",
@@ -93,7 +95,7 @@ class Ours:
         if tokens:
             batches = self.encoder.batches
             self.encoder.batches = lambda tokenized, rows, _: batches(tokenized, rows, tokens)
-        self.encoder.trim_last_layer = trim
+        self.encoder.trim_last_layer, packing.LIKE = trim, like
         self.trained = self.encoder.trainable()
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LR)
         self.state = TrainingState(args.batch_size, self.args.gradient_checkpointing)
@@ -202,6 +204,7 @@ SIDES = {
     "ours": (Ours, {}),
     "ours, LoRA through peft's layers": (Ours, {"fused": False}),
     "ours, whole last layer": (Ours, {"trim": False}),
+    "ours, a batch in one stack": (Ours, {"like": 0.0}),
     "ours, 2048 tokens a batch": (Ours, {"tokens": 2048}),
     "ours, 8192 tokens a batch": (Ours, {"tokens": 8192}),
     "sentence-transformers, sdpa": (SentenceTransformers, {}),
@@ -292,9 +295,11 @@ def peak_memory(device: str) -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 2**20
 
 
-def write_pairs(path: Path, tokenizer, n: int) -> None:
-    LENGTHS["pairs"] = (20, 100)
-    texts = make_texts(tokenizer, "pairs", 2 * n)
+def write_pairs(path: Path, tokenizer, n: int, short: float) -> None:
+    LENGTHS.update(pairs=(20, 100), titles=(4, 12))
+    long_texts, short_texts = (make_texts(tokenizer, workload, 2 * n) for workload in ("pairs", "titles"))
+    is_short = np.random.default_rng(0).random(n) < short
+    texts = [(short_texts if is_short[i // 2] else long_texts)[i] for i in range(2 * n)]
     rows = [{"anchor": a, "positive": b} for a, b in zip(texts[::2], texts[1::2], strict=True)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
@@ -316,7 +321,7 @@ def compare(model: str, args: argparse.Namespace, device: str, dtype: str) -> li
         requests.sort(key=lambda request: sides.index(request[0]))
     with tempfile.TemporaryDirectory() as scratch:
         folder, pairs = make_model(model, Path(scratch) / "model", torch.device(device)), Path(scratch) / "pairs.jsonl"
-        write_pairs(pairs, AutoTokenizer.from_pretrained(folder), n_pairs)
+        write_pairs(pairs, AutoTokenizer.from_pretrained(folder), n_pairs, args.short)
         workers = Workers(len(sides) if on_cpu else 1, folder, str(pairs), args, device, dtype)
         losses, times, memory = {}, {side: [] for side in sides}, {}
         for side, steps, rows in requests:
@@ -354,6 +359,7 @@ def main() -> None:
     rivals = [side for side in SIDES if not side.startswith("ours,")]
     add("--sides", nargs="+", choices=tuple(SIDES), default=rivals, help="default: ours with its defaults, and all others")
     add("--batch-size", type=int, default=120, help="pairs per step (default 120)")
+    add("--short", type=float, default=0.0, help="share of the pairs whose texts are short (default 0)")
     add("--steps", type=int, default=3, help="timed steps of each side in a round, after one that is not timed (default 3)")
     add("--rounds", type=int, default=3, help="rounds, in alternating order of the sides (default 3)")
     add("--gradient-checkpointing", action="store_true", help="compute every layer again in the backward pass, on all sides")
