@@ -1,9 +1,11 @@
 """The machine: device, dtype, free memory, random numbers."""
 
+import contextlib
 import ctypes
 import functools
 import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,6 +14,8 @@ from torch import Tensor
 from encoder.names import check_dtype
 from encoder.processes import all_reduce_number, local_rank
 from files.console import InputError
+
+CGROUP = Path("/sys/fs/cgroup")  # in a container its root is the container's group
 
 
 def pick_device(device: str | None = None) -> torch.device:
@@ -72,9 +76,24 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         with open("/proc/meminfo") as f:
-            return next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
+            available = next(1024 * int(line.split()[1]) for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
         return None
+    return min(available, room_in_container())
+
+
+def room_in_container() -> float:
+    """Bytes that the container's memory limit leaves (cgroup v2 or v1), cached files not counted that can be dropped; inf without a limit.
+
+    /proc/meminfo is the host's in a container too.
+    """
+    v1 = CGROUP / "memory"
+    for folder, limit, used in (CGROUP, "memory.max", "memory.current"), (v1, "memory.limit_in_bytes", "memory.usage_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit: "max"
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            dropped = int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+            return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()) + dropped)
+    return float("inf")
 
 
 @functools.cache

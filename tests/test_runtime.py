@@ -14,10 +14,10 @@ import pytest
 import torch
 from conftest import TEXTS, make_run, randomize_adapter
 
-from encoder import Encoder, processes
+from encoder import Encoder, processes, runtime
 from encoder.checks import NonFiniteError
 from encoder.packing import PackedAttention, select_tokens
-from encoder.runtime import is_out_of_memory, pick_device, pick_dtype
+from encoder.runtime import free_memory, is_out_of_memory, pick_device, pick_dtype
 from files.console import InputError
 from training.gradients import embed
 
@@ -30,6 +30,27 @@ def two_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+
+
+@pytest.mark.parametrize(
+    ("folder", "limit", "used", "cached"),
+    [
+        ("", "memory.max", "memory.current", "inactive_file"),  # cgroup v2
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),  # v1
+    ],
+)
+def test_the_memory_limit_of_a_container_counts(tmp_path, monkeypatch, folder, limit, used, cached):
+    cpu, group = torch.device("cpu"), tmp_path / folder
+    monkeypatch.setattr(runtime, "CGROUP", tmp_path)
+    of_host = free_memory(cpu)  # no such files
+    group.mkdir(exist_ok=True)
+    for name, content in ((limit, "1000000\n"), (used, "700000\n"), ("memory.stat", f"anon 5\n{cached} 200000\n")):
+        (group / name).write_text(content)
+    assert free_memory(cpu) == 500_000
+    (group / used).write_text("1300000")
+    assert free_memory(cpu) == 0
+    (group / limit).write_text("max" if not folder else str(2**63 - 4096))
+    assert free_memory(cpu) > 2**20 and of_host > 2**20
 
 
 KEPT_MEMORY = """
