@@ -16,7 +16,7 @@ from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, su
 import make_pairs
 from encoder import Contract, Encoder
 from files.console import InputError
-from pair_engines.teacher import Part, look_at, side_by_side, whitened
+from pair_engines.teacher import Corpus, Part, lexical_dims, lexical_parts, look_at, side_by_side, whitened
 from tasks import unlabelled
 from training import validation
 from training.gradients import chunked_backward
@@ -95,6 +95,14 @@ def test_a_model_s_vectors_are_whitened_halfway():
     np.testing.assert_allclose(whitened(vectors, degree=1).std(0), 1, rtol=0.01)
     assert whitened(rng.normal(size=(2000, 384))).shape == (2000, 100) and whitened(rng.normal(size=(40, 384))).shape == (40, 15)
     assert np.isfinite(whitened(np.ones((50, 4), np.float32))).all()  # a model that gives all texts the same vector
+
+
+def test_words_and_letters_of_more_texts_have_more_dimensions(monkeypatch):
+    assert [lexical_dims(n) for n in (40, 900, 1000, 3000, 30_000, 100_000, 10**6)] == [15, 90, 100, 100, 316, 577, 600]
+    monkeypatch.setattr("pair_engines.teacher.LEXICAL_TEXTS", 15)
+    words = np.random.default_rng(0).choice([f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrt"], (60, 6))
+    parts = lexical_parts(Corpus([" ".join(row) for row in words], [], "other", 6))
+    assert [part.vectors.shape for part in parts] == [(60, 30), (60, 30)]
 
 
 def test_the_same_texts_give_the_same_folder_and_a_model_is_part_of_the_teacher(tmp_path, texts, folder, llama, capsys):
