@@ -149,7 +149,8 @@ def take_gradients(encoder: Encoder) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("pooling", ["last", "attention"])
 def test_gradients_reach_every_adapter_and_checkpointing_changes_none(model, pooling):
-    encoder = trained_encoder(model, pooling=pooling)
+    encoder = trained_encoder(model, pooling=pooling, dtype=torch.float64)  # in float32 rounding differs by more than 1e-6 on some CPUs
+    encoder.decoder.double()
     texts = encoder.tokenize(["The cat sat.", "A dog stood by the road.", "Rates rose.", "The bank raised its fees again."])
     gradients = []
     for every in (0, 1):
