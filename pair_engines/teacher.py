@@ -36,7 +36,7 @@ MIN_TEXTS = 32  # of a corpus in which neighbours mean something
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
 MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 0.1 to 0.4 hardly differ
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
-LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 600  # of more texts words and letters have more, see `lexical_dims`
+LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 300  # of more texts words and letters have more, see `lexical_dims`
 # By trial on six corpora (bench/README.md): shares in a teacher's cosines, those of the models together, and how far the vectors of
 # models are whitened
 WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
@@ -186,9 +186,10 @@ def n_dims(n_texts: int) -> int:
 
 
 def lexical_dims(n_texts: int) -> int:
-    """The same for words and for letter sequences, which more texts have more of: 100 of 3,000 texts, 316 of 30,000, 577 of 100,000.
+    """The same for words and for letter sequences, which more texts have more of: 100 of 3,000 texts, 182 of 10,000, 300 from 27,000 on.
 
-    By trial on six sets of 3,000 texts, and on 30,000 and 100,000 texts of many kinds (bench/README.md).
+    By trial on six sets of 3,000 texts, and on 30,000 and 100,000 texts of many kinds (bench/README.md). Still more would be better, but
+    of 100,000 texts 577 took 5.4 GiB.
     """
     return min(MAX_LEXICAL_DIMS, int(n_dims(n_texts) * max(1.0, math.sqrt(n_texts / LEXICAL_TEXTS))))
 

@@ -98,7 +98,7 @@ def test_a_model_s_vectors_are_whitened_halfway():
 
 
 def test_words_and_letters_of_more_texts_have_more_dimensions(monkeypatch):
-    assert [lexical_dims(n) for n in (40, 900, 1000, 3000, 30_000, 100_000, 10**6)] == [15, 90, 100, 100, 316, 577, 600]
+    assert [lexical_dims(n) for n in (40, 900, 1000, 3000, 10_000, 27_000, 10**6)] == [15, 90, 100, 100, 182, 300, 300]
     monkeypatch.setattr("pair_engines.teacher.LEXICAL_TEXTS", 15)
     words = np.random.default_rng(0).choice([f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrt"], (60, 6))
     parts = lexical_parts(Corpus([" ".join(row) for row in words], [], "other", 6))
