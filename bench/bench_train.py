@@ -75,7 +75,7 @@ class PairsInMemory(list):
 
 
 class Ours:
-    def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None, trim=True, like=packing.LIKE):
+    def __init__(self, folder, pairs, args, device, dtype, fused=True, tokens=None, trim=True, like=packing.SHORTEST_IN_STACK):
         flags = ["--model", folder, "--pairs", pairs, "--batch-size", args.batch_size, "--lora-rank", RANK, "--lr", LR, "--dtype", dtype]
         flags += [
             "--temperature",
@@ -95,7 +95,7 @@ class Ours:
         if tokens:
             batches = self.encoder.batches
             self.encoder.batches = lambda tokenized, rows, _: batches(tokenized, rows, tokens)
-        self.encoder.trim_last_layer, packing.LIKE = trim, like
+        self.encoder.trim_last_layer, packing.SHORTEST_IN_STACK = trim, like
         self.trained = self.encoder.trainable()
         self.optimizer = torch.optim.AdamW(self.trained.values(), lr=LR)
         self.state = TrainingState(args.batch_size, self.args.gradient_checkpointing)

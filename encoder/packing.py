@@ -36,7 +36,7 @@ except ImportError:
 VARLEN_TAKES_SPLITS = torch.__version__ >= (2, 13) and not torch.version.hip
 
 MIN_SHARED_PREFIX = 4  # tokens that must be shared before sharing them pays
-LIKE = 0.65  # a sequence at least this share as long as the longest of a stack is laid into it; measured in bench/README.md
+SHORTEST_IN_STACK = 0.65  # as a share of the longest sequence that is stacked with it; measured in bench/README.md
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
@@ -344,7 +344,7 @@ def like_lengths(lengths: np.ndarray) -> list[slice]:
         return [slice(0, len(lengths))]
     first = [0]
     for row, length in enumerate(lengths):
-        if length < LIKE * lengths[first[-1]]:
+        if length < SHORTEST_IN_STACK * lengths[first[-1]]:
             first.append(row)
     return [slice(a, b) for a, b in itertools.pairwise([*first, len(lengths)])]
 
