@@ -47,6 +47,7 @@ import numpy as np
 
 from encoder import Encoder
 from encoder.nearest import unit
+from files.console import run_script
 from files.reading import read_rows
 from files.writing import append_line, write_text
 from pair_engines import teacher
@@ -135,7 +136,8 @@ class Corpus:
         if recipe == "general":  # one run serves all corpora
             return self.train(self.args.out / "general", self.general)
         if recipe == "mixed":  # so does this
-            return self.train(self.args.out / "mixed", self.mixed_pairs())
+            pairs = self.mixed_pairs()
+            return self.train(pairs.with_name(pairs.name.removesuffix("-pairs")), pairs)
         if recipe == "neighbours":
             return self.train(self.folder / "neighbours", self.neighbour_pairs())
         if recipe == "from general":
@@ -158,10 +160,10 @@ class Corpus:
 
     def mixed_pairs(self) -> Path:
         """The folder of `auto` of all sets together."""
-        pairs = self.args.out / "mixed-pairs"
+        texts = [row["text"] for path in self.args.data for _, row in read_rows(path)]
+        texts += [row["anchor"] for path in self.args.more for _, row in read_rows(path)]
+        pairs = self.args.out / f"mixed-{len(texts)}-pairs"
         if not pairs.exists():
-            texts = [row["text"] for path in self.args.data for _, row in read_rows(path)]
-            texts += [row["anchor"] for path in self.args.more for _, row in read_rows(path)]
             make_pairs(texts, ["auto", "--general", self.general, "--model", "tiny", "--column", "text"], pairs)
         return pairs
 
@@ -327,4 +329,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    main()
+    run_script(main)

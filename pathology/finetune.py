@@ -488,7 +488,7 @@ def finish(run: Run, interrupted_by: int | None) -> None:
 
 def next_command(args: argparse.Namespace) -> str:
     """The command that evaluates the run on the test patients of its own division."""
-    where = ["--pattern", args.pattern] if args.pattern else ["--labels", str(args.labels or "labels.csv")]
+    where = ["--pattern", args.pattern] if args.pattern else ["--labels", str(args.labels or "FILE")]
     seed = ["--split-seed", str(args.split_seed)] if args.split_seed else []
     return shlex.join(["python", "-m", "pathology.evaluate_patches", str(args.source), *where, *seed, "--model", str(args.out)])
 
