@@ -38,9 +38,9 @@ MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
 LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 300  # of more texts words and letters have more, see `lexical_dims`
 # By trial on six corpora (bench/README.md): shares in a teacher's cosines, those of the models together, and how far the vectors of
-# models are whitened
+# models are whitened, and those of words and letters of more than LEXICAL_TEXTS texts
 WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
-WHITENING = 0.5
+WHITENING, LEXICAL_WHITENING = 0.5, 0.25
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 COSINES_AT_ONCE = 2**25  # 128 MiB
@@ -198,6 +198,7 @@ def lexical_parts(corpus: Corpus) -> list[Part]:
     """Latent semantic analysis (TF-IDF and truncated SVD) of words and of letter sequences.
 
     Words in English lose the stop words; in another language, and sequences of letters, those of more than MAX_SHARE of the texts.
+    The first directions of a large corpus tell its subjects apart; whitening gives those that tell apart texts of a subject more weight.
     """
     from sklearn.decomposition import TruncatedSVD
     from sklearn.feature_extraction.text import TfidfVectorizer
@@ -217,7 +218,10 @@ def lexical_parts(corpus: Corpus) -> list[Part]:
             counts = np.empty((len(texts), 0))
         dims = min(lexical_dims(len(texts)), min(counts.shape) - 1)
         if dims > 1:
-            parts.append(Part(name, TruncatedSVD(dims, random_state=0).fit_transform(counts), share))
+            vectors = TruncatedSVD(dims, random_state=0).fit_transform(counts)
+            if len(texts) > LEXICAL_TEXTS:
+                vectors = whitened(vectors, LEXICAL_WHITENING, dims)
+            parts.append(Part(name, vectors, share))
         else:
             left.append(name)
     if not parts:
@@ -253,8 +257,10 @@ def model_vectors(model: str, texts: list[str], args: argparse.Namespace) -> tup
     return whitened(vectors), encoder.fingerprint
 
 
-def whitened(vectors: np.ndarray, degree: float = WHITENING) -> np.ndarray:
-    """Principal components of vectors (N, D), each divided by its standard deviation to the power of `degree` (0: left, 1: in full).
+def whitened(vectors: np.ndarray, degree: float = WHITENING, dims: int | None = None) -> np.ndarray:
+    """Principal components of vectors (N, D), `dims` of them or `n_dims(N)`, whitened to a degree.
+
+    Each is divided by its standard deviation to the power of `degree` (0: left, 1: in full).
 
     A few directions make up most of a language model's vectors and say little about what a text means, while whitening in full makes
     noise as loud as all else. For SVD of word counts see "eigenvalue weighting" in Levy, Goldberg and Dagan 2015,
@@ -263,7 +269,7 @@ def whitened(vectors: np.ndarray, degree: float = WHITENING) -> np.ndarray:
     from sklearn.decomposition import PCA
 
     with np.errstate(invalid="ignore"):  # of a model that gives all texts the same vector
-        components = PCA(min(n_dims(len(vectors)), *vectors.shape), random_state=0).fit_transform(vectors)
+        components = PCA(min(dims or n_dims(len(vectors)), *vectors.shape), random_state=0).fit_transform(vectors)
     deviations = components.std(0)
     return components / np.maximum(deviations, 1e-6 * deviations.max() + 1e-30) ** degree
 

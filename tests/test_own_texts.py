@@ -103,6 +103,10 @@ def test_words_and_letters_of_more_texts_have_more_dimensions(monkeypatch):
     words = np.random.default_rng(0).choice([f"{a}{b}{c}" for a in "bdfgk" for b in "aeiou" for c in "lmnrt"], (60, 6))
     parts = lexical_parts(Corpus([" ".join(row) for row in words], [], "other", 6))
     assert [part.vectors.shape for part in parts] == [(60, 30), (60, 30)]
+    monkeypatch.setattr("pair_engines.teacher.LEXICAL_WHITENING", 0)
+    plain = lexical_parts(Corpus([" ".join(row) for row in words], [], "other", 6))
+    for part, without in zip(parts, plain, strict=True):
+        np.testing.assert_allclose(part.vectors.std(0), without.vectors.std(0) ** 0.75, rtol=1e-3)
 
 
 def test_the_same_texts_give_the_same_folder_and_a_model_is_part_of_the_teacher(tmp_path, texts, folder, llama, capsys):
