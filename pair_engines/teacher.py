@@ -258,13 +258,11 @@ def model_vectors(model: str, texts: list[str], args: argparse.Namespace) -> tup
 
 
 def whitened(vectors: np.ndarray, degree: float = WHITENING, dims: int | None = None) -> np.ndarray:
-    """Principal components of vectors (N, D), `dims` of them or `n_dims(N)`, whitened to a degree.
+    """Principal components of vectors (N, D), `dims` of them or `n_dims(N)`, whitened.
 
-    Each is divided by its standard deviation to the power of `degree` (0: left, 1: in full).
-
-    A few directions make up most of a language model's vectors and say little about what a text means, while whitening in full makes
-    noise as loud as all else. For SVD of word counts see "eigenvalue weighting" in Levy, Goldberg and Dagan 2015,
-    https://aclanthology.org/Q15-1016.
+    Each is divided by its standard deviation to the power of `degree` (0: left as it is, 1: whitened in full). A few directions make up
+    most of a language model's vectors and say little about what a text means, while whitening in full makes noise as loud as all else.
+    For SVD of word counts see "eigenvalue weighting" in Levy, Goldberg and Dagan 2015, https://aclanthology.org/Q15-1016.
     """
     from sklearn.decomposition import PCA
 
