@@ -127,11 +127,6 @@ def build_parser() -> argparse.ArgumentParser:
     auto.add_argument(
         "--general", type=Path, help="file of pairs that keep general knowledge, or none (default: docstrings of the installed packages)"
     )
-    auto.add_argument(
-        "--characters",
-        type=positive_int,
-        help="train on so many of a longer text (default 400, or 2,000 where most words of the first 400 stand in most texts)",
-    )
     add_model_flags(auto)
     columns = engines.add_parser("columns", parents=[common, rows, gated], help="two columns, such as title and text, question and answer")
     columns.add_argument("--columns", nargs=2, required=True, metavar=("ANCHOR", "POSITIVE"), help="columns of the two texts of a pair")

@@ -9,14 +9,14 @@
 Every row of the table is a set of vectors of these texts, scored by V-measure x 100 (mini-batch k-means as mteb runs it, the mean over
 five seeds of it):
 
-    untuned        the bundled model, prompt cluster, position-mean over all tokens; so are all runs
-    general        train.py on the docstring pairs alone, as many steps as `auto` takes
+    untuned        the bundled model, prompt cluster, position-mean over all tokens
+    general        train.py on the docstring pairs alone, as many steps as `auto` takes, pooled as `untuned`
     words          the teacher of make_pairs.py auto --model none: words and letter sequences, smoothed over neighbours
     teacher        what make_pairs.py auto makes of the corpus, the untuned model beside the words; neither can encode any other text
-    auto           make_pairs.py auto, then train.py: the model has learned from the teacher
+    auto           make_pairs.py auto, then train.py: the model has learned from the teacher; pooling last, as all runs on its folders
     two rounds     the same once more, from the untuned model, with the run of `auto` in its place in the teacher
     with general   `auto` with the run `general` in the teacher beside the untuned model, and then also
-    from general   where training goes on with the run `general`
+    from general   where training goes on with the run `general`, and its pooling
     second teacher, teacher with general    the teachers of two of these; neither can encode any other text
     own only       `auto` without general pairs
     half           auto on the first half of the corpus; scored on both halves, the second of which it never saw
@@ -54,7 +54,7 @@ from pair_engines import teacher
 from pair_engines.teacher import copy_key
 from tasks import unlabelled
 
-ROOT, STEPS = Path(__file__).resolve().parent.parent, 125
+ROOT, STEPS = Path(__file__).resolve().parent.parent, 208
 ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
     "same": (["same"], ["--lora-dropout", 0.1]),
     "crop": (["crop", "--min-words", 4], []),

@@ -9,7 +9,6 @@ Legend: N texts, E numbers of a teacher's vector, K neighbours of a text.
 
 import argparse
 import glob
-import itertools
 import json
 import math
 import os
@@ -28,15 +27,13 @@ from files.writing import check_absent, check_writable, errors_of_writing, write
 from pair_engines.docstring_pairs import docstring_pairs
 from pair_engines.inputs import read_input
 from pair_engines.spans import UNSPACED
-from training.own_texts import GENERAL_FILE, OWN_SHARE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, beginning
+from training.own_texts import GENERAL_FILE, OWN_SHARE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE
 from training.pair_data import read_pairs
 
 DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings.jsonl"  # where make_pairs.py docstrings puts them
 NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of these
 MIN_TEXTS = 32  # of a corpus in which neighbours mean something
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
-MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
-BEGINNING = 400  # characters of a text that are trained on, see `characters_to_train_on`
 MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 0.1 to 0.4 hardly differ
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
 LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 300  # of more texts words and letters have more, see `lexical_dims`
@@ -44,9 +41,10 @@ LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 300  # of more texts words and letters 
 # models are whitened, and those of words and letters of more than LEXICAL_TEXTS texts
 WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
 WHITENING, LEXICAL_WHITENING = 0.5, 0.25
+MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 COSINES_AT_ONCE = 2**25  # 128 MiB
-MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 5  # of a run; passes over the texts
+MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 5  # of a run; passes over the texts, of which three are a point worse by trial (bench/README.md)
 TEXTS_PER_STEP = OWN_SHARE * 96  # the batch that the bundled model takes; others take some more
 
 
@@ -84,11 +82,8 @@ def auto(args: argparse.Namespace) -> None:
     names = [part.name for part in parts]
     say(f"teacher: {', '.join(names)}{', side by side' * (len(names) > 1)}")
     teacher, neighbours = side_by_side(parts)
-    characters = args.characters or characters_to_train_on(corpus)
     steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
     say(f"training: {steps} steps ({PASSES} passes over the texts, but {MIN_STEPS} to {MAX_STEPS:,} steps)")
-    if n_long := sum(len(beginning(text, characters)) < len(text) for text in corpus.texts):
-        say(f"{n_long:,} longer texts are trained on with their first {characters:,} characters (--characters)")
     share = f"{len(general):,}, {1 - OWN_SHARE:.0%} of each batch, so that the model keeps what it knows" if general else "none"
     say(f"general pairs: {share}")
     recipe = {
@@ -100,7 +95,6 @@ def auto(args: argparse.Namespace) -> None:
         "models": models,
         "fingerprints": fingerprints,
         "general": str(args.general or "docstrings"),
-        "characters": characters,
         "train": {"steps": steps},
     }
     write_folder(args.out, corpus, teacher, neighbours, general, recipe)
@@ -167,29 +161,6 @@ def look_at(texts: list[str]) -> tuple[str, int]:
     n_english = sum(word in ENGLISH_STOP_WORDS for text in words for word in text)
     language = "English" if n_english > ENGLISH_SHARE * sum(map(len, words)) else "other"
     return language, int(np.median([len(text.split()) for text in some]))
-
-
-def characters_to_train_on(corpus: Corpus) -> int:
-    """BEGINNING, unless there texts are more alike than as a whole, as letters and forms are; then MAX_CHARACTERS.
-
-    By trial a model learns as much from the beginnings of abstracts, title included, as from the whole, in a third of the time
-    (bench/README.md). Texts are alike where less than half as many of their words, of those in 2 texts at least and in no more than
-    MAX_SHARE of them, tell them apart.
-    """
-
-    def words(text: str) -> list[str]:
-        text = text.casefold()
-        return [*map("".join, itertools.pairwise(text))] if corpus.language == "unspaced" else text.split()
-
-    some = [text[:MAX_CHARACTERS] for text in corpus.texts[:: max(1, len(corpus.texts) // 2000)] if len(text) > BEGINNING]
-    wholes, beginnings = ([words(text) for text in texts] for texts in (some, [beginning(text, BEGINNING) for text in some]))
-    texts_with = Counter(word for text in wholes for word in set(text))
-    telling = {word for word, n in texts_with.items() if 2 <= n <= MAX_SHARE * len(some)}
-
-    def share(texts: list[list[str]]) -> float:
-        return sum(word in telling for text in texts for word in text) / max(1, sum(map(len, texts)))
-
-    return BEGINNING if 2 * share(beginnings) >= share(wholes) else MAX_CHARACTERS
 
 
 def read_general(args: argparse.Namespace) -> list[dict] | None:

@@ -16,12 +16,12 @@ from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, su
 import make_pairs
 from encoder import Contract, Encoder
 from files.console import InputError
-from pair_engines.teacher import Corpus, Part, characters_to_train_on, lexical_dims, lexical_parts, look_at, side_by_side, whitened
+from pair_engines.teacher import Corpus, Part, lexical_dims, lexical_parts, look_at, side_by_side, whitened
 from tasks import unlabelled
 from training import validation
 from training.gradients import chunked_backward
 from training.losses import COSINE_WEIGHT, LossSettings, batch_loss, distillation
-from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts, beginning
+from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts
 from training.pair_data import Pair, PairDataset, tokenize_pairs
 from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT
 
@@ -169,7 +169,6 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
     for line in (
         "49 texts, English, of 10 words at the median: its stop words do not count",
         "1 of them count with their first 2,000 characters",
-        "1 longer texts are trained on with their first 400 characters (--characters)",
         "training: 80 steps (5 passes over the texts, but 80 to 2,000 steps)",
         "general pairs: 3, 25% of each batch, so that the model keeps what it knows",
     ):
@@ -376,57 +375,6 @@ def test_a_damaged_folder_is_one_clear_line(small, folder, what):
     message = r"texts\.jsonl, line 1: needs" if what == "line" else "make (it|the folder) again with make_pairs.py auto"
     with pytest.raises(InputError, match=message):
         run(*small("run"))
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("short " * 3, "short " * 3),
-        ("a" * 22, "a" * 22),
-        ("abcdef " * 9, "abcdef abcdef abcdef"),
-        ("a" * 50, "a" * 22),
-        ("語" * 50, "語" * 22),
-    ],
-)
-def test_a_beginning_ends_at_a_space_where_there_is_one(text, expected):
-    assert beginning(text, 20) == expected
-
-
-def test_long_texts_are_cut_in_training_alone_and_the_cut_is_part_of_the_identity(tmp_path, texts, capsys):
-    whole = [text + " " + " ".join(f"word{i}" for i in range(100)) for text in topic_texts()]
-    texts.write_text("\n".join(whole))
-    folders = {}
-    for characters in (50, 100_000):
-        flags = "--input", texts, "--model", "none", "--general", "none", "--characters", characters, "--out", tmp_path / str(characters)
-        auto(*flags)
-        folders[characters] = OwnTexts(tmp_path / str(characters))
-    (cut, vectors), (uncut, same) = folders[50][[5]][0], folders[100_000][[5]][0]
-    assert uncut[0] == whole[1] and np.array_equal(vectors, same)
-    assert all(long.startswith(short) and len(short) <= 55 for short, long in zip(cut, uncut, strict=True))
-    assert folders[50].texts[1]["text"] == whole[1] and folders[50].sha256 != folders[100_000].sha256
-    recipe = tmp_path / "50" / RECIPE_FILE
-    recipe.write_text(json.dumps({k: v for k, v in json.loads(recipe.read_text()).items() if k != "characters"}))
-    assert OwnTexts(tmp_path / "50")[[5]][0][0] == uncut  # a folder of before
-
-
-@pytest.mark.parametrize(
-    ("text", "language", "expected"),
-    [
-        ("{topic} {rest}", "English", 400),
-        ("{form} {topic} {rest}", "English", 2000),
-        ("{topic} {form} {rest}", "English", 2000),
-        ("{topic}", "English", 400),
-        ("{unspaced}", "unspaced", 400),
-        ("{form}{unspaced}", "unspaced", 2000),
-    ],
-)
-def test_beginnings_are_trained_on_unless_they_are_alike(text, language, expected):
-    chance, form, rows = random.Random(0), "Thank you for your message, which we shall answer. " * 9, []
-    for topic in topic_texts():
-        rest = " ".join(f"word{chance.randrange(2000)}" for _ in range(200))
-        unspaced = "".join(chr(0x4E00 + chance.randrange(99)) for _ in range(1500))
-        rows.append(text.format(topic=topic, rest=rest, form=form, unspaced=unspaced))
-    assert characters_to_train_on(Corpus(rows, [], language, 100)) == expected
 
 
 def test_neighbours_beyond_the_texts_are_noticed(folder):

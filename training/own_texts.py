@@ -3,8 +3,7 @@
     texts.jsonl            {"text": str, "source": FILE:ROW}, a text a line, no two equal
     teacher.safetensors    "vectors" (N, E) float16 of norm 1, and "neighbours" (N, K) int32: the numbers of each text's K nearest
     general.jsonl          pairs that keep the model's general knowledge; missing where none were wanted
-    recipe.json            what was chosen and why; "train": arguments of train.py that are not given on its command line;
-                           "characters": how many of a long text are trained on
+    recipe.json            what was chosen and why; "train": arguments of train.py that are not given on its command line
 
 Importing this module loads neither torch nor a model.
 """
@@ -45,9 +44,7 @@ def read_recipe(folder: Path) -> dict:
 class OwnTexts:
     """Groups of three texts each: a text, and two of its neighbours. A text makes K // 2 groups, with other neighbours in each.
 
-    Where the recipe has a number of "characters", longer texts are cut to them. The teacher's vectors are of the whole texts.
-
-    sha256    of texts, vectors, and this number
+    sha256    of texts and vectors
     Raises InputError where the folder is damaged.
     """
 
@@ -56,8 +53,8 @@ class OwnTexts:
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
-        self.characters = read_recipe(folder).get("characters")
-        hashes = [] if self.characters is None else [str(self.characters)]
+        read_recipe(folder)
+        hashes = []
         for name in (TEXTS_FILE, TEACHER_FILE):
             with open(folder / name, "rb") as f:
                 hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
@@ -66,7 +63,7 @@ class OwnTexts:
         path, features = str(folder / TEXTS_FILE), datasets.Features({"text": datasets.Value("string")})
         try:
             self.texts = datasets.Dataset.from_generator(
-                _text_rows, gen_kwargs={"path": path}, features=features, fingerprint=f"texts-1-{hashes[-2]}"
+                _text_rows, gen_kwargs={"path": path}, features=features, fingerprint=f"texts-1-{hashes[0]}"
             )
         except datasets.exceptions.DatasetGenerationError as error:
             raise error.__cause__ from None
@@ -85,24 +82,13 @@ class OwnTexts:
         return len(self.texts) * self.groups
 
     def __getitem__(self, rows: list[int]) -> list[tuple[tuple[str, str, str], np.ndarray]]:
-        """The three texts of each group, or their beginnings, and the teacher's vectors (3, E) of the whole texts."""
+        """The three texts of each group, and the teacher's vectors (3, E) of them."""
         numbers = []
         for row in rows:
             text, group = divmod(row, self.groups)
             numbers.append([text, *self.neighbours[text, 2 * group : 2 * group + 2].tolist()])
         texts = iter(self.texts[[number for three in numbers for number in three]]["text"])
-        if self.characters:
-            texts = (beginning(text, self.characters) for text in texts)
         return [((next(texts), next(texts), next(texts)), self.vectors[three]) for three in numbers]
-
-
-def beginning(text: str, characters: int) -> str:
-    """About so many characters of a text, up to a space that comes within a tenth more; a text that is no longer whole."""
-    longest = characters + characters // 10
-    if len(text) <= longest:
-        return text
-    end = text.find(" ", characters, longest)
-    return text[: end if end >= 0 else longest]
 
 
 def _text_rows(path: str) -> Iterator[dict]:
