@@ -254,7 +254,7 @@ def complete_arguments(args: argparse.Namespace) -> None:
                 raise InputError(f"{flag} {given}: the adapter of {args.model} was made with {saved}. Leave the flag out")
     args.pairs = [Path(path) for path in args.pairs or [DEFAULT_PAIRS]]
     for path in filter(is_own_texts, args.pairs):
-        defaults |= read_recipe(path)["train"]
+        defaults |= {k: v for k, v in read_recipe(path)["train"].items() if not (is_run(args.model) and k in ("pooling", "scope"))}
     if args.epochs:
         defaults.pop("steps", None)
     for name, value in defaults.items():

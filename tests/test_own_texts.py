@@ -305,6 +305,8 @@ def test_the_recipe_decides_what_the_command_line_leaves_open(small, folder, tmp
     flags.remove("3")
     run(*flags)
     assert summary(tmp_path / "run")["steps"] == 2 and Contract.read(tmp_path / "run").pooling == "last"
+    run("--model", tmp_path / "run", *flags[flags.index("--pairs") : flags.index("--pairs") + 2], "--out", tmp_path / "on")
+    assert Contract.read(tmp_path / "on").pooling == "last"  # a run that is trained on keeps its contract
 
 
 def test_a_resumed_run_is_the_whole_run_to_the_bit(small, folder, tmp_path):
