@@ -1,14 +1,17 @@
 """Pairs that a chat model on this machine makes: it rewrites each text by an instruction."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from files.console import InputError, warn
 from pair_engines.durable import Answer, Failure, Job, durable_rows, in_halves
 from pair_engines.outputs import partial_file
-from pair_engines.templates import chosen_templates, draw_jobs, instruction, without_thinking
+from pair_engines.templates import THINKING_OPEN, chosen_templates, draw_jobs, instruction, without_thinking
 
+THINKING_OPENED = re.compile(rf"{THINKING_OPEN.pattern}\s*\Z", THINKING_OPEN.flags)
+OPENING_TOKENS = 16  # of a prompt's end, among which an opening tag is sought
 STAGE = 16  # new tokens, after which the texts that have ended leave the batch
 # A resumed job must have been started with the same values of these.
 SETTINGS = ("chat_model", "dtype", "seed", "temperature", "top_p", "repetition_penalty", "max_new_tokens")
@@ -66,14 +69,20 @@ def load_chat_model(args: argparse.Namespace, templates: dict[str, str]) -> Answ
 
 
 def prompt_ids(tokenizer, prompts: list[str]) -> list[list[int]]:
-    """The token ids of what the model is told, through its chat template where it has one."""
+    """The token ids of what the model is told, through its chat template where it has one. A rewrite needs no thinking."""
     if tokenizer.chat_template:  # it writes the special tokens itself
         chats = [[{"role": "user", "content": prompt}] for prompt in prompts]
-        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True)
+        prompts = tokenizer.apply_chat_template(chats, tokenize=False, add_generation_prompt=True, enable_thinking=False)
     return tokenizer(prompts, add_special_tokens=not tokenizer.chat_template)["input_ids"]
 
 
-def generate(model, tokenizer, prompts: list[list[int]], seed: int, sampling: dict) -> list[str]:
+def read_answer(tokenizer, prompt: list[int], answer: list[int]) -> str | Failure:
+    """What the tokens of an answer say. Some chat templates open the block of thinking themselves, as the last thing of the prompt."""
+    opened = THINKING_OPENED.search(tokenizer.decode(prompt[-OPENING_TOKENS:]))
+    return without_thinking((opened.group() if opened else "") + tokenizer.decode(answer, skip_special_tokens=True))
+
+
+def generate(model, tokenizer, prompts: list[list[int]], seed: int, sampling: dict) -> list[str | Failure]:
     """The answers to a batch of prompts, as `model.generate` gives them; a text that has ended leaves the batch at the next stage.
 
     sampling     what `model.generate` takes, with max_new_tokens
@@ -104,7 +113,7 @@ def generate(model, tokenizer, prompts: list[list[int]], seed: int, sampling: di
         if ids.shape[1] >= longest:
             ended[:] = True
         for i in ended.nonzero().flatten().tolist():
-            answers[rows[i]] = without_thinking(tokenizer.decode(ids[i, n_prompt:], skip_special_tokens=True))
+            answers[rows[i]] = read_answer(tokenizer, prompts[rows[i]], ids[i, n_prompt:])
         rows = [row for row, has_ended in zip(rows, ended.tolist(), strict=True) if not has_ended]
         if rows and ended.any():
             ids, mask = ids[~ended], mask[~ended]
@@ -129,7 +138,7 @@ def keep_likeliest(top_k: int, temperature: float, top_p: float):
     return process
 
 
-def generate_continuously(model, tokenizer, prompts: list[list[int]], seed: int, sampling: dict, **limits) -> list[str | None]:
+def generate_continuously(model, tokenizer, prompts: list[list[int]], seed: int, sampling: dict, **limits) -> list[str | Failure | None]:
     """The answers to any number of prompts by the continuous batching of transformers; None where it gave none.
 
     limits     arguments of ContinuousBatchingConfig: on a CPU it takes most of the memory unless num_blocks says otherwise
@@ -144,4 +153,4 @@ def generate_continuously(model, tokenizer, prompts: list[list[int]], seed: int,
     good = [None if result is None or result.error else result.generated_tokens for result in found]
     if None in good:
         warn(f"continuous batching gave no answer to {good.count(None)} of {len(good)} texts: they are answered in plain batches")
-    return [None if tokens is None else without_thinking(tokenizer.decode(tokens, skip_special_tokens=True)) for tokens in good]
+    return [None if tokens is None else read_answer(tokenizer, prompt, tokens) for prompt, tokens in zip(prompts, good, strict=True)]

@@ -14,16 +14,15 @@ import urllib.request
 from collections.abc import Iterator
 from multiprocessing.pool import ThreadPool
 
-from files.console import InputError
+from files.console import InputError, warn
 from files.reading import excerpt
-from pair_engines.durable import Answer, Failure, Job, durable_rows
+from pair_engines.durable import GIVE_UP, Answer, Failure, Job, durable_rows
 from pair_engines.outputs import partial_file
-from pair_engines.templates import chosen_templates, draw_jobs, instruction, without_thinking
+from pair_engines.templates import STILL_THINKING, chosen_templates, draw_jobs, instruction, without_thinking
 
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds before the first try again, which doubles up to the longest
 LONGEST_ASKED = 600.0  # seconds; a server that asks to wait for longer has shut the door
 LONGEST_ANSWER = 2**24  # bytes
-GIVE_UP = 20  # texts in a row that fail with every try: the server is gone
 TRY_AGAIN = {408, 409, 425, 429}  # and all from 500 on
 SETTINGS = ("url", "chat_model", "seed", "temperature", "top_p", "max_new_tokens")
 
@@ -70,6 +69,7 @@ class Server:
         self.args, self.url = args, completions_url(args.url)
         self.opener = urllib.request.build_opener(NoRedirects)
         self.not_before, self.stopped = 0.0, threading.Event()
+        self.no_answer_yet = threading.Lock()  # taken by the first answer, or by the first failure that is told
         self.headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": "make_pairs"}
         if key := os.environ.get("OPENAI_API_KEY", "").strip():
             if not (key.isascii() and key.isprintable()):
@@ -93,6 +93,7 @@ class Server:
                         held.append((job, found))
                         if not isinstance(found, Failure):
                             succeeded = True
+                            self.no_answer_yet.acquire(blocking=False)
                             yield held
                             held = []
                         elif len(held) >= GIVE_UP:
@@ -120,6 +121,8 @@ class Server:
                 return Failure(str(error))
             except RetryError as error:
                 why = str(error)
+                if attempt < self.args.retries and self.no_answer_yet.acquire(blocking=False):
+                    warn(f"{self.url}: {why}; each request is tried again, up to {self.args.retries} times")
                 pause = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
                 if error.wait is not None:  # for all requests, not for this one alone
                     pause = error.wait
@@ -193,13 +196,19 @@ def read_in_time(response: http.client.HTTPResponse, seconds: float) -> bytes:
 
 
 def read_answer(content: bytes) -> str:
-    """The text in a chat completion; "" where the model said nothing. Raises RetryError for anything else."""
+    """The text in a chat completion; "" where the model said nothing. Raises RetryError for anything else.
+
+    Raises RefusedError where the model was still thinking, which some servers keep apart from what it says.
+    """
     try:
-        message = json.loads(content)["choices"][0]["message"]["content"]
+        choice = json.loads(content)["choices"][0]
+        message, ended_by = choice["message"]["content"], choice.get("finish_reason")
     except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         raise RetryError(f"the answer is no chat completion: {excerpt(content.decode(errors='replace'))!r}") from None
     if message is not None and not isinstance(message, str):
         raise RetryError(f"the answer is no text: {excerpt(message)!r}")
+    if not message and ended_by == "length":
+        raise RefusedError(STILL_THINKING)
     return (message or "").encode(errors="replace").decode()
 
 

@@ -22,6 +22,7 @@ from files.reading import excerpt
 from files.writing import errors_of_writing
 from pair_engines.outputs import lock
 
+GIVE_UP = 20  # texts that fail, one after the other: none will do better
 POOL = 512  # texts: enough to sort them by length, few enough to keep in memory
 
 
@@ -50,18 +51,23 @@ def durable_rows(path: Path, jobs: Iterable[Job], settings: dict, engine: str, l
     path       of the partial file; the caller removes it when the pairs are safe elsewhere
     settings   a job that goes on must have been started with the same
     load       called when something is left to do -> what answers; its argument: whether there are answers already
-    Raises InputError where the partial file is of other texts or settings, is damaged, or belongs to a running job.
+    Raises InputError where the partial file is of other texts or settings, is damaged, or belongs to a running job, and where all texts
+    of the first batch fail, GIVE_UP of them or more.
     """
     jobs = iter(jobs)
     first = next(jobs, None)  # what is wrong with the texts is said before anything is written
     with Journal(path, settings) as journal:
-        answer = None
+        answer, going_on = None, journal.n_done + len(journal.finished) > 0
         with Progress(None, "answered", "text", initial=journal.n_done + len(journal.finished)) as progress:
             for pool in pools(journal, itertools.chain([first] if first else [], jobs)):
                 rest = [job for job in pool if not journal.has(job)]
                 if rest:
-                    answer = answer or load(journal.n_done + len(journal.finished) > 0)
+                    answer = answer or load(going_on)
                     for answers in answer(rest):
+                        failures = [found for _, found in answers if isinstance(found, Failure)]
+                        if not going_on and len(failures) == len(answers) >= GIVE_UP:
+                            raise InputError(f"all of the first {len(answers)} texts failed, the last with {failures[-1].error}")
+                        going_on = True
                         journal.append([(job.number, as_row(job, found, engine)) for job, found in answers])
                         progress.update(len(answers))
                 journal.close_pool(pool[-1].number + 1)

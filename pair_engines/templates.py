@@ -10,7 +10,7 @@ from pathlib import Path
 
 from files.console import InputError, say
 from files.reading import TextStream, as_text, excerpt, read_lines
-from pair_engines.durable import Job
+from pair_engines.durable import Failure, Job
 from pair_engines.inputs import in_shard
 
 # The five ways to rewrite of Roth et al. 2025 (arXiv 2507.22729, section on synthetic positives); the wording is ours.
@@ -23,6 +23,8 @@ TEMPLATES = {
 }
 THINKING = re.compile(r"<(think|thinking|thought)>.*?(</\1>|\Z)", re.DOTALL | re.IGNORECASE)
 THINKING_END = re.compile(r"\A.*</(think|thinking|thought)>", re.DOTALL | re.IGNORECASE)  # of a block that the prompt has opened
+THINKING_OPEN = re.compile(r"<(think|thinking|thought)>(?!.*</\1>)", re.DOTALL | re.IGNORECASE)
+STILL_THINKING = "the model was still thinking at the last of its tokens: raise --max-new-tokens, or take a model that does not think"
 
 
 def chosen_templates(args: argparse.Namespace) -> dict[str, str]:
@@ -79,6 +81,7 @@ def instruction(job: Job, templates: dict[str, str]) -> str:
     return templates[job.template].replace("{text}", job.text)
 
 
-def without_thinking(answer: str) -> str:
-    """The answer without what a reasoning model has written to itself; "" where it never came to the answer."""
-    return THINKING_END.sub("", THINKING.sub("", answer)).strip()
+def without_thinking(answer: str) -> str | Failure:
+    """The answer without what a reasoning model has written to itself; a failure where it never came to the answer."""
+    text = THINKING_END.sub("", THINKING.sub("", answer)).strip()
+    return Failure(STILL_THINKING) if not text and THINKING_OPEN.search(answer) else text

@@ -1,6 +1,7 @@
 """Pairs that a model on this machine makes, which rewrites or translates; templates; jobs that were interrupted."""
 
 import argparse
+import shutil
 
 import pytest
 from conftest import make_tokenizer
@@ -8,7 +9,8 @@ from short_jobs import llm, read_rows, run, write_texts
 
 from files.console import InputError
 from pair_engines import chat_model, durable, gate
-from pair_engines.templates import TEMPLATES, draw_jobs, read_templates, without_thinking
+from pair_engines.durable import Failure
+from pair_engines.templates import STILL_THINKING, TEMPLATES, draw_jobs, read_templates, without_thinking
 from pair_engines.translation import text_jobs
 
 # ------------------------------------------------------------------------------------------------------------- templates
@@ -20,13 +22,41 @@ from pair_engines.translation import text_jobs
         ("A text.", "A text."),
         ("<think>Let me see.\nWell.</think>\n\nA text. ", "A text."),
         ("Let me see.</think> A text.", "A text."),
-        ("<think>It never ends", ""),
+        ("<think>It never ends", Failure(STILL_THINKING)),
+        ("<think>Hm.</think>", ""),
+        ("A text. <think>And now", "A text."),
         ("<think></think>One <thinking>hm</thinking>two", "One two"),
         ("I think <that> so", "I think <that> so"),
     ],
 )
 def test_what_a_model_writes_to_itself_is_no_answer(answer, expected):
     assert without_thinking(answer) == expected
+
+
+def test_a_model_that_can_do_without_thinking_is_told_to(tiny_chat_model):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_chat_model)
+    tokenizer.chat_template = tokenizer.chat_template + "{% if enable_thinking is not defined or enable_thinking %} <think>{% endif %}"
+    assert tokenizer.decode(chat_model.prompt_ids(tokenizer, ["Hm"])[0]).strip() == "user: Hm\nassistant:"
+
+
+def test_a_model_that_never_ends_its_thinking_stops_the_job(tmp_path, tiny_chat_model):
+    """Here the chat template opens the block of thinking, so that the answer itself holds no tag."""
+    from transformers import AutoTokenizer
+
+    folder = tmp_path / "thinking"
+    shutil.copytree(tiny_chat_model, folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template += "<think>\n"
+    tokenizer.save_pretrained(folder)
+    texts = write_texts(tmp_path / "t.txt", 21)
+    with pytest.raises(InputError, match="all of the first 21 texts failed, the last with the model was still thinking .* raise --max-new"):
+        run(*llm(texts, str(folder)), "--max-new-tokens", 3, "--out", tmp_path / "out.jsonl")
+    assert {path.name for path in tmp_path.iterdir()} == {"t.txt", "thinking"}
+    prompt, answer = (tokenizer(text)["input_ids"] for text in ("assistant: <think>\n", "Well.</think> A text."))
+    assert chat_model.read_answer(tokenizer, prompt, answer) == "A text."
+    assert chat_model.read_answer(tokenizer, prompt[:3], answer[:3]) == tokenizer.decode(answer[:3]).strip()
 
 
 def test_templates_of_a_users_file(tmp_path):

@@ -128,6 +128,25 @@ def test_an_interrupt_does_not_wait_for_the_server(tmp_path, serve):
     assert process.communicate(timeout=20)[1] == b"" and process.returncode == 130
 
 
+def test_a_server_that_does_not_answer_is_named_at_once_and_once(tmp_path, monkeypatch, capsys):
+    """And not only after all tries, of which the later ones wait for long."""
+    monkeypatch.setattr(chat_server, "FIRST_WAIT", 0.001)
+    texts = write_texts(tmp_path / "t.txt", 9)
+    flags = ("server", "--input", texts, "--url", "http://127.0.0.1:9/v1", "--chat-model", "x", "--retries", 2, "--concurrency", 5)
+    with pytest.raises(InputError, match="no text was answered; the last failed with .* \\(tried 3 times\\)"):
+        run(*flags, "--out", tmp_path / "out.jsonl")
+    assert capsys.readouterr().err.count("each request is tried again, up to 2 times") == 1
+
+
+def test_a_model_whose_server_keeps_its_thinking_apart_has_to_come_to_an_end():
+    def answer(content: str | None, ended_by: str) -> bytes:
+        return json.dumps({"choices": [{"message": {"content": content}, "finish_reason": ended_by}]}).encode()
+
+    with pytest.raises(chat_server.RefusedError, match="raise --max-new-tokens"):
+        chat_server.read_answer(answer(None, "length"))
+    assert chat_server.read_answer(answer("half a", "length")) == "half a" and chat_server.read_answer(answer("", "stop")) == ""
+
+
 def test_one_request_that_is_told_to_wait_makes_all_wait(monkeypatch):
     args = ["server", "--input", "t.txt", "--out", "o.jsonl", "--url", "http://host/v1", "--chat-model", "x", "--retries", "0"]
     server, clock = chat_server.Server(make_pairs.build_parser().parse_args(args)), [100.0]
