@@ -133,7 +133,7 @@ def test_a_server_that_does_not_answer_is_named_at_once_and_once(tmp_path, monke
     monkeypatch.setattr(chat_server, "FIRST_WAIT", 0.001)
     texts = write_texts(tmp_path / "t.txt", 9)
     flags = ("server", "--input", texts, "--url", "http://127.0.0.1:9/v1", "--chat-model", "x", "--retries", 2, "--concurrency", 5)
-    with pytest.raises(InputError, match="no text was answered; the last failed with .* \\(tried 3 times\\)"):
+    with pytest.raises(InputError, match=r"no text was answered; the last failed with .* \(tried 3 times\)"):
         run(*flags, "--out", tmp_path / "out.jsonl")
     assert capsys.readouterr().err.count("each request is tried again, up to 2 times") == 1
 
