@@ -51,7 +51,7 @@ def test_a_model_that_never_ends_its_thinking_stops_the_job(tmp_path, tiny_chat_
     tokenizer.chat_template += "<think>\n"
     tokenizer.save_pretrained(folder)
     texts = write_texts(tmp_path / "t.txt", 21)
-    with pytest.raises(InputError, match=r"all of the first 21 texts failed, the last with the model was still thinking .* raise --max-new"):
+    with pytest.raises(InputError, match=r"all of the first 21 texts failed, .* was still thinking .* raise --max-new"):
         run(*llm(texts, str(folder)), "--max-new-tokens", 3, "--out", tmp_path / "out.jsonl")
     assert {path.name for path in tmp_path.iterdir()} == {"t.txt", "thinking"}
     prompt, answer = (tokenizer(text)["input_ids"] for text in ("assistant: <think>\n", "Well.</think> A text."))
