@@ -52,7 +52,7 @@ from pair_engines.mining import mined_pairs
 from pair_engines.outputs import RowFiles, check_out, companion, partial_file
 from pair_engines.report import PICTURE_FROM, Tally
 from pair_engines.spans import column_pairs, crop_pairs, noise_pairs, same_pairs
-from pair_engines.teacher import auto
+from pair_engines.teacher import MAX_TEXTS, auto
 from pair_engines.templates import TEMPLATES, chosen_templates, is_question
 from pair_engines.translation import translated_pairs
 
@@ -87,16 +87,19 @@ def add_model_flags(parser: argparse.ArgumentParser) -> None:
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     engines = parser.add_subparsers(dest="engine", required=True, metavar="ENGINE", help="how the pairs are made:")
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--seed", type=seed, default=0, help="seed of all random choices (default 0)")
-    common.add_argument("--limit", type=positive_int, help="make at most this many pairs, of auto from as many texts (default: all)")
-    rows = argparse.ArgumentParser(add_help=False)
-    rows.add_argument(
+    seeded = argparse.ArgumentParser(add_help=False)
+    seeded.add_argument("--seed", type=seed, default=0, help="seed of all random choices (default 0)")
+    common = argparse.ArgumentParser(add_help=False, parents=[seeded])
+    common.add_argument("--limit", type=positive_int, help="make at most this many pairs (default: all)")
+    file = argparse.ArgumentParser(add_help=False)
+    file.add_argument(
         "--input", type=Path, required=True, help="file of texts: txt, csv, tsv, jsonl (also .gz), parquet, or - for standard input"
     )
+    column = argparse.ArgumentParser(add_help=False)
+    column.add_argument("--column", help="column that holds the text (default: guessed, and printed)")
+    rows = argparse.ArgumentParser(add_help=False, parents=[file])
     rows.add_argument("--out", type=Path, required=True, help="JSONL file to write")
-    table = argparse.ArgumentParser(add_help=False, parents=[rows])
-    table.add_argument("--column", help="column that holds the text (default: guessed, and printed)")
+    table = argparse.ArgumentParser(add_help=False, parents=[rows, column])
     gated = argparse.ArgumentParser(add_help=False)
     gated.add_argument(
         "--shard",
@@ -116,7 +119,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--out", type=Path, default=HERE / "pairs" / "docstrings.jsonl", help="JSONL file to write (default pairs/docstrings.jsonl)"
     )
     auto = engines.add_parser(
-        "auto", parents=[common, table], help="your own texts with a teacher that needs no label (pair_engines/README.md)"
+        "auto", parents=[seeded, file, column], help="your own texts with a teacher that needs no label (pair_engines/README.md)"
+    )
+    auto.add_argument("--out", type=Path, required=True, help="folder to write, which train.py --pairs takes")
+    auto.add_argument(
+        "--limit", type=positive_int, help=f"teach at most this many texts, drawn at random (default {MAX_TEXTS:,}, the largest number)"
     )
     auto.add_argument(
         "--model",

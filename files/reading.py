@@ -424,6 +424,8 @@ class TextStream:
         self.table.check_column(self.column, "one with --column")
         self.others = [] if column else [c for c in TEXT_COLUMNS if c in strings and c != guess]
         self.choice = f"column {self.column!r} ({'as asked' if column else 'guessed'})"
+        if path != STDIN and file_kind(path) == "txt":
+            self.choice = "its lines"
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return ((source, text) for source, (text,) in self.table.texts([self.column]))

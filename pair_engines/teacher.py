@@ -25,6 +25,7 @@ from files.console import InputError, say, warn
 from files.reading import left_out
 from files.writing import check_absent, check_writable, errors_of_writing, write_atomic, write_json, write_text
 from pair_engines.docstring_pairs import docstring_pairs
+from pair_engines.gate import SURE, language_identifier
 from pair_engines.inputs import read_input
 from pair_engines.spans import UNSPACED
 from training.own_texts import GENERAL_FILE, OWN_SHARE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE
@@ -32,7 +33,7 @@ from training.pair_data import read_pairs
 
 DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings.jsonl"  # where make_pairs.py docstrings puts them
 NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of these
-MIN_TEXTS = 32  # of a corpus in which neighbours mean something
+MIN_TEXTS, FEW_TEXTS = 32, 300  # of a corpus; of fewer than the latter many have no neighbour that says the like (bench/README.md)
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
 MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 0.1 to 0.4 hardly differ
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
@@ -43,6 +44,7 @@ WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
 WHITENING, LEXICAL_WHITENING = 0.5, 0.25
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
+OTHERS_SHARE = 0.1  # of the texts whose language is sure: where so many are in another one than English, the corpus is in several
 COSINES_AT_ONCE = 2**25  # 128 MiB
 MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 5  # of a run; passes over the texts, of which three are a point worse by trial (bench/README.md)
 TEXTS_PER_STEP = OWN_SHARE * 96  # the batch that the bundled model takes; others take some more
@@ -59,7 +61,7 @@ class Part(NamedTuple):
 class Corpus(NamedTuple):
     texts: list[str]
     sources: list[str]  # FILE:ROW of each text
-    language: str  # "English", "other", or "unspaced": written without spaces between words
+    language: str  # "English", "several" of which English is one, "other", or "unspaced": written without spaces between words
     words: int  # median number of words of a text; characters where unspaced
 
 
@@ -67,6 +69,8 @@ def auto(args: argparse.Namespace) -> None:
     """Write the folder of texts, teacher, general pairs and recipe (training/own_texts.py), and say what was chosen and why."""
     check_absent(args.out)
     check_writable(args.out)
+    if args.out.suffix in (".jsonl", ".json", ".gz"):
+        raise InputError(f"--out {args.out}: auto writes a folder, name one such as {args.out.parent / args.out.name.partition('.')[0]}")
     check_dtype(args.dtype)
     models = teacher_models(args.model)
     general = read_general(args)
@@ -74,6 +78,8 @@ def auto(args: argparse.Namespace) -> None:
     if general is None:
         say("general pairs: docstrings of the installed packages, which takes a minute to read (--general FILE takes others)")
         general = docstring_pairs(args)
+    if general and args.general is None and corpus.language != "English":
+        say("general pairs are English docstrings: pairs in the language of your texts are better (--general FILE, or none)")
     parts, fingerprints = lexical_parts(corpus), []
     for model in models:
         vectors, fingerprint = model_vectors(model, corpus.texts, args)
@@ -125,6 +131,8 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
         raise InputError(f"{args.input} holds {len(rows)} different texts: a teacher needs at least {MIN_TEXTS}")
     if reasons:
         say(left_out("text", reasons))
+    if len(rows) < FEW_TEXTS:
+        warn(f"{len(rows)} texts are few: the nearest texts of one may have little to do with it; {FEW_TEXTS} or more are better")
     if len(rows) > limit:
         chosen = np.sort(np.random.default_rng(args.seed).choice(len(rows), limit, replace=False))
         say(f"{limit:,} of {len(rows):,} texts are drawn at random")
@@ -133,11 +141,16 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     language, words = look_at(texts)
     unit = "characters" if language == "unspaced" else "words"
     look, so = {
-        "English": ("English", "its stop words do not count"),
-        "other": ("not English", f"what more than {MAX_SHARE:.0%} of the texts share does not count"),
+        "English": ("in English", "its stop words do not count"),
+        "several": ("in several languages", f"English stop words and what more than {MAX_SHARE:.0%} of the texts share do not count"),
+        "other": ("not in English", f"what more than {MAX_SHARE:.0%} of the texts share does not count"),
         "unspaced": ("written without spaces", "characters stand for words"),
     }[language]
     say(f"{len(texts):,} texts, {look}, of {words} {unit} at the median: {so}")
+    shares = languages(texts)
+    if language != "English" and shares:
+        named = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+        say(f"languages, of a sample of texts where it is sure: {named}")
     if n_long := sum(len(text) > MAX_CHARACTERS for text in texts):
         say(f"{n_long:,} of them count with their first {MAX_CHARACTERS:,} characters")
     return Corpus(texts, [source for source, _ in rows], language, words)
@@ -149,7 +162,7 @@ def copy_key(text: str) -> str:
 
 
 def look_at(texts: list[str]) -> tuple[str, int]:
-    """Language, as `Corpus` has it, and the median number of words, from 2,000 texts."""
+    """Language, as `Corpus` has it, and the median number of words, from up to 4,000 texts."""
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     some = texts[:: max(1, len(texts) // 2000)]
@@ -160,7 +173,16 @@ def look_at(texts: list[str]) -> tuple[str, int]:
     words = [text.lower().split() for text in beginnings]
     n_english = sum(word in ENGLISH_STOP_WORDS for text in words for word in text)
     language = "English" if n_english > ENGLISH_SHARE * sum(map(len, words)) else "other"
+    if language == "English" and languages(texts).get("en", 1) < 1 - OTHERS_SHARE:
+        language = "several"
     return language, int(np.median([len(text.split()) for text in some]))
+
+
+def languages(texts: list[str]) -> dict[str, float]:
+    """Code of a language -> its share of the texts of which the language is sure, of a sample of up to 1,000; those above 5 %."""
+    some = texts[:: max(1, len(texts) // 500)]
+    counts = Counter(name for name, sure in (language_identifier().classify(text[:MAX_CHARACTERS]) for text in some) if sure >= SURE)
+    return {name: n / counts.total() for name, n in counts.most_common() if n >= 0.05 * counts.total()}
 
 
 def read_general(args: argparse.Namespace) -> list[dict] | None:
@@ -197,7 +219,8 @@ def lexical_dims(n_texts: int) -> int:
 def lexical_parts(corpus: Corpus) -> list[Part]:
     """Latent semantic analysis (TF-IDF and truncated SVD) of words and of letter sequences.
 
-    Words in English lose the stop words; in another language, and sequences of letters, those of more than MAX_SHARE of the texts.
+    Words in English lose the stop words; in another language, and sequences of letters, those of more than MAX_SHARE of the texts;
+    in several languages both.
     The first directions of a large corpus tell its subjects apart; whitening gives those that tell apart texts of a subject more weight.
     """
     from sklearn.decomposition import TruncatedSVD
@@ -208,7 +231,8 @@ def lexical_parts(corpus: Corpus) -> list[Part]:
         lengths = {"characters": (1, 1), "sequences of 2 to 3 characters": (2, 3)}
         settings = {name: {"analyzer": "char", "ngram_range": span} for name, span in lengths.items()}
     else:
-        words = {"stop_words": "english"} if corpus.language == "English" else {"max_df": MAX_SHARE}
+        words = {"stop_words": "english"} if corpus.language in ("English", "several") else {}
+        words |= {} if corpus.language == "English" else {"max_df": MAX_SHARE}
         settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5), "max_df": MAX_SHARE}}
     parts, left = [], []
     for (name, options), share in zip(settings.items(), (WORDS_SHARE, LETTERS_SHARE), strict=True):
@@ -217,17 +241,20 @@ def lexical_parts(corpus: Corpus) -> list[Part]:
         except ValueError:  # nothing is left: every word stands in a single text, or in too many
             counts = np.empty((len(texts), 0))
         dims = min(lexical_dims(len(texts)), min(counts.shape) - 1)
+        vectors = np.zeros((len(texts), 1))
         if dims > 1:
-            vectors = TruncatedSVD(dims, random_state=0).fit_transform(counts)
+            with np.errstate(divide="ignore", invalid="ignore"):  # of texts that all have the same words
+                vectors = TruncatedSVD(dims, random_state=0).fit_transform(counts)
+        if vectors.std(0).max() > 1e-6:
             if len(texts) > LEXICAL_TEXTS:
                 vectors = whitened(vectors, LEXICAL_WHITENING, dims)
             parts.append(Part(name, vectors, share))
         else:
             left.append(name)
     if not parts:
-        raise InputError("no two texts share a word: there is nothing that a teacher could be made of")
+        raise InputError(f"hardly any {' or '.join(left)} are in some texts and not in others: a teacher cannot be made of these texts")
     for name in left:
-        warn(f"the texts share hardly any {name}: these are not part of the teacher")
+        warn(f"hardly any {name} are in some texts and not in others: these are not part of the teacher")
     return parts
 
 

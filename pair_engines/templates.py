@@ -68,7 +68,7 @@ def is_question(template: str) -> bool:
 def draw_jobs(args: argparse.Namespace, templates: dict[str, str]) -> Iterator[Job]:
     """Each text of --input with a template drawn at random for it; texts are read one at a time. Prints which column was taken."""
     rng, texts, names = random.Random(args.seed), TextStream(args.input, args.column), sorted(templates)
-    say(f"{texts.name}: {texts.choice}")
+    say(f"{texts.name}: texts in {texts.choice}")
     for number, (source, text) in enumerate(itertools.islice(texts, args.limit)):
         template = rng.choice(names)
         if in_shard(args.shard, number):

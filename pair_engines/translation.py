@@ -31,7 +31,7 @@ def model_names(args: argparse.Namespace) -> tuple[str, str]:
 def text_jobs(args: argparse.Namespace) -> Iterator[Job]:
     """Each text of --input; texts are read one at a time. Prints which column was taken."""
     texts = TextStream(args.input, args.column)
-    say(f"{texts.name}: {texts.choice}")
+    say(f"{texts.name}: texts in {texts.choice}")
     for number, (source, text) in enumerate(itertools.islice(texts, args.limit)):
         if in_shard(args.shard, number):
             yield Job(number, source, text)

@@ -96,7 +96,7 @@ def test_numbers_and_pictures(llama, tmp_path, capsys):
     out = tmp_path / "out"
     run("--model", model, "--text", "a", "--input", tmp_path / "texts.txt", "--out", out, "--pictures", 1)
     printed, warned = capsys.readouterr()
-    assert "2 texts in column 'text'" in printed and "adapter: bos" in printed and warned.count("truncated") == 0
+    assert "2 texts in its lines" in printed and "adapter: bos" in printed and warned.count("truncated") == 0
     assert printed.count("without BOS: prefix") == 3 and "step 2: bos" in printed
     assert warned.count("they are drawn as codes") <= 1
     names = {path.name for path in out.iterdir()}

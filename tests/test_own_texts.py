@@ -145,6 +145,21 @@ def test_the_language_is_looked_at(text, language):
     assert look_at([*[text] * 800, "la " * 100_000]) == (language, 8)  # one huge text does not speak for all
 
 
+def test_a_corpus_in_several_languages_is_noticed(tmp_path, capsys):
+    """English is known by its function words, of which such a corpus has many as well."""
+    german = [f"Bitte {verb} das Licht in {room} aus, wenn du gehst" for verb in ("schalte", "mach") for room in ("der Küche", "dem Flur")]
+    rows = [text.replace("Please", "Would you please") for text in topic_texts()] + 5 * [f"{text} ({i})" for i, text in enumerate(german)]
+    rows = [f"{row} {i}" for i, row in enumerate(rows)]
+    assert look_at(rows)[0] == "several" and look_at(rows[:48])[0] == "English"
+    (tmp_path / "t.txt").write_text("\n".join(rows))
+    general = write_rows(tmp_path / "general.jsonl", word_rows())
+    auto("--input", tmp_path / "t.txt", "--model", "none", "--general", general, "--out", tmp_path / "out")
+    out = capsys.readouterr().out
+    assert "68 texts, in several languages, of" in out
+    assert "languages, of a sample of texts where it is sure: en " in out and ", de " in out
+    assert "English docstrings" not in out  # --general names other pairs
+
+
 def test_texts_without_spaces_are_taught_by_their_characters(tmp_path, capsys):
     dishes, verbs = ("番茄炒蛋", "红烧牛肉", "糖醋排骨", "麻婆豆腐", "宫保鸡丁", "小笼汤包"), "买卖做吃看洗切煮"
     (tmp_path / "zh.txt").write_text("\n".join(f"我想{verb}一份{dish}" for dish in dishes for verb in verbs))
@@ -167,7 +182,7 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
     auto("--input", texts, "--model", "none", "--general", tmp_path / "general.jsonl", "--out", tmp_path / "out")
     said = capsys.readouterr().out.splitlines()
     for line in (
-        "49 texts, English, of 10 words at the median: its stop words do not count",
+        "49 texts, in English, of 10 words at the median: its stop words do not count",
         "1 of them count with their first 2,000 characters",
         "training: 80 steps (5 passes over the texts, but 80 to 2,000 steps)",
         "general pairs: 3, 25% of each batch, so that the model keeps what it knows",
@@ -179,20 +194,22 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
     ("rows", "flags", "message"),
     [
         (["one text"] * 50, {}, r"holds 1 different texts: a teacher needs at least 32"),
-        ([chr(0x1D00 + i) * 9 for i in range(40)], {}, "no two texts share a word"),
+        ([chr(0x1D00 + i) * 9 for i in range(40)], {}, "hardly any words or sequences of 3 to 5 letters are in some texts and not in"),
+        ([f"The long text of number {i} is this" for i in range(40)], {}, "hardly any words or sequences of 3 to 5 letters are in some"),
         (topic_texts(), {"--general": ["nowhere.jsonl"]}, "nowhere.jsonl"),
         (topic_texts(), {"--model": ["nowhere"]}, "no model 'nowhere'"),
         (topic_texts(), {"--model": ["tiny", "none"]}, "--model none means that no model takes part"),
         (topic_texts(), {"--model": ["tiny", "tiny"]}, "--model names a model twice"),
         (topic_texts(), {"--limit": ["9"]}, "--limit 9: a teacher needs at least 32 texts"),
         (topic_texts(), {"--dtype": ["float8"]}, "unknown dtype 'float8'"),
+        (topic_texts(), {"--out": ["mine.jsonl"]}, "auto writes a folder, name one such as mine$"),
     ],
 )
 def test_what_cannot_be_taught_is_refused_and_leaves_nothing(tmp_path, texts, rows, flags, message):
     texts.write_text("\n".join(rows))
-    flags = {"--model": ["none"], "--general": ["none"]} | flags
+    flags = {"--model": ["none"], "--general": ["none"], "--out": [tmp_path / "out"]} | flags
     with pytest.raises((InputError, FileNotFoundError), match=message):
-        auto("--input", texts, "--out", tmp_path / "out", *(x for flag, values in flags.items() for x in (flag, *values)))
+        auto("--input", texts, *(x for flag, values in flags.items() for x in (flag, *values)))
     assert {path.name for path in tmp_path.iterdir()} <= {"texts.txt"}
 
 
@@ -200,7 +217,7 @@ def test_texts_that_share_no_words_are_taught_by_their_letters(tmp_path, capsys)
     (tmp_path / "numbers.txt").write_text("\n".join(str(n) for n in range(1000, 1100)))
     auto("--input", tmp_path / "numbers.txt", "--model", "none", "--general", "none", "--out", tmp_path / "out")
     said = capsys.readouterr()
-    assert "warning: the texts share hardly any words: these are not part of the teacher" in said.err
+    assert "warning: hardly any words are in some texts and not in others: these are not part of the teacher" in said.err
     assert "teacher: sequences of 3 to 5 letters\n" in said.out and "general pairs: none\n" in said.out
 
 

@@ -125,7 +125,7 @@ def test_what_is_no_file_of_pairs_is_refused(tmp_path):
     (tmp_path / "p.docx").write_text("a")
     (tmp_path / "p.csv").write_text("anchor,positive,negatives\na,b,c\n")
     for name, message in (
-        ("folder.jsonl", "is a folder: name a file"),
+        ("folder.jsonl", "is a folder without recipe.json, so make_pairs.py auto did not write it: name a file"),
         ("p.docx", "unknown kind of file"),
         ("p.csv", r"line 2: a csv or tsv cannot hold the list 'negatives'"),
     ):

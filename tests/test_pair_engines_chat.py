@@ -77,7 +77,7 @@ def test_templates_of_a_users_file(tmp_path):
 def test_no_text_is_read_beyond_the_limit(tmp_path, make, capsys):
     args = argparse.Namespace(seed=0, input=write_texts(tmp_path / "t.txt", 9), column=None, limit=4, shard=(2, 2))
     assert [job.source for job in make(args)] == ["t.txt:2", "t.txt:4"]
-    assert "t.txt: 4 texts in column" in capsys.readouterr().out
+    assert "t.txt: 4 texts in its lines" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------- on this machine

@@ -61,7 +61,8 @@ def test_texts_are_read_from_every_kind_of_file(tmp_path, kind):
     (path := tmp_path / f"t.{kind}").write_bytes(encode_rows([{"id": i, "text": text} for i, text in enumerate(texts)], kind))
     rows, summary = read_texts(path)
     assert rows == [(f"t.{kind}:{i}", text) for i, text in enumerate(texts, 1)]
-    assert summary == f"{path}: 5 texts in column 'text' (guessed)"
+    where = "its lines" if kind.startswith("txt") else "column 'text' (guessed)"
+    assert summary == f"{path}: 5 texts in {where}"
 
 
 def test_a_row_comes_with_its_place(tmp_path):

@@ -17,7 +17,7 @@ import numpy as np
 from files.console import InputError
 from files.reading import excerpt, file_kind, is_encodable, read_rows
 from prompts import get_prompt
-from training.own_texts import GENERAL_FILE, OWN_SHARE, OwnTexts, is_own_texts, read_recipe
+from training.own_texts import GENERAL_FILE, OWN_SHARE, RECIPE_FILE, OwnTexts, is_own_texts, read_recipe
 
 if TYPE_CHECKING:
     from encoder import Encoder
@@ -100,6 +100,8 @@ def check_pair_files(paths: list[Path]) -> None:
             raise InputError(f"no file {path}: make pairs with make_pairs.py")
         if is_own_texts(path):
             read_recipe(path)
+        elif path.is_dir():
+            raise InputError(f"{path} is a folder without {RECIPE_FILE}, so make_pairs.py auto did not write it: name a file of pairs")
         else:
             file_kind(path)
 
