@@ -498,7 +498,7 @@ def finish(run: "Run", interrupted_by: int | None) -> None:
     """Draw the curve; of a complete run leave the best weights and the summary. An interrupted one exits as after its signal."""
     from encoder import EncodingReport
     from tasks.unlabelled import ADVICE
-    from training.validation import compare_with_base
+    from training.validation import compare_with_start
 
     out, state, encoder = run.args.out, run.state, run.encoder
     joules = all_reduce_number(math.nan if state.joules is None else state.joules, "sum")  # NaN if one process does not know
@@ -517,17 +517,20 @@ def finish(run: "Run", interrupted_by: int | None) -> None:
     problem = collapse(run.rows, n_warmup_steps(run.data.steps, run.args.warmup_ratio), least=1)
     comparison = None  # under torchrun the other processes, which would have to encode as well, have ended their work
     if distributed().world_size == 1:
-        comparison = compare_with_base(encoder, run.data.pairs.some_texts(MAX_UNLABELLED))
-    unlabelled = comparison and comparison._asdict() | {"verdict": comparison.verdict}
-    write_json(out / SUMMARY_FILE, summarize(run, joules) | {"collapse": problem, "against_base_without_labels": unlabelled})
+        comparison = compare_with_start(encoder, run.before, run.data.pairs.some_texts(MAX_UNLABELLED))
+    start = run.started_from["run"] if run.started_from else "its base"
+    unlabelled = comparison and {"against": start} | comparison._asdict() | {"verdict": comparison.verdict}
+    write_json(out / SUMMARY_FILE, summarize(run, joules) | {"collapse": problem, "without_labels": unlabelled})
     kept = ""
     if validation := run.data.validation:
         kept = f", kept step {state.kept_step} ({validation.name} {state.kept_score:.3f}, the best was {state.best_score:.3f})"
     say(f"{out}: {state.step} steps{kept}, in {state.seconds:.0f} s, fingerprint {encoder.fingerprint}")
     if problem:
         warn(f"this run has learned little or nothing. At its end {problem}")
-    if comparison and comparison.verdict == "worse":
-        warn(f"without labels this run looks worse than its base, see evaluate.py --texts (ratio {comparison.ratio:.2f}; {ADVICE})")
+    if comparison:
+        interval = f"ratio {comparison.ratio:.2f}, 95 % interval {comparison.low:.2f} to {comparison.high:.2f}"
+        line = f"{comparison.verdict}, as seen without labels ({interval}; {ADVICE})"
+        (warn if comparison.verdict == "worse" else say)(f"this run beside {short_path(start)}: {line}")
     evaluate = f"python evaluate.py --model {shlex.quote(short_path(out))} {shlex.quote(run.args.model)}"
     say(f"next: {evaluate} --data labelled.csv     # columns text,label")
     say(f"  or: {evaluate} --texts texts.csv       # without labels")

@@ -110,9 +110,10 @@ def score_facts(model: str) -> list[str]:
     facts = []
     if (validation := summary.get("validation")) and validation["kept"] is not None:
         facts.append(f"Validation during training: {validation['what']} {validation['kept']:.3f}.")
-    if against := summary.get("against_base_without_labels"):
-        interval = f"ratio {against['ratio']:.2f}, 95 % interval {against['low']:.2f} to {against['high']:.2f}"
-        facts.append(f"Against its base, measured without labels: {against['verdict']} ({interval}).")
+    if result := summary.get("without_labels"):
+        interval = f"ratio {result['ratio']:.2f}, 95 % interval {result['low']:.2f} to {result['high']:.2f}"
+        start = "its base" if result["against"] == "its base" else "the run that it was trained on from"
+        facts.append(f"Against {start}, measured without labels: {result['verdict']} ({interval}).")
     return facts
 
 

@@ -378,8 +378,8 @@ def test_the_card_says_scores_and_licence(llama, tmp_path):
     base = tmp_path / "base"
     shutil.copytree(llama, base)
     source = make_run(str(base), tmp_path / "run", prompt="cluster", pooling="last")
-    against = {"ratio": 1.256, "low": 1.1, "high": 1.4, "verdict": "better"}
-    summary = {"validation": {"what": "V-measure", "best": 0.7, "kept": 0.6543}, "against_base_without_labels": against}
+    against = {"against": "its base", "ratio": 1.256, "low": 1.1, "high": 1.4, "verdict": "better"}
+    summary = {"validation": {"what": "V-measure", "best": 0.7, "kept": 0.6543}, "without_labels": against}
     (Path(source) / "summary.json").write_text(json.dumps(summary))
     run(source, "--out", tmp_path / "plain", "--no-verify")
     (base / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A base\n")

@@ -343,14 +343,36 @@ def test_every_adapter_is_compared_with_its_base_in_half_precision(small, folder
     monkeypatch.setattr(unlabelled, "MIN_TEXTS", 10)
     monkeypatch.setattr(unlabelled, "MAX_SHARE", 0.5)
     run(*small("run", "--dtype", "bfloat16", *flags))
-    assert summary(tmp_path / "run")["against_base_without_labels"]["verdict"]
+    assert summary(tmp_path / "run")["without_labels"]["verdict"]
 
 
 @pytest.mark.parametrize(("interval", "warned"), [((0.8, 0.7, 0.9), True), ((0.95, 0.9, 1.1), False)])
 def test_a_run_that_looks_worse_than_its_base_ends_with_a_warning(small, folder, interval, warned, monkeypatch, capsys):
-    monkeypatch.setattr(validation, "compare_with_base", lambda *_: unlabelled.Comparison(*interval))
+    monkeypatch.setattr(validation, "compare_with_start", lambda *_: unlabelled.Comparison(*interval))
     run(*small("run", "--steps", 1))
-    assert ("without labels this run looks worse than its base" in capsys.readouterr().err) == warned
+    said = capsys.readouterr()
+    assert ("warning: this run beside its base: worse, as seen without labels" in said.err) == warned
+    assert ("this run beside its base: cannot tell, as seen without labels" in said.out) != warned
+
+
+def test_a_run_that_was_trained_on_is_compared_with_what_it_was(small, folder, tmp_path, monkeypatch):
+    """With the vectors of the run in --model, and ends with its own weights."""
+    run(*small("first", "--lr", 0.01))
+    encoded = []
+
+    def hide_words(texts, n_splits):
+        return [unlabelled.HiddenWords(texts[:8], None, np.arange(8))]
+
+    monkeypatch.setattr(unlabelled, "hide_words", hide_words)
+    monkeypatch.setattr(unlabelled, "scores", lambda vectors, split: encoded.append(vectors))
+    monkeypatch.setattr(unlabelled, "compare", lambda *_: unlabelled.Comparison(1.0, 0.9, 1.1))
+    flags = small("second", "--lr", 0.01)
+    run("--model", tmp_path / "first", *flags[flags.index("--pairs") :])
+    assert summary(tmp_path / "second")["without_labels"]["against"] == str(tmp_path / "first")
+    for vectors, name in zip(encoded, ("first", "second"), strict=True):
+        expected = Encoder.load(str(tmp_path / name), dtype="float32").encode(topic_texts()[:8])
+        np.testing.assert_allclose(vectors, expected, atol=1e-5)
+    assert np.abs(encoded[0] - encoded[1]).max() > 1e-3
 
 
 @pytest.mark.slow

@@ -55,6 +55,7 @@ class Run:
     skipped_in_a_row: int = 0
     has_warned: bool = False  # of a collapse
     started_from: dict | None = None  # the run whose adapter is trained on
+    before: dict[str, Tensor] = field(default_factory=dict)  # its weights
 
 
 def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
@@ -184,6 +185,8 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
         trained[TEMPERATURE] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
     state = TrainingState(chunk_size=args.chunk_size or args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
     run = Run(args, data, encoder, trained, make_optimizer(trained, args), state, started_from=record.get("started_from"))
+    if run.started_from and distributed().world_size == 1:
+        run.before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in encoder.trainable().items()}
     torch.manual_seed(args.seed + rank)  # dropout differs between processes
     if rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -70,18 +70,32 @@ class Validation:
         return v_measure_score(self.labels, k_means.fit_predict(_encode(encoder, self.texts)))
 
 
-def compare_with_base(encoder: Encoder, texts: list[str]) -> unlabelled.Comparison | None:
-    """What training did to these texts, without labels (tasks/unlabelled.py): the run against its untuned base.
+def compare_with_start(encoder: Encoder, before: dict[str, torch.Tensor], texts: list[str]) -> unlabelled.Comparison | None:
+    """What training did to these texts, without labels (tasks/unlabelled.py): the run against what it began with.
 
+    before     weights of the run that was trained on, by their names in `encoder.trainable()`; {}: the untuned base was trained
     None where too few texts share words. Leaves the decoder in evaluation mode.
     """
     splits = unlabelled.hide_words(list(dict.fromkeys(texts)), n_splits=2)
     if not splits:
         return None
-    models = encoder.untuned(), encoder
-    with autocast(encoder):  # which adapters with dropout or DoRA need here, see `keep_input_dtype`
-        scores = ([unlabelled.scores(model.encode(s.texts), s) for s in splits] for model in models)
-        return unlabelled.compare(*scores, splits)
+
+    def scores(model: Encoder) -> list[np.ndarray]:
+        with autocast(encoder):  # which adapters with dropout or DoRA need here, see `keep_input_dtype`
+            return [unlabelled.scores(model.encode(split.texts), split) for split in splits]
+
+    def exchange(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Put these weights into the encoder, and return those that were there."""
+        trained = {name: encoder.trainable()[name] for name in weights}
+        there = {name: parameter.detach().clone() for name, parameter in trained.items()}
+        for name, parameter in trained.items():
+            parameter.data.copy_(weights[name])
+        return there
+
+    after = exchange(before)
+    at_start = scores(encoder if before else encoder.untuned())
+    exchange(after)
+    return unlabelled.compare(at_start, scores(encoder), splits)
 
 
 def _encode(encoder: Encoder, texts: list[str], role: str = "document") -> np.ndarray:
