@@ -81,9 +81,14 @@ def fetch(source: str, revision: str | None, trust_remote_code: bool, files: tup
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=not online))
     except (HTTPError, OSError, ValueError) as error:
         no_folder = "" if source in (preset.base for preset in PRESETS.values()) else "there is no such folder here, and "
-        where = "the hub has no such model that may be read" if online else "it is not in this machine's cache, and the hub does not answer"
-        reason = f" ({' '.join(str(error).split()).split('. ')[0][:200]})" if online else ""
-        raise InputError(f"cannot load {source!r}: {no_folder}{where}{reason}") from None
+        raise InputError(f"cannot load {source!r}: {no_folder}{why_not_loaded(error)}") from None
+
+
+def why_not_loaded(error: Exception) -> str:
+    """What to say where a hub model cannot be loaded: the libraries' messages speak of settings that are not ours."""
+    if not hub_answers():
+        return "it is not in this machine's cache, and the hub does not answer"
+    return f"the hub has no such model that may be read ({' '.join(str(error).split()).split('. ')[0][:200]})"
 
 
 # -------------------------------------------------------------------------------------------- from folder to the model

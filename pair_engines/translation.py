@@ -62,7 +62,7 @@ def load_translator(name: str):
     import torch
     from transformers import AutoTokenizer, MarianMTModel
 
-    from encoder.base_models import hub_answers
+    from encoder.base_models import hub_answers, why_not_loaded
     from encoder.runtime import pick_dtype
 
     local = {"local_files_only": not (Path(name).is_dir() or hub_answers())}
@@ -73,7 +73,8 @@ def load_translator(name: str):
     except ImportError:
         raise InputError(f"the tokenizer of {name} needs the package sentencepiece: pip install sentencepiece") from None
     except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the translation model {name!r}: {' '.join(str(error).split())[:200]}") from None
+        why = " ".join(str(error).split())[:200] if Path(name).is_dir() else f"there is no such folder here, and {why_not_loaded(error)}"
+        raise InputError(f"cannot load the translation model {name!r}: {why}") from None
     longest = model.config.max_position_embeddings
 
     def translate(texts: list[str]) -> list[str]:

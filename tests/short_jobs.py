@@ -5,6 +5,8 @@ from pathlib import Path
 
 import make_pairs
 
+SCRIPT = Path(make_pairs.__file__).resolve()
+
 
 def run(*flags) -> None:
     make_pairs.main(make_pairs.build_parser().parse_args([str(f) for f in flags]))

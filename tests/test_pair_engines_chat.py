@@ -1,11 +1,14 @@
 """Pairs that a model on this machine makes, which rewrites or translates; templates; jobs that were interrupted."""
 
 import argparse
+import random
 import shutil
+import subprocess
+import sys
 
 import pytest
 from conftest import make_tokenizer
-from short_jobs import llm, read_rows, run, write_texts
+from short_jobs import SCRIPT, llm, read_rows, run, write_texts
 
 from files.console import InputError
 from pair_engines import chat_model, durable, gate
@@ -281,7 +284,7 @@ def test_a_batch_that_fails_is_halved_and_what_fails_alone_is_set_aside(tmp_path
 
 def test_a_chat_model_that_is_missing_is_named_and_leaves_nothing(tmp_path):
     (tmp_path / "t.txt").write_text("A text.\n")
-    with pytest.raises(InputError, match="cannot load the chat model 'org/none'"):
+    with pytest.raises(InputError, match="'org/none': there is no such folder here, and it is not in this machine's cache"):
         run("llm", "--input", tmp_path / "t.txt", "--chat-model", "org/none", "--out", tmp_path / "out.jsonl")
     assert [p.name for p in tmp_path.iterdir()] == ["t.txt"]
 
@@ -346,3 +349,41 @@ def test_a_back_translation_goes_there_and_back_sentence_by_sentence(tmp_path, m
         with pytest.raises(InputError, match=message):
             run("backtranslate", "--input", tmp_path / "t.txt", *flags, "--out", tmp_path / "none.jsonl")
     assert not list(tmp_path.glob("none*"))
+
+
+# -------------------------------------------------------------------------------------------------- killed at any moment
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["llm", "backtranslate"])
+def test_a_job_with_a_model_killed_at_random_moments_ends_as_one_that_nobody_killed(tmp_path, engine, tiny_chat_model, marian_models):
+    texts = write_texts(tmp_path / "t.txt", 60)
+    there, back = marian_models
+    flags = {
+        "llm": (*llm(texts, tiny_chat_model), "--temperature", 0, "--max-new-tokens", 4),
+        "backtranslate": ("backtranslate", "--input", texts, "--to-pivot", there, "--from-pivot", back),
+    }[engine]
+    flags = (*flags, "--no-gate", "--batch-size", 4)
+    run(*flags, "--out", tmp_path / "whole.jsonl")
+    command = [str(word) for word in (sys.executable, SCRIPT, *flags, "--out", tmp_path / "out.jsonl")]
+    partial, rng, kills = tmp_path / "out.jsonl.partial", random.Random(0), 0
+    most = (tmp_path / "whole.jsonl").stat().st_size // 3
+    while not (tmp_path / "out.jsonl").exists():
+        size = partial.stat().st_size if partial.exists() else 0
+        enough, grace = size + rng.randint(1, most), rng.uniform(0, 0.1)  # bytes that it shall write, and seconds after that
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while True:
+            try:
+                assert process.wait(grace or 0.01) == 0
+                break
+            except subprocess.TimeoutExpired:
+                if partial.exists() and partial.stat().st_size > enough:
+                    process.kill()
+                    process.wait()
+                    kills += 1
+                    break
+    assert kills > 2
+    for name in ("", ".questions.jsonl", ".failed.jsonl"):
+        names = [tmp_path / f"{which}.jsonl{name}" for which in ("whole", "out")]
+        assert not any(path.exists() for path in names) or names[0].read_bytes() == names[1].read_bytes()
+    assert not partial.exists()
