@@ -248,7 +248,10 @@ def agreement(corpora: list["Corpus"], rows: list[dict], out: Path) -> str:
 
 
 def teachers(corpora: list["Corpus"]) -> str:
-    """V-measure of teachers that are made in other ways, the corpora in columns, their mean last."""
+    """V-measure of teachers that are made in other ways, the corpora in columns, their mean last.
+
+    The last row has for each corpus the teacher that is best on the mean of the others, as one would choose who has not seen it.
+    """
     lines, scores = ["| words : letters : model, whitening |", "|---|"], [[] for _ in TEACHER_TRIALS]
     for corpus in corpora:
         parts = teacher.lexical_parts(teacher.Corpus(corpus.texts, [], *teacher.look_at(corpus.texts)))
@@ -259,8 +262,11 @@ def teachers(corpora: list["Corpus"]) -> str:
             row.append(v_measure(teacher.side_by_side(trial)[0], corpus.labels))
         lines[0], lines[1] = f"{lines[0]} {corpus.name} |", f"{lines[1]}---|"
     lines[0], lines[1] = f"{lines[0]} mean |", f"{lines[1]}---|"
-    for row, (*shares, degree) in zip(scores, TEACHER_TRIALS, strict=True):
-        name = f"{' : '.join(map(str, shares))}{f', {degree}' * bool(shares[2])}"
+    names = [f"{' : '.join(map(str, shares))}{f', {degree}' * bool(shares[2])}" for *shares, degree in TEACHER_TRIALS]
+    table = np.array(scores)  # (trials, corpora)
+    others = table.sum(1, keepdims=True) - table
+    unseen = np.take_along_axis(table, others.argmax(0)[None], axis=0)[0]
+    for name, row in zip([*names, "best on the other sets"], [*table, unseen], strict=True):
         lines.append(f"| {name} | {' | '.join(f'{score:.1f}' for score in [*row, np.mean(row)])} |")
     return "\n".join(lines)
 
