@@ -25,15 +25,15 @@ class Tally:
     """
 
     def __init__(self, seed: int, n_samples: int):
-        self.made_by, self.kept_by = Counter(), Counter()  # pairs by template, "" where there is none
+        self.made_by, self.kept_by = Counter(), Counter()  # pairs by (engine, template), the latter "" where there is none
         self.reasons, self.failed = Counter(), 0
         self.histograms = {name: {which: [0] * (len(edges) - 1) for which in ("kept", "left out")} for name, edges in EDGES.items()}
         self.accepted, self.rejected = Sample(seed, max(n_samples, SAMPLES)), Sample(seed, n_samples)
 
     def add(self, verdict: Verdict) -> None:
-        template = verdict.pair.get("template", "")
-        self.made_by[template] += 1
-        self.kept_by[template] += verdict.reason is None
+        by = verdict.pair.get("engine", ""), verdict.pair.get("template", "")
+        self.made_by[by] += 1
+        self.kept_by[by] += verdict.reason is None
         if verdict.reason:
             self.reasons[verdict.reason] += 1
         for name, value in verdict.measures.items():
@@ -75,11 +75,22 @@ class Tally:
             "made": self.made,
             "kept": self.kept,
             "failed": self.failed,
-            "templates": {name: {"made": made, "kept": self.kept_by[name]} for name, made in sorted(self.made_by.items()) if name},
+            "engines": self._yields(0),
+            "templates": self._yields(1),
             "left_out": {REASONS[reason]: count for reason, count in self.reasons.most_common()},
             "histograms": {name: {"edges": [str(round(e, 3)) for e in EDGES[name]], **self.histograms[name]} for name in taken},
             "pairs": [{name: pair[name] for name in ("anchor", "positive", "source", "template") if name in pair} for pair in pairs],
         }
+
+    def _yields(self, part: int) -> dict[str, dict[str, int]]:
+        """Name -> pairs made and kept, of each engine (part 0) or template (1)."""
+        yields = {}
+        for by, made in sorted(self.made_by.items()):
+            if by[part]:
+                counts = yields.setdefault(by[part], {"made": 0, "kept": 0})
+                counts["made"] += made
+                counts["kept"] += self.kept_by[by]
+        return yields
 
     def draw(self, file: IO[bytes]) -> None:
         """Write the histograms as a PNG file."""

@@ -19,7 +19,7 @@ from files.console import InputError
 from files.reading import read_lines
 from pair_engines import gate
 from pair_engines.gate import ALL_CHECKS, Gate
-from pair_engines.report import Sample
+from pair_engines.report import Sample, Tally
 
 ROOT = Path(__file__).resolve().parent.parent
 PROSE = "The bank raised its interest rates again this month, and every account that is overdrawn now costs more than before."
@@ -166,6 +166,15 @@ def test_a_judge_is_loaded_and_its_window_checked(tmp_path, llama, capsys):
     with pytest.raises(InputError, match=r"--judge-window 0\.9 0\.1: needs the lowest and then the highest cosine"):
         run(*flags, "--out", tmp_path / "none.jsonl", "--judge-window", 0.9, 0.1)
     assert not list(tmp_path.glob("*none*"))
+
+
+def test_the_yield_of_engines_and_templates_is_counted():
+    tally = Tally(seed=0, n_samples=0)
+    for engine, template, reason in (("llm", "simple", None), ("llm", "detail", "copy"), ("llm", "simple", "loop"), ("crop", "", None)):
+        tally.add(gate.Verdict({"anchor": "a", "positive": "b", "engine": engine, "template": template}, reason, {}))
+    report = tally.as_json({})
+    assert report["engines"] == {"crop": {"made": 1, "kept": 1}, "llm": {"made": 3, "kept": 1}}
+    assert report["templates"] == {"detail": {"made": 1, "kept": 0}, "simple": {"made": 2, "kept": 1}}
 
 
 def test_a_report_of_other_pairs_is_not_overwritten(tmp_path):
