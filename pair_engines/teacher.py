@@ -35,7 +35,7 @@ DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings
 NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of these
 MIN_TEXTS, FEW_TEXTS = 32, 300  # of a corpus; of fewer than the latter many have no neighbour that says the like (bench/README.md)
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
-BM25_K1, BM25_B = 1.2, 0.75  # as in Lucene
+MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 0.1 to 0.4 hardly differ
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
 LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 300  # of more texts words and letters have more, see `lexical_dims`
 # By trial on six corpora (bench/README.md): shares in a teacher's cosines, those of the models together, and how far the vectors of
@@ -44,7 +44,7 @@ WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
 WHITENING, LEXICAL_WHITENING = 0.5, 0.25
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
-SAID_FROM = 0.05  # share of a language in the texts of which the language is sure, from which on it is named
+OTHERS_SHARE = 0.1  # of the texts whose language is sure: where so many are in another one than English, the corpus is in several
 COSINES_AT_ONCE = 2**25  # 128 MiB
 MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 5  # of a run; passes over the texts, of which three are a point worse by trial (bench/README.md)
 TEXTS_PER_STEP = OWN_SHARE * 96  # the batch that the bundled model takes; others take some more
@@ -61,7 +61,7 @@ class Part(NamedTuple):
 class Corpus(NamedTuple):
     texts: list[str]
     sources: list[str]  # FILE:ROW of each text
-    language: str  # "English", also beside others, "other", or "unspaced": written without spaces between words
+    language: str  # "English", "several" of which English is one, "other", or "unspaced": written without spaces between words
     words: int  # median number of words of a text; characters where unspaced
 
 
@@ -142,14 +142,15 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     unit = "characters" if language == "unspaced" else "words"
     look, so = {
         "English": ("in English", "its stop words do not count"),
-        "other": ("not in English", "all words count, the rare ones more"),
+        "several": ("in several languages", f"English stop words and what more than {MAX_SHARE:.0%} of the texts share do not count"),
+        "other": ("not in English", f"what more than {MAX_SHARE:.0%} of the texts share does not count"),
         "unspaced": ("written without spaces", "characters stand for words"),
     }[language]
     say(f"{len(texts):,} texts, {look}, of {words} {unit} at the median: {so}")
     shares = languages(texts)
-    if set(shares) - {"en"}:
+    if language != "English" and shares:
         named = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        say(f"languages, of those texts of a sample that are surely in one: {named}")
+        say(f"languages, of a sample of texts where it is sure: {named}")
     if n_long := sum(len(text) > MAX_CHARACTERS for text in texts):
         say(f"{n_long:,} of them count with their first {MAX_CHARACTERS:,} characters")
     return Corpus(texts, [source for source, _ in rows], language, words)
@@ -172,14 +173,16 @@ def look_at(texts: list[str]) -> tuple[str, int]:
     words = [text.lower().split() for text in beginnings]
     n_english = sum(word in ENGLISH_STOP_WORDS for text in words for word in text)
     language = "English" if n_english > ENGLISH_SHARE * sum(map(len, words)) else "other"
+    if language == "English" and languages(texts).get("en", 1) < 1 - OTHERS_SHARE:
+        language = "several"
     return language, int(np.median([len(text.split()) for text in some]))
 
 
 def languages(texts: list[str]) -> dict[str, float]:
-    """Code of a language -> its share of the texts that are surely in one, of a sample of up to 1,000; shares from SAID_FROM on."""
+    """Code of a language -> its share of the texts of which the language is sure, of a sample of up to 1,000; those above 5 %."""
     some = texts[:: max(1, len(texts) // 500)]
     counts = Counter(name for name, sure in (language_identifier().classify(text[:MAX_CHARACTERS]) for text in some) if sure >= SURE)
-    return {name: n / counts.total() for name, n in counts.most_common() if n >= SAID_FROM * counts.total()}
+    return {name: n / counts.total() for name, n in counts.most_common() if n >= 0.05 * counts.total()}
 
 
 def read_general(args: argparse.Namespace) -> list[dict] | None:
@@ -214,25 +217,28 @@ def lexical_dims(n_texts: int) -> int:
 
 
 def lexical_parts(corpus: Corpus) -> list[Part]:
-    """Latent semantic analysis (truncated SVD of weighted counts) of words, in English without stop words, and of letter sequences.
+    """Latent semantic analysis (TF-IDF and truncated SVD) of words and of letter sequences.
 
+    Words in English lose the stop words; in another language, and sequences of letters, those of more than MAX_SHARE of the texts;
+    in several languages both.
     The first directions of a large corpus tell its subjects apart; whitening gives those that tell apart texts of a subject more weight.
     """
     from sklearn.decomposition import TruncatedSVD
-    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
     texts = [text[:MAX_CHARACTERS] for text in corpus.texts]
     if corpus.language == "unspaced":
         lengths = {"characters": (1, 1), "sequences of 2 to 3 characters": (2, 3)}
         settings = {name: {"analyzer": "char", "ngram_range": span} for name, span in lengths.items()}
     else:
-        words = {"stop_words": "english"} if corpus.language == "English" else {}
-        settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5)}}
+        words = {"stop_words": "english"} if corpus.language in ("English", "several") else {}
+        words |= {} if corpus.language == "English" else {"max_df": MAX_SHARE}
+        settings = {"words": words, "sequences of 3 to 5 letters": {"analyzer": "char_wb", "ngram_range": (3, 5), "max_df": MAX_SHARE}}
     parts, left = [], []
     for (name, options), share in zip(settings.items(), (WORDS_SHARE, LETTERS_SHARE), strict=True):
         try:
-            counts = bm25(CountVectorizer(min_df=2, dtype=np.float32, **options).fit_transform(texts))
-        except ValueError:  # nothing is left: every word stands in a single text
+            counts = TfidfVectorizer(sublinear_tf=True, min_df=2, dtype=np.float32, **options).fit_transform(texts)
+        except ValueError:  # nothing is left: every word stands in a single text, or in too many
             counts = np.empty((len(texts), 0))
         dims = min(lexical_dims(len(texts)), min(counts.shape) - 1)
         vectors = np.zeros((len(texts), 1))
@@ -250,23 +256,6 @@ def lexical_parts(corpus: Corpus) -> list[Part]:
     for name in left:
         warn(f"hardly any {name} are in some texts and not in others: these are not part of the teacher")
     return parts
-
-
-def bm25(counts):
-    """Counts (N, words), sparse, as BM25 weighs the words of a document, in rows of norm 1.
-
-    Robertson and Zaragoza 2009, https://doi.org/10.1561/1500000019, with Lucene's logarithm, which never falls below 0. Beside TF-IDF as
-    scikit-learn has it, whose weight of a word is never below 1, words that most texts have count for less, and so does a word that is
-    said again and again. By trial the teacher is better by 0.6 points (bench/README.md).
-    """
-    from sklearn.preprocessing import normalize
-
-    n_texts, n_of_word = counts.shape[0], counts.getnnz(axis=0)  # , (words,)
-    lengths = np.asarray(counts.sum(1)).ravel()
-    saturation = BM25_K1 * (1 - BM25_B + BM25_B * lengths / max(lengths.mean(), 1))  # (N,)
-    weights = np.log(1 + (n_texts - n_of_word + 0.5) / (n_of_word + 0.5)).astype(np.float32)
-    counts.data *= (BM25_K1 + 1) * weights[counts.indices] / (counts.data + np.repeat(saturation, np.diff(counts.indptr)))
-    return normalize(counts, copy=False)
 
 
 def teacher_models(specs: list[str]) -> list[str]:

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from conftest import make_run
 from safetensors.numpy import load_file, save_file
 from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, summary, torchrun, word_rows, write_rows
-from sklearn.feature_extraction.text import CountVectorizer
 
 import make_pairs
 from encoder import Contract, Encoder
 from files.console import InputError
-from pair_engines.teacher import Corpus, Part, bm25, lexical_dims, lexical_parts, look_at, side_by_side, whitened
+from pair_engines.teacher import Corpus, Part, lexical_dims, lexical_parts, look_at, side_by_side, whitened
 from tasks import unlabelled
 from training import validation
 from training.gradients import chunked_backward
@@ -87,16 +86,6 @@ def test_parts_have_their_shares_and_move_towards_their_neighbours():
     np.testing.assert_allclose(teacher, moved / np.linalg.norm(moved, axis=1, keepdims=True), atol=1e-5)
 
 
-def test_words_are_weighed_as_bm25_weighs_them():
-    texts = ["a b b c", "a b", "a d d d d d", "a e f", "a"]
-    weighed = bm25(CountVectorizer(token_pattern=r"\S+", dtype=np.float32).fit_transform(texts)).toarray()
-    idf = {word: math.log(1 + (5 - n + 0.5) / (n + 0.5)) for word, n in {"a": 5, "b": 2, "c": 1}.items()}
-    k = 1.2 * (0.25 + 0.75 * 4 / (16 / 5))
-    expected = np.array([idf["a"] * 2.2 / (1 + k), idf["b"] * 4.4 / (2 + k), idf["c"] * 2.2 / (1 + k), 0, 0, 0])
-    np.testing.assert_allclose(weighed[0], expected / np.linalg.norm(expected), rtol=1e-5)
-    assert weighed[1, 0] < 0.2 * weighed[1, 1]  # all texts have the first word, two have the second
-
-
 def test_a_model_s_vectors_are_whitened_halfway():
     rng = np.random.default_rng(0)
     vectors = rng.normal(size=(2000, 3)) * (100, 9, 1) + 50
@@ -156,16 +145,19 @@ def test_the_language_is_looked_at(text, language):
     assert look_at([*[text] * 800, "la " * 100_000]) == (language, 8)  # one huge text does not speak for all
 
 
-def test_the_languages_of_a_corpus_are_named(tmp_path, capsys):
+def test_a_corpus_in_several_languages_is_noticed(tmp_path, capsys):
+    """English is known by its function words, of which such a corpus has many as well."""
     german = [f"Bitte {verb} das Licht in {room} aus, wenn du gehst" for verb in ("schalte", "mach") for room in ("der Küche", "dem Flur")]
     rows = [text.replace("Please", "Would you please") for text in topic_texts()] + 5 * [f"{text} ({i})" for i, text in enumerate(german)]
     rows = [f"{row} {i}" for i, row in enumerate(rows)]
+    assert look_at(rows)[0] == "several" and look_at(rows[:48])[0] == "English"
     (tmp_path / "t.txt").write_text("\n".join(rows))
     general = write_rows(tmp_path / "general.jsonl", word_rows())
     auto("--input", tmp_path / "t.txt", "--model", "none", "--general", general, "--out", tmp_path / "out")
     out = capsys.readouterr().out
-    assert "68 texts, in English, of" in out
-    assert "languages, of those texts of a sample that are surely in one: en " in out and ", de " in out
+    assert "68 texts, in several languages, of" in out
+    assert "languages, of a sample of texts where it is sure: en " in out and ", de " in out
+    assert "English docstrings" not in out  # --general names other pairs
 
 
 def test_texts_without_spaces_are_taught_by_their_characters(tmp_path, capsys):
