@@ -35,7 +35,7 @@ DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings
 NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of these
 MIN_TEXTS, FEW_TEXTS = 32, 300  # of a corpus; of fewer than the latter many have no neighbour that says the like (bench/README.md)
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
-MAX_SHARE = 0.2  # of all texts: what more of them share says nothing; by trial 0.1 to 0.4 hardly differ
+MAX_SHARE = 0.2  # of all texts: what more of them share says little; by trial 0.4 is as good and 0.1 worse (bench/README.md)
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
 LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 300  # of more texts words and letters have more, see `lexical_dims`
 # By trial on six corpora (bench/README.md): shares in a teacher's cosines, those of the models together, and how far the vectors of

@@ -19,7 +19,7 @@ from files.console import InputError
 from files.reading import read_rows
 
 TEXTS_FILE, TEACHER_FILE, GENERAL_FILE, RECIPE_FILE = "texts.jsonl", "teacher.safetensors", "general.jsonl", "recipe.json"
-# Of a batch, what is own texts where there are general pairs as well. By trial half is neither better nor worse (bench/README.md).
+# Of a batch, what is own texts where there are general pairs as well; without these, clusters are slightly better (bench/README.md).
 OWN_SHARE = 0.75
 
 
