@@ -422,10 +422,15 @@ class TextStream:
         guess = next((c for c in TEXT_COLUMNS if c in strings), strings[0] if len(strings) == 1 else None)
         self.column, self.name = column or guess, self.table.name
         self.table.check_column(self.column, "one with --column")
-        self.others = [] if column else [c for c in TEXT_COLUMNS if c in strings and c != guess]
+        self.others = [] if column else [c for c in strings if c != guess and (c in TEXT_COLUMNS or self._is_prose(c))]
         self.choice = f"column {self.column!r} ({'as asked' if column else 'guessed'})"
         if path != STDIN and file_kind(path) == "txt":
             self.choice = "its lines"
+
+    def _is_prose(self, column: str) -> bool:
+        """Whether most rows of the head have three words or more in this column."""
+        values = [cells.get(column) for _, cells in self.table.head]
+        return 2 * sum(isinstance(value, str) and len(value.split()) >= 3 for value in values) > len(values)
 
     def __iter__(self) -> Iterator[tuple[str, str]]:
         return ((source, text) for source, (text,) in self.table.texts([self.column]))

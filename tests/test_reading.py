@@ -13,7 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from files.console import InputError
-from files.reading import Table, as_label, as_number, as_text, errors_of, read_column, read_documents, read_rows, read_texts
+from files.reading import Table, TextStream, as_label, as_number, as_text, errors_of, read_column, read_documents, read_rows, read_texts
 from tasks import mteb_tasks
 from training.pair_data import read_pairs
 from training.validation import read_labelled
@@ -212,6 +212,15 @@ def test_texts_that_are_left_out_are_counted_with_the_reason(tmp_path):
     assert reasons == ", 1 whose text ".join(["9 rows left out: 3 without text, 2 whose text is a number", *kinds])
     with pytest.raises(InputError, match="column other holds no text; 1 row left out: 1 whose text is a number"):
         read_texts(write(path, '{"other": 1}'), "other")
+
+
+def test_other_columns_that_hold_texts_are_named(tmp_path):
+    """By their names, or by what they hold; not those of ids and labels."""
+    rows = [f"{i},About the {i}th of them,The text is this.,kind {i % 2}" for i in range(9)]
+    path = write(tmp_path / "t.csv", "\n".join(["id,subject,text,label", *rows]))
+    assert TextStream(path).others == ["subject"]
+    assert TextStream(write(path, "id,title,text\n1,Yes,No\n")).others == ["title"]
+    assert TextStream(path, "title").others == []
 
 
 def test_a_column_is_guessed_or_taken_as_asked(tmp_path):
