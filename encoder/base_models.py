@@ -80,15 +80,18 @@ def fetch(source: str, revision: str | None, trust_remote_code: bool, files: tup
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=patterns, local_files_only=not online))
     except (HTTPError, OSError, ValueError) as error:
-        no_folder = "" if source in (preset.base for preset in PRESETS.values()) else "there is no such folder here, and "
-        raise InputError(f"cannot load {source!r}: {no_folder}{why_not_loaded(error)}") from None
+        raise InputError(f"cannot load {source!r}: {why_not_loaded(source, error)}") from None
 
 
-def why_not_loaded(error: Exception) -> str:
-    """What to say where a hub model cannot be loaded: the libraries' messages speak of settings that are not ours."""
+def why_not_loaded(source: str, error: Exception) -> str:
+    """Why a folder or hub model cannot be loaded: of the hub, the libraries' messages speak of settings that are not ours."""
+    message = " ".join(str(error).split())
+    if Path(source).is_dir():
+        return message[:200]
+    no_folder = "" if source in (preset.base for preset in PRESETS.values()) else "there is no such folder here, and "
     if not hub_answers():
-        return "it is not in this machine's cache, and the hub does not answer"
-    return f"the hub has no such model that may be read ({' '.join(str(error).split()).split('. ')[0][:200]})"
+        return f"{no_folder}it is not in this machine's cache, and the hub does not answer"
+    return f"{no_folder}the hub has no such model that may be read ({message.split('. ')[0][:200]})"
 
 
 # -------------------------------------------------------------------------------------------- from folder to the model

@@ -43,8 +43,7 @@ def load_chat_model(args: argparse.Namespace, templates: dict[str, str]) -> Answ
         tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **local)
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **local).to(device).eval()
     except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())[:200] if Path(name).is_dir() else f"there is no such folder here, and {why_not_loaded(error)}"
-        raise InputError(f"cannot load the chat model {name!r}: {why}") from None
+        raise InputError(f"cannot load the chat model {name!r}: {why_not_loaded(name, error)}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     if not tokenizer.chat_template:

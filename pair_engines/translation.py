@@ -73,8 +73,7 @@ def load_translator(name: str):
     except ImportError:
         raise InputError(f"the tokenizer of {name} needs the package sentencepiece: pip install sentencepiece") from None
     except (OSError, ValueError) as error:
-        why = " ".join(str(error).split())[:200] if Path(name).is_dir() else f"there is no such folder here, and {why_not_loaded(error)}"
-        raise InputError(f"cannot load the translation model {name!r}: {why}") from None
+        raise InputError(f"cannot load the translation model {name!r}: {why_not_loaded(name, error)}") from None
     longest = model.config.max_position_embeddings
 
     def translate(texts: list[str]) -> list[str]:
