@@ -51,8 +51,8 @@ def durable_rows(path: Path, jobs: Iterable[Job], settings: dict, engine: str, l
     path       of the partial file; the caller removes it when the pairs are safe elsewhere
     settings   a job that goes on must have been started with the same
     load       called when something is left to do -> what answers; its argument: whether there are answers already
-    Raises InputError where the partial file is of other texts or settings, is damaged, or belongs to a running job, and where all texts
-    of the first batch fail, GIVE_UP of them or more.
+    Raises InputError where the partial file is of other texts or settings, is damaged, or belongs to a running job, and where the first
+    GIVE_UP texts all fail.
     """
     jobs = iter(jobs)
     first = next(jobs, None)  # what is wrong with the texts is said before anything is written
@@ -63,15 +63,30 @@ def durable_rows(path: Path, jobs: Iterable[Job], settings: dict, engine: str, l
                 rest = [job for job in pool if not journal.has(job)]
                 if rest:
                     answer = answer or load(going_on)
-                    for answers in answer(rest):
-                        failures = [found for _, found in answers if isinstance(found, Failure)]
-                        if not going_on and len(failures) == len(answers) >= GIVE_UP:
-                            raise InputError(f"all of the first {len(answers)} texts failed, the last with {failures[-1].error}")
+                    for answers in answer(rest) if going_on else with_the_first_success(answer(rest)):
                         going_on = True
                         journal.append([(job.number, as_row(job, found, engine)) for job, found in answers])
                         progress.update(len(answers))
                 journal.close_pool(pool[-1].number + 1)
         yield from journal.rows()
+
+
+def with_the_first_success(batches: Answers) -> Answers:
+    """The batches, of which those before the first that holds an answer come together with it.
+
+    Raises InputError where GIVE_UP texts or more fail before it: they are not kept, so that the next run tries them again.
+    """
+    batches, held = iter(batches), []
+    for batch in batches:
+        held += batch
+        if not all(isinstance(found, Failure) for _, found in held):
+            yield held
+            yield from batches
+            return
+        if len(held) >= GIVE_UP:
+            raise InputError(f"all of the first {len(held)} texts failed, the last with {held[-1][1].error}")
+    if held:
+        yield held
 
 
 def as_row(job: Job, found: str | Failure, engine: str) -> dict:

@@ -33,7 +33,7 @@ from training.pair_data import read_pairs
 
 DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings.jsonl"  # where make_pairs.py docstrings puts them
 NEIGHBOURS = 8  # of a text; three texts of a batch are one of it and two of these
-MIN_TEXTS, FEW_TEXTS = 32, 300  # of a corpus; of fewer than the latter many have no neighbour that says the like (bench/README.md)
+MIN_TEXTS, FEW_TEXTS = 32, 300  # of a corpus; by trial the latter were enough (bench/README.md)
 MAX_TEXTS = 100_000  # that are taught, drawn at random from more: a run does not see more than these
 MAX_SHARE = 0.2  # of all texts: what more of them share says little; by trial 0.4 is as good and 0.1 worse (bench/README.md)
 DIMS = 100  # of each part of a teacher; of fewer than 1,000 texts a tenth of their number, 15 at least
@@ -150,7 +150,7 @@ def read_corpus(args: argparse.Namespace) -> Corpus:
     shares = languages(texts)
     if language != "English" and shares:
         named = ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
-        say(f"languages, of a sample of texts where it is sure: {named}")
+        say(f"languages of those texts that are surely in one: {named}")
     if n_long := sum(len(text) > MAX_CHARACTERS for text in texts):
         say(f"{n_long:,} of them count with their first {MAX_CHARACTERS:,} characters")
     return Corpus(texts, [source for source, _ in rows], language, words)

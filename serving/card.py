@@ -112,7 +112,7 @@ def score_facts(model: str) -> list[str]:
         facts.append(f"Validation during training: {validation['what']} {validation['kept']:.3f}.")
     if result := summary.get("without_labels"):
         interval = f"ratio {result['ratio']:.2f}, 95 % interval {result['low']:.2f} to {result['high']:.2f}"
-        start = "its base" if result["against"] == "its base" else "the run that it was trained on from"
+        start = "its base" if result["against"] == "its base" else "the run that training went on with"
         facts.append(f"Against {start}, measured without labels: {result['verdict']} ({interval}).")
     return facts
 

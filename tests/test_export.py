@@ -25,7 +25,7 @@ from encoder.contract import Contract
 from files.console import InputError
 from serving import folder as folders
 from serving import runtimes, verification
-from serving.card import how_to_load, licence_of_base
+from serving.card import how_to_load, licence_of_base, score_facts
 from serving.folder import check_expressible, runtimes_for, write_folder
 from serving.verification import Truth, VerificationFailed, cosines, embed_sequences, known_fault, sample_texts, token_faults
 
@@ -387,6 +387,10 @@ def test_the_card_says_scores_and_licence(llama, tmp_path):
     card, plain = ((tmp_path / name / "README.md").read_text() for name in ("out", "plain"))
     assert "Validation during training: V-measure 0.654." in card
     assert "Against its base, measured without labels: better (ratio 1.26, 95 % interval 1.10 to 1.40)." in card
+    (Path(source) / "summary.json").write_text(json.dumps({"without_labels": against | {"against": "runs/first"}}))
+    assert score_facts(source) == [
+        "Against the run that training went on with, measured without labels: better (ratio 1.26, 95 % interval 1.10 to 1.40)."
+    ]
     assert "\nlicense: apache-2.0\n" in card and "The base's licence is apache-2.0" in card
     assert "license:" not in plain and "The licence is that of the base and of the data." in plain
 

@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from conftest import make_run
 from safetensors.numpy import load_file, save_file
 from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, summary, torchrun, word_rows, write_rows
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 import make_pairs
 from encoder import Contract, Encoder
 from files.console import InputError
+from pair_engines import teacher
 from pair_engines.teacher import Corpus, Part, lexical_dims, lexical_parts, look_at, side_by_side, whitened
 from tasks import unlabelled
 from training import validation
@@ -145,7 +147,7 @@ def test_the_language_is_looked_at(text, language):
     assert look_at([*[text] * 800, "la " * 100_000]) == (language, 8)  # one huge text does not speak for all
 
 
-def test_a_corpus_in_several_languages_is_noticed(tmp_path, capsys):
+def test_a_corpus_in_several_languages_is_noticed(tmp_path, monkeypatch, capsys):
     """English is known by its function words, of which such a corpus has many as well."""
     german = [f"Bitte {verb} das Licht in {room} aus, wenn du gehst" for verb in ("schalte", "mach") for room in ("der Küche", "dem Flur")]
     rows = [text.replace("Please", "Would you please") for text in topic_texts()] + 5 * [f"{text} ({i})" for i, text in enumerate(german)]
@@ -156,8 +158,34 @@ def test_a_corpus_in_several_languages_is_noticed(tmp_path, capsys):
     auto("--input", tmp_path / "t.txt", "--model", "none", "--general", general, "--out", tmp_path / "out")
     out = capsys.readouterr().out
     assert "68 texts, in several languages, of" in out
-    assert "languages, of a sample of texts where it is sure: en " in out and ", de " in out
+    assert "languages of those texts that are surely in one: en " in out and ", de " in out
     assert "English docstrings" not in out  # --general names other pairs
+    monkeypatch.setattr(teacher, "DOCSTRING_PAIRS", general)
+    auto("--input", tmp_path / "t.txt", "--model", "none", "--out", tmp_path / "default")
+    said = capsys.readouterr()
+    assert "general pairs are English docstrings: pairs in the language of your texts are better" in said.out
+    assert "warning: 68 texts are few" in said.err
+
+
+def test_frequent_words_of_several_languages_do_not_count(monkeypatch):
+    """Neither English stop words nor what stands in most texts."""
+    taken = []
+
+    class Vectorizer(TfidfVectorizer):
+        def fit_transform(self, texts):
+            counts = super().fit_transform(texts)
+            taken.append(set(self.get_feature_names_out()))
+            return counts
+
+    monkeypatch.setattr("sklearn.feature_extraction.text.TfidfVectorizer", Vectorizer)
+    texts = [f"the lamp und {word}" for word in ("kitchen", "küche", "garden", "garten", "door", "tür", "hall", "flur", "roof", "dach")]
+    texts += ["because of a kitchen", "because of the küche"]
+    for language in ("English", "several", "other"):
+        lexical_parts(Corpus(texts, [], language, 4))
+    english, several, other = taken[::2]
+    assert {"lamp", "und"} <= english and "because" not in english and "kitchen" in english
+    assert not {"lamp", "und", "the", "because"} & several and "kitchen" in several
+    assert "because" in other and "lamp" not in other
 
 
 def test_texts_without_spaces_are_taught_by_their_characters(tmp_path, capsys):

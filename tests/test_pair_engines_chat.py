@@ -55,7 +55,7 @@ def test_a_model_that_never_ends_its_thinking_stops_the_job(tmp_path, tiny_chat_
     tokenizer.save_pretrained(folder)
     texts = write_texts(tmp_path / "t.txt", 21)
     with pytest.raises(InputError, match=r"all of the first 21 texts failed, .* was still thinking .* raise --max-new"):
-        run(*llm(texts, str(folder)), "--max-new-tokens", 3, "--out", tmp_path / "out.jsonl")
+        run(*llm(texts, str(folder)), "--max-new-tokens", 3, "--batch-size", 7, "--out", tmp_path / "out.jsonl")
     assert {path.name for path in tmp_path.iterdir()} == {"t.txt", "thinking"}
     prompt, answer = (tokenizer(text)["input_ids"] for text in ("assistant: <think>\n", "Well.</think> A text."))
     assert chat_model.read_answer(tokenizer, prompt, answer) == "A text."
@@ -369,12 +369,11 @@ def test_a_job_with_a_model_killed_at_random_moments_ends_as_one_that_nobody_kil
     partial, rng, kills = tmp_path / "out.jsonl.partial", random.Random(0), 0
     most = (tmp_path / "whole.jsonl").stat().st_size // 3
     while not (tmp_path / "out.jsonl").exists():
-        size = partial.stat().st_size if partial.exists() else 0
-        enough, grace = size + rng.randint(1, most), rng.uniform(0, 0.1)  # bytes that it shall write, and seconds after that
+        enough = (partial.stat().st_size if partial.exists() else 0) + rng.randint(1, most)  # bytes of the partial file
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while True:
             try:
-                assert process.wait(grace or 0.01) == 0
+                assert process.wait(rng.uniform(0, 0.1)) == 0
                 break
             except subprocess.TimeoutExpired:
                 if partial.exists() and partial.stat().st_size > enough:

@@ -86,10 +86,10 @@ def compare_with_start(encoder: Encoder, before: dict[str, torch.Tensor], texts:
 
     def exchange(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """Put these weights into the encoder, and return those that were there."""
-        trained = {name: encoder.trainable()[name] for name in weights}
-        there = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        for name, parameter in trained.items():
-            parameter.data.copy_(weights[name])
+        parameters = encoder.trainable()
+        there = {name: parameters[name].detach().clone() for name in weights}
+        for name, values in weights.items():
+            parameters[name].data.copy_(values)
         return there
 
     after = exchange(before)
