@@ -357,23 +357,23 @@ def test_a_back_translation_goes_there_and_back_sentence_by_sentence(tmp_path, m
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["llm", "backtranslate"])
 def test_a_job_with_a_model_killed_at_random_moments_ends_as_one_that_nobody_killed(tmp_path, engine, tiny_chat_model, marian_models):
-    texts = write_texts(tmp_path / "t.txt", 60)
+    texts = write_texts(tmp_path / "t.txt", {"llm": 240, "backtranslate": 60}[engine])
     there, back = marian_models
     flags = {
-        "llm": (*llm(texts, tiny_chat_model), "--temperature", 0, "--max-new-tokens", 4),
+        "llm": (*llm(texts, tiny_chat_model), "--temperature", 0, "--max-new-tokens", 16),
         "backtranslate": ("backtranslate", "--input", texts, "--to-pivot", there, "--from-pivot", back),
     }[engine]
     flags = (*flags, "--no-gate", "--batch-size", 4)
     run(*flags, "--out", tmp_path / "whole.jsonl")
     command = [str(word) for word in (sys.executable, SCRIPT, *flags, "--out", tmp_path / "out.jsonl")]
     partial, rng, kills = tmp_path / "out.jsonl.partial", random.Random(0), 0
-    most = (tmp_path / "whole.jsonl").stat().st_size // 3
+    most = (tmp_path / "whole.jsonl").stat().st_size // 2
     while not (tmp_path / "out.jsonl").exists():
-        enough = (partial.stat().st_size if partial.exists() else 0) + rng.randint(1, most)  # bytes of the partial file
+        enough = (partial.stat().st_size if partial.exists() else 0) + rng.randint(1, most)  # bytes, and then it is killed
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while True:
             try:
-                assert process.wait(rng.uniform(0, 0.1)) == 0
+                assert process.wait(0.005) == 0
                 break
             except subprocess.TimeoutExpired:
                 if partial.exists() and partial.stat().st_size > enough:
@@ -381,7 +381,7 @@ def test_a_job_with_a_model_killed_at_random_moments_ends_as_one_that_nobody_kil
                     process.wait()
                     kills += 1
                     break
-    assert kills > 2
+    assert kills > 1
     for name in ("", ".questions.jsonl", ".failed.jsonl"):
         names = [tmp_path / f"{which}.jsonl{name}" for which in ("whole", "out")]
         assert not any(path.exists() for path in names) or names[0].read_bytes() == names[1].read_bytes()
