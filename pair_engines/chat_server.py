@@ -122,7 +122,7 @@ class Server:
             except RetryError as error:
                 why = str(error)
                 if attempt < self.args.retries and self.no_answer_yet.acquire(blocking=False):
-                    warn(f"{self.url}: {why}; each request is tried again, up to {self.args.retries} times")
+                    warn(f"{self.url}: {why}; each request is tried again (--retries {self.args.retries})")
                 pause = min(LONGEST_WAIT, FIRST_WAIT * 2**attempt) * random.uniform(0.5, 1)
                 if error.wait is not None:  # for all requests, not for this one alone
                     pause = error.wait

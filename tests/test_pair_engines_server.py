@@ -135,7 +135,7 @@ def test_a_server_that_does_not_answer_is_named_at_once_and_once(tmp_path, monke
     flags = ("server", "--input", texts, "--url", "http://127.0.0.1:9/v1", "--chat-model", "x", "--retries", 2, "--concurrency", 5)
     with pytest.raises(InputError, match=r"no text was answered; the last failed with .* \(tried 3 times\)"):
         run(*flags, "--out", tmp_path / "out.jsonl")
-    assert capsys.readouterr().err.count("each request is tried again, up to 2 times") == 1
+    assert capsys.readouterr().err.count("each request is tried again (--retries 2)") == 1
 
 
 def test_a_model_whose_server_keeps_its_thinking_apart_has_to_come_to_an_end():
