@@ -85,6 +85,8 @@ if TYPE_CHECKING:  # slow to import, so that errors of the flags come first
 ROOT = Path(__file__).resolve().parent
 DEFAULT_PAIRS = ROOT / "pairs" / "docstrings.jsonl"
 OTHER_MODELS = Preset("", batch_size=120, lr=1e-4)  # the training defaults of models that are no preset
+# Poolings that learn long texts from their beginnings. A last token has to see texts as long as it will read (bench/README.md).
+READ_FROM_BEGINNINGS = ("mean", "position-mean")
 MAX_UNLABELLED = 1000  # texts that a finished run is compared with its base on: seconds
 MAX_SKIPPED_IN_A_ROW = 2  # steps that were not finite; one more ends the run
 
@@ -106,6 +108,12 @@ def add_data_arguments(add) -> None:
     add("--model", default="tiny", help=f"{', '.join(PRESETS)}, a folder, a hub id, or a run to train on (default tiny)")
     add("--pairs", type=Path, nargs="+", help="files of make_pairs.py, or of your own (default pairs/docstrings.jsonl, made if missing)")
     add("--weights", type=float, nargs="+", help="share of each file of --pairs in training (default: in proportion to their pairs)")
+    add(
+        "--characters",
+        type=int,
+        help="of a longer text of make_pairs.py auto, train on the first so many and up to a tenth more "
+        "(default: as auto advises with pooling mean or position-mean, else all)",
+    )
     add("--same-source-batches", action="store_true", help="draw every batch from a single file of --pairs: harder in-batch negatives")
     add(
         "--hold-out",
@@ -253,8 +261,13 @@ def complete_arguments(args: argparse.Namespace) -> None:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} {given}: the adapter of {args.model} was made with {saved}. Leave the flag out")
     args.pairs = [Path(path) for path in args.pairs or [DEFAULT_PAIRS]]
+    pooled = ("pooling", "scope", "keep_bos")  # belong together; a run that is trained on keeps them
+    given = is_run(args.model) or any(getattr(args, name) is not None for name in pooled)
     for path in filter(is_own_texts, args.pairs):
-        defaults |= {k: v for k, v in read_recipe(path)["train"].items() if not (is_run(args.model) and k in ("pooling", "scope"))}
+        defaults |= {name: value for name, value in read_recipe(path)["train"].items() if not (given and name in pooled)}
+    pooling = args.pooling or (Contract.read(args.model).pooling if is_run(args.model) else defaults.get("pooling"))
+    if pooling not in READ_FROM_BEGINNINGS:
+        defaults.pop("characters", None)
     if args.epochs:
         defaults.pop("steps", None)
     for name, value in defaults.items():
@@ -272,7 +285,7 @@ def check_ranges(args: argparse.Namespace) -> None:
         (("mask_above",), lambda x: -1 < x < 1, "a cosine between -1 and 1"),
         (("hold_out", "gradient_checkpointing"), lambda n: n >= 0, "0 or more"),
         (
-            ("lora_rank", "lora_alpha", "chunk_size", "checkpoint_every", "validate_every", "patience", "max_tokens"),
+            ("characters", "lora_rank", "lora_alpha", "chunk_size", "checkpoint_every", "validate_every", "patience", "max_tokens"),
             lambda n: n >= 1,
             "1 or more",
         ),
@@ -297,6 +310,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError(f"--learn-temperature must start at {MIN_TEMPERATURE} or above, --temperature is {args.temperature}")
     if args.weights and (len(args.weights) != n_files or not all(0 < weight < math.inf for weight in args.weights)):
         raise InputError(f"--weights takes a number above 0 for each of the {n_files} files of --pairs, not {args.weights}")
+    if args.characters and not any(map(is_own_texts, args.pairs)):
+        raise InputError("--characters cuts the texts of a folder of make_pairs.py auto, and --pairs names none: leave it out")
     if args.same_source_batches and n_files < 2:
         raise InputError("--same-source-batches needs several files of --pairs, one for each source")
     if args.validation is not None:

@@ -91,6 +91,8 @@ def _default_contract(name: str, revision: str, overrides: dict, config, tokeniz
     for special, token_id in (("bos", bos_id), ("eos", eos_id)):
         if settings[special] and token_id is None:
             raise InputError(f"{special} was asked for, but the tokenizer of {name} has no such token")
+    if settings.get("keep_bos") and not settings["bos"]:
+        del settings["keep_bos"]  # all tokens are pooled anyway
     if "max_tokens" not in settings:
         positions = getattr(config, "max_position_embeddings", None) or 10**9
         copies = 2 if any("middle" in prompt for of_role in prompts.values() for prompt in each_prompt(of_role)) else 1

@@ -9,6 +9,7 @@ Legend: N texts, E numbers of a teacher's vector, K neighbours of a text.
 
 import argparse
 import glob
+import itertools
 import json
 import math
 import os
@@ -28,7 +29,7 @@ from pair_engines.docstring_pairs import docstring_pairs
 from pair_engines.gate import SURE, language_identifier
 from pair_engines.inputs import read_input
 from pair_engines.spans import UNSPACED
-from training.own_texts import GENERAL_FILE, OWN_SHARE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE
+from training.own_texts import GENERAL_FILE, OWN_SHARE, RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, beginning
 from training.pair_data import read_pairs
 
 DOCSTRING_PAIRS = Path(__file__).resolve().parent.parent / "pairs" / "docstrings.jsonl"  # where make_pairs.py docstrings puts them
@@ -43,10 +44,13 @@ LEXICAL_TEXTS, MAX_LEXICAL_DIMS = 3_000, 300  # of more texts words and letters 
 WORDS_SHARE, LETTERS_SHARE, MODELS_SHARE = 1, 2, 3
 WHITENING, LEXICAL_WHITENING = 0.5, 0.25
 MAX_CHARACTERS = 2_000  # of a text that count: most models cut soon after
+BEGINNING = 400  # characters of a text that are trained on, see `beginnings_tell_apart`
 ENGLISH_SHARE = 0.2  # of all words that are English function words; in English texts some 45 %, in other languages below 10 %
 OTHERS_SHARE = 0.1  # of the texts whose language is sure: where so many are in another one than English, the corpus is in several
 COSINES_AT_ONCE = 2**25  # 128 MiB
 MIN_STEPS, MAX_STEPS, PASSES = 80, 2000, 5  # of a run; passes over the texts, of which three are a point worse by trial (bench/README.md)
+# All runtimes can serve it, and of those poolings it costs other texts least; clusters are as good with the last token (bench/README.md)
+POOLING = {"pooling": "mean", "scope": "all", "keep_bos": True}
 TEXTS_PER_STEP = OWN_SHARE * 96  # the batch that the bundled model takes; others take some more
 
 
@@ -90,6 +94,13 @@ def auto(args: argparse.Namespace) -> None:
     teacher, neighbours = side_by_side(parts)
     steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
     say(f"training: {steps} steps ({PASSES} passes over the texts, but {MIN_STEPS} to {MAX_STEPS:,} steps)")
+    training = {"steps": steps, **POOLING}
+    if n_long := sum(len(beginning(text, BEGINNING)) < len(text) for text in corpus.texts):
+        if beginnings_tell_apart(corpus):
+            training["characters"] = BEGINNING
+            say(f"{n_long:,} longer texts are trained on with their first {BEGINNING} characters (train.py --characters)")
+        else:
+            say(f"{n_long:,} texts are longer, and much alike in their first {BEGINNING} characters: the whole of them is trained on")
     share = f"{len(general):,}, {1 - OWN_SHARE:.0%} of each batch, so that the model keeps what it knows" if general else "none"
     say(f"general pairs: {share}")
     recipe = {
@@ -101,7 +112,7 @@ def auto(args: argparse.Namespace) -> None:
         "models": models,
         "fingerprints": fingerprints,
         "general": str(args.general or "docstrings"),
-        "train": {"steps": steps},
+        "train": training,
     }
     write_folder(args.out, corpus, teacher, neighbours, general, recipe)
     say(f"{args.out}: {len(corpus.texts):,} texts with their neighbours, for example")
@@ -183,6 +194,29 @@ def languages(texts: list[str]) -> dict[str, float]:
     some = texts[:: max(1, len(texts) // 500)]
     counts = Counter(name for name, sure in (language_identifier().classify(text[:MAX_CHARACTERS]) for text in some) if sure >= SURE)
     return {name: n / counts.total() for name, n in counts.most_common() if n >= 0.05 * counts.total()}
+
+
+def beginnings_tell_apart(corpus: Corpus) -> bool:
+    """Whether the first BEGINNING characters of longer texts tell these apart, as they do not in letters and forms.
+
+    By trial a model learns as much from the beginnings of abstracts, title included, as from the whole, in a third of the time
+    (bench/README.md). They are alike where the share of words that tell texts apart (those in 2 texts at least, and in no more than
+    MAX_SHARE of them) is less than half of what it is in the whole texts.
+    """
+
+    def words(text: str) -> list[str]:
+        text = text.casefold()
+        return [*map("".join, itertools.pairwise(text))] if corpus.language == "unspaced" else text.split()
+
+    some = [text[:MAX_CHARACTERS] for text in corpus.texts[:: max(1, len(corpus.texts) // 2000)] if len(text) > BEGINNING]
+    wholes, beginnings = ([words(text) for text in texts] for texts in (some, [beginning(text, BEGINNING) for text in some]))
+    texts_with = Counter(word for text in wholes for word in set(text))
+    telling = {word for word, n in texts_with.items() if 2 <= n <= MAX_SHARE * len(some)}
+
+    def share(texts: list[list[str]]) -> float:
+        return sum(word in telling for text in texts for word in text) / max(1, sum(map(len, texts)))
+
+    return 2 * share(beginnings) >= share(wholes)
 
 
 def read_general(args: argparse.Namespace) -> list[dict] | None:

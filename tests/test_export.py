@@ -55,8 +55,6 @@ def exported_folder(run: str, folder: Path, dtype: str = "float32", **contract) 
 
 @pytest.mark.parametrize("contract", CONTRACTS, ids=lambda c: " ".join(map(str, c.values())))
 def test_an_exported_folder_gives_our_vectors(model, tmp_path, contract):
-    if "keep_bos" in contract and not Encoder.load(model).contract.bos:
-        contract = {name: value for name, value in contract.items() if name != "keep_bos"}
     exported = exported_folder(make_run(model, tmp_path / "run", **contract), tmp_path / "out")
     assert min(exported.verify()) > 1 - 1e-5
 

@@ -15,15 +15,17 @@ from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, su
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import make_pairs
+import train
 from encoder import Contract, Encoder
 from files.console import InputError
 from pair_engines import teacher
-from pair_engines.teacher import Corpus, Part, lexical_dims, lexical_parts, look_at, side_by_side, whitened
+from pair_engines.teacher import Corpus, Part, beginnings_tell_apart, lexical_dims, lexical_parts, look_at, side_by_side, whitened
+from serving.folder import runtimes_for
 from tasks import unlabelled
 from training import validation
 from training.gradients import chunked_backward
 from training.losses import COSINE_WEIGHT, LossSettings, batch_loss, distillation
-from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts
+from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts, beginning
 from training.pair_data import Pair, PairDataset, tokenize_pairs
 from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT
 
@@ -213,6 +215,7 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
         "49 texts, in English, of 10 words at the median: its stop words do not count",
         "1 of them count with their first 2,000 characters",
         "training: 80 steps (5 passes over the texts, but 80 to 2,000 steps)",
+        "1 longer texts are trained on with their first 400 characters (train.py --characters)",
         "general pairs: 3, 25% of each batch, so that the model keeps what it knows",
     ):
         assert line in said
@@ -340,16 +343,17 @@ def test_training_on_the_folder_comes_nearer_to_the_teacher(small, folder, tmp_p
     out = capsys.readouterr().out
     assert "48 texts with a teacher and 24 pairs from" in out and "the last step's adapter is kept" in out
     contract = Contract.read(tmp_path / "run")
-    assert (contract.pooling, contract.scope) == ("last", "all")
+    assert (contract.pooling, contract.scope, contract.keep_bos) == ("mean", "all", True) and len(runtimes_for(contract)) == 5
 
 
 def test_the_recipe_decides_what_the_command_line_leaves_open(small, folder, tmp_path):
     recipe = json.loads((folder / RECIPE_FILE).read_text())
-    (folder / RECIPE_FILE).write_text(json.dumps(recipe | {"train": {"steps": 2, "pooling": "mean", "scope": "all"}}))
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe | {"train": recipe["train"] | {"steps": 2}}))
     flags = [flag for flag in small("run", "--pooling", "last") if flag != "--steps"]
     flags.remove("3")
     run(*flags)
-    assert summary(tmp_path / "run")["steps"] == 2 and Contract.read(tmp_path / "run").pooling == "last"
+    contract = Contract.read(tmp_path / "run")
+    assert summary(tmp_path / "run")["steps"] == 2 and (contract.pooling, contract.keep_bos) == ("last", False)
     run("--model", tmp_path / "run", *flags[flags.index("--pairs") : flags.index("--pairs") + 2], "--out", tmp_path / "on")
     assert Contract.read(tmp_path / "on").pooling == "last"  # a run that is trained on keeps its contract
 
@@ -444,6 +448,97 @@ def test_a_damaged_folder_is_one_clear_line(small, folder, what):
     message = r"texts\.jsonl, line 1: needs" if what == "line" else "make (it|the folder) again with make_pairs.py auto"
     with pytest.raises(InputError, match=message):
         run(*small("run"))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("short " * 3, "short " * 3),
+        ("a" * 22, "a" * 22),
+        ("abcdef " * 9, "abcdef abcdef abcdef"),
+        ("abcde " * 9, "abcde abcde abcde abcd"),
+        ("a" * 22 + " b", "a" * 22),
+        ("a" * 50, "a" * 22),
+        ("語" * 50, "語" * 22),
+    ],
+)
+def test_a_beginning_ends_at_a_space_where_there_is_one(text, expected):
+    assert beginning(text, 20) == expected
+
+
+def test_long_texts_are_cut_and_the_teacher_is_of_the_whole(tmp_path, texts):
+    whole = [text + " " + " ".join(f"word{i}" for i in range(100)) for text in topic_texts()]
+    texts.write_text("\n".join(whole))
+    auto("--input", texts, "--model", "none", "--general", "none", "--out", tmp_path / "long")
+    (cut, vectors), (uncut, same) = (OwnTexts(tmp_path / "long", characters)[[5]][0] for characters in (50, None))
+    assert uncut[0] == whole[1] and np.array_equal(vectors, same)
+    assert all(long.startswith(short) and len(short) <= 55 for short, long in zip(cut, uncut, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), 400),
+        (("--characters", 9), 9),
+        (("--pooling", "position-mean"), 400),
+        (("--pooling", "last"), None),
+        (("--scope", "text"), None),
+        (("--model", "mean"), 400),
+        (("--model", "last"), None),
+    ],
+)
+def test_only_means_are_trained_on_beginnings(llama, folder, tmp_path, flags, expected):
+    recipe = json.loads((folder / RECIPE_FILE).read_text())
+    (folder / RECIPE_FILE).write_text(json.dumps(recipe | {"train": recipe["train"] | {"characters": 400}}))
+    if "--model" in flags:
+        flags = ("--model", make_run(llama, tmp_path / "run", pooling=flags[1]))
+    args = train.build_parser().parse_args(["--pairs", str(folder), *map(str, flags)])
+    train.complete_arguments(args)
+    train.check_arguments(args)
+    assert args.characters == expected
+
+
+def test_pairs_have_no_beginnings(tmp_path):
+    args = train.build_parser().parse_args(["--pairs", str(write_rows(tmp_path / "pairs.jsonl", word_rows())), "--characters", "400"])
+    train.complete_arguments(args)
+    with pytest.raises(InputError, match="--characters cuts the texts of a folder of make_pairs.py auto"):
+        train.check_arguments(args)
+
+
+def test_a_base_without_bos_is_pooled_as_it_is(models_dir, folder, tmp_path):
+    runs = ShortRuns(models_dir["qwen3"], tmp_path)
+    runs.pairs = folder
+    run(*runs("run"))
+    contract = Contract.read(tmp_path / "run")
+    assert (contract.pooling, contract.scope, contract.bos, contract.keep_bos) == ("mean", "all", False, False)
+    assert len(runtimes_for(contract)) == 5
+
+
+@pytest.mark.parametrize(
+    ("text", "language", "expected"),
+    [
+        ("{topic} {rest}", "English", True),
+        ("{form} {topic} {rest}", "English", False),
+        ("{topic} {form} {rest}", "English", False),
+        ("{topic}", "English", True),
+        ("{unspaced}", "unspaced", True),
+        ("{form}{unspaced}", "unspaced", False),
+    ],
+)
+def test_beginnings_are_trained_on_unless_they_are_alike(text, language, expected):
+    chance, form, rows = random.Random(0), "Thank you for your message, which we shall answer. " * 9, []
+    for topic in topic_texts():
+        rest = " ".join(f"word{chance.randrange(2000)}" for _ in range(200))
+        unspaced = "".join(chr(0x4E00 + chance.randrange(99)) for _ in range(1500))
+        rows.append(text.format(topic=topic, rest=rest, form=form, unspaced=unspaced))
+    assert beginnings_tell_apart(Corpus(rows, [], language, 100)) == expected
+
+
+def test_alike_beginnings_are_left_whole(tmp_path, texts, capsys):
+    texts.write_text("\n".join("Thank you for your message, which we shall answer. " * 9 + text for text in topic_texts()))
+    auto("--input", texts, "--model", "none", "--general", "none", "--out", tmp_path / "letters")
+    assert "48 texts are longer, and much alike in their first 400 characters" in capsys.readouterr().out
+    assert "characters" not in json.loads((tmp_path / "letters" / RECIPE_FILE).read_text())["train"]
 
 
 def test_neighbours_beyond_the_texts_are_noticed(folder):

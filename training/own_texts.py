@@ -3,7 +3,7 @@
     texts.jsonl            {"text": str, "source": FILE:ROW}, a text a line, no two equal
     teacher.safetensors    "vectors" (N, E) float16 of norm 1, and "neighbours" (N, K) int32: the numbers of each text's K nearest
     general.jsonl          pairs that keep the model's general knowledge; missing where none were wanted
-    recipe.json            what was chosen and why; "train": arguments of train.py that are not given on its command line
+    recipe.json            what was chosen and why; "train": arguments of train.py where its command line does not give others
 
 Importing this module loads neither torch nor a model.
 """
@@ -44,17 +44,18 @@ def read_recipe(folder: Path) -> dict:
 class OwnTexts:
     """Groups of three texts each: a text, and two of its neighbours. A text makes K // 2 groups, with other neighbours in each.
 
-    sha256    of texts and vectors
+    characters    longer texts are cut to so many (see `beginning`), though the teacher's vectors are of the whole texts; None: never
+    sha256        of the whole texts and the vectors
     Raises InputError where the folder is damaged.
     """
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, characters: int | None = None):
         import datasets
         from safetensors import SafetensorError
         from safetensors.numpy import load_file
 
         read_recipe(folder)
-        hashes = []
+        self.characters, hashes = characters, []
         for name in (TEXTS_FILE, TEACHER_FILE):
             with open(folder / name, "rb") as f:
                 hashes.append(hashlib.file_digest(f, "sha256").hexdigest())
@@ -82,13 +83,24 @@ class OwnTexts:
         return len(self.texts) * self.groups
 
     def __getitem__(self, rows: list[int]) -> list[tuple[tuple[str, str, str], np.ndarray]]:
-        """The three texts of each group, and the teacher's vectors (3, E) of them."""
+        """The three texts of each group, or their beginnings, and the teacher's vectors (3, E) of them."""
         numbers = []
         for row in rows:
             text, group = divmod(row, self.groups)
             numbers.append([text, *self.neighbours[text, 2 * group : 2 * group + 2].tolist()])
         texts = iter(self.texts[[number for three in numbers for number in three]]["text"])
+        if self.characters:
+            texts = (beginning(text, self.characters) for text in texts)
         return [((next(texts), next(texts), next(texts)), self.vectors[three]) for three in numbers]
+
+
+def beginning(text: str, characters: int) -> str:
+    """The first `characters` of a text and up to a tenth more, so that it ends at a space if one is there."""
+    longest = characters + characters // 10
+    if len(text) <= longest:
+        return text
+    end = text.find(" ", characters, longest + 1)
+    return text[: end if end >= 0 else longest]
 
 
 def _text_rows(path: str) -> Iterator[dict]:

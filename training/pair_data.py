@@ -156,6 +156,8 @@ class PairFile:
 class PairDataset:
     """The pairs of one or more files, or folders of `make_pairs.py auto`, whose own texts and general pairs are two sources.
 
+    characters    texts with a teacher are cut to about so many; None: never
+
     name       the files' names
     sha256     of the file, or of the hashes of all files in their order
     sizes      pairs of each source; rows are counted through all sources in their order
@@ -165,7 +167,7 @@ class PairDataset:
     Raises InputError for a file that is missing, invalid, given twice, or too short, and for a damaged cache.
     """
 
-    def __init__(self, paths: list[Path]):
+    def __init__(self, paths: list[Path], characters: int | None = None):
         import datasets
 
         check_pair_files(paths)
@@ -173,7 +175,7 @@ class PairDataset:
         self.name, self._sources, self._sources_of = " + ".join(path.name for path in paths), [], []
         for path in paths:
             folder = is_own_texts(path)
-            sources = [OwnTexts(path)] if folder else [PairFile(path)]
+            sources = [OwnTexts(path, characters)] if folder else [PairFile(path)]
             if folder and (path / GENERAL_FILE).is_file():
                 sources.append(PairFile(path / GENERAL_FILE))
             if sources[0].sha256 in [source.sha256 for source in self._sources]:

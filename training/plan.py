@@ -67,7 +67,7 @@ def prepare_data(args: argparse.Namespace, default_batch: int) -> TrainingData:
     rank = distributed().rank
     if rank:  # the first process reads the files into the cache, the others wait and take them from there
         wait_for_all()
-    pairs = PairDataset(args.pairs)
+    pairs = PairDataset(args.pairs, args.characters)
     if not rank:
         wait_for_all()
     some = pairs[list(range(0, len(pairs), max(1, len(pairs) // 256)))]
