@@ -128,7 +128,11 @@ def add_data_arguments(add) -> None:
 def add_contract_arguments(add) -> None:
     add("--prompt", help=f"{', '.join(PROMPTS)}, or a string with {{text}}; 'A || B' averages both (default cluster, or the run's own)")
     add("--query-prompt", metavar="PROMPT", help="of anchors, beside --prompt for positives (default: that of --prompt)")
-    add("--pooling", choices=(*POOLINGS, *POOLING_PRESETS), help="default: last if the prompt goes on after the text, else mean")
+    add(
+        "--pooling",
+        choices=(*POOLINGS, *POOLING_PRESETS),
+        help="default: what a folder of make_pairs.py auto names, else last if the prompt goes on after the text, else mean",
+    )
     add("--scope", choices=SCOPES, help="which tokens are pooled: all, or those of the text alone (default: all for last, else text)")
     add("--keep-bos", action="store_true", default=None, help="pool the BOS token too, with --scope all (default: leave it out)")
     add("--layers", nargs="+", type=layer, metavar="LAYER", help="layers to average: -1 (after the final norm), 9, 80%% (default -1)")
@@ -156,7 +160,7 @@ def add_loss_arguments(add) -> None:
 
 def add_optimization_arguments(add) -> None:
     add("--batch-size", type=int, help="pairs per step (default: the preset's, 120 for other models; of few pairs an eighth)")
-    add("--steps", type=int, help="length of the training (default: see --epochs)")
+    add("--steps", type=int, help="length of the training (default: what a folder of make_pairs.py auto names, else see --epochs)")
     add("--epochs", type=float, help="passes over the pairs, unless --steps is given (default 1; up to 3 where that is under 20 steps)")
     add("--lr", type=float, help="peak learning rate (default: the preset's, 1e-4 for other models)")
     add("--warmup-ratio", type=float, default=0.1, help="share of the steps in which the learning rate rises (default 0.1)")

@@ -94,6 +94,7 @@ def auto(args: argparse.Namespace) -> None:
     teacher, neighbours = side_by_side(parts)
     steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
     say(f"training: {steps} steps ({PASSES} passes over the texts, but {MIN_STEPS} to {MAX_STEPS:,} steps)")
+    say("pooling: the mean of all tokens, BOS too, which every runtime can serve (train.py --pooling takes others)")
     training = {"steps": steps, **POOLING}
     if n_long := sum(len(beginning(text, BEGINNING)) < len(text) for text in corpus.texts):
         if beginnings_tell_apart(corpus):

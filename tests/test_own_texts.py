@@ -215,6 +215,7 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
         "49 texts, in English, of 10 words at the median: its stop words do not count",
         "1 of them count with their first 2,000 characters",
         "training: 80 steps (5 passes over the texts, but 80 to 2,000 steps)",
+        "pooling: the mean of all tokens, BOS too, which every runtime can serve (train.py --pooling takes others)",
         "1 longer texts are trained on with their first 400 characters (train.py --characters)",
         "general pairs: 3, 25% of each batch, so that the model keeps what it knows",
     ):
@@ -501,7 +502,7 @@ def test_only_means_are_trained_on_beginnings(llama, folder, tmp_path, flags, ex
 def test_pairs_have_no_beginnings(tmp_path):
     args = train.build_parser().parse_args(["--pairs", str(write_rows(tmp_path / "pairs.jsonl", word_rows())), "--characters", "400"])
     train.complete_arguments(args)
-    with pytest.raises(InputError, match="--characters cuts the texts of a folder of make_pairs.py auto"):
+    with pytest.raises(InputError, match="--characters cuts the texts of a folder"):
         train.check_arguments(args)
 
 
