@@ -10,10 +10,10 @@ Every row of the table is a set of vectors of these texts, scored by V-measure x
 five seeds of it):
 
     untuned        the bundled model, prompt cluster, position-mean over all tokens
-    general        train.py on the docstring pairs alone, as many steps as `auto` takes, pooled as `untuned`
+    general        train.py on the docstring pairs alone, as many steps as `auto` takes of 3,000 texts, pooled as `untuned`
     words          the teacher of make_pairs.py auto --model none: words and letter sequences, smoothed over neighbours
     teacher        what make_pairs.py auto makes of the corpus, the untuned model beside the words; neither can encode any other text
-    auto           make_pairs.py auto, then train.py: the model has learned from the teacher; pooling last, as all runs on its folders
+    auto           make_pairs.py auto, then train.py: the model has learned from the teacher; the mean of all tokens with BOS
     two rounds     the same once more, from the untuned model, with the run of `auto` in its place in the teacher
     with general   `auto` with the run `general` in the teacher beside the untuned model, and then also
     from general   where training goes on with the run `general`, and its pooling
@@ -21,8 +21,10 @@ five seeds of it):
     own only       `auto` without general pairs
     half           auto on the first half of the corpus; scored on both halves, the second of which it never saw
     mixed          auto on all rows of all sets of --data and the anchors of the pairs of --more, one corpus and one run for all sets
-    neighbours, same, crop, noise    train.py on pairs alone, one of each text and as many steps: the text and its nearest under the
-                   teacher, the text twice (with dropout), two of its spans, it and a damaged copy; "no gate": what the gate would drop too
+    neighbours, same, crop, noise    train.py on pairs alone, one of each text, steps and pooling as of `general`: the text and its
+                   nearest under the teacher, the text twice (with dropout), two of its spans, it and a damaged copy
+    faulty, no gate    `crop`, but three in ten positives are what chat models get wrong, such as refusals, copies and loops
+    faulty         those of these pairs that the quality gate keeps; both are as many
     columns        the same of title and abstract, for texts with a title before their first ". " (arXiv abstracts)
     LSA            TF-IDF and truncated SVD of 100, of words (--baselines tfidf of evaluate.py clusters the like)
     side by side   vectors of `general` and LSA, both centred and of norm 1, nothing trained on the corpus
@@ -51,6 +53,7 @@ from files.console import run_script
 from files.reading import read_rows
 from files.writing import append_line, write_text
 from pair_engines import teacher
+from pair_engines.gate import ALL_CHECKS, Gate
 from pair_engines.teacher import copy_key
 from tasks import unlabelled
 
@@ -58,11 +61,23 @@ ROOT, STEPS = Path(__file__).resolve().parent.parent, 208
 ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
     "same": (["same"], ["--lora-dropout", 0.1]),
     "crop": (["crop", "--min-words", 4], []),
-    "crop, no gate": (["crop", "--min-words", 4, "--no-gate"], []),
     "noise": (["noise"], []),
-    "noise, no gate": (["noise", "--no-gate"], []),
     "columns": (["columns", "--columns", "title", "abstract"], []),
+    "faulty": (["crop", "--min-words", 4, "--no-gate"], []),
+    "faulty, no gate": (["crop", "--min-words", 4, "--no-gate"], []),
 }
+FAULTY = 0.3  # of the positives
+REFUSALS = (
+    "I'm sorry, but I can't help with that.",
+    "As an AI language model, I cannot rewrite this text.",
+    "Unfortunately, I cannot assist.",
+)
+LEAKS = ("Sure, here is the rewritten text: ", "Here is a paraphrased version of the text: ", "Rewritten text: ")
+FOREIGN = (
+    "Ich habe den Text leider nicht verstanden und kann dazu nichts sagen.",
+    "Je ne comprends pas bien ce que vous voulez dire avec ce texte.",
+    "Пожалуйста, напишите этот текст ещё раз другими словами.",
+)
 # of all recipes, those that encode any text
 ENCODERS = ("untuned", "general", "auto", "two rounds", "with general", "from general", "own only", "half", "mixed", "neighbours", *ENGINES)
 # recipe of a teacher's vectors -> of its folder
@@ -88,6 +103,21 @@ def make_pairs(texts: list[str], flags: list, out: Path) -> None:
     rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
     write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
     call("make_pairs.py", *flags, "--input", source, "--out", out, log=out.parent / "log.txt")
+
+
+def write_faulty(path: Path, gated: bool) -> None:
+    """Put what chat models get wrong into a file of pairs, and leave as many as the gate keeps: those, or the first of all."""
+    chance, pairs = random.Random(0), [row for _, row in read_rows(path)]
+    chance.shuffle(pairs)
+
+    def faulty(anchor: str, positive: str) -> str:
+        others = " ".join(pair["positive"] for pair in chance.sample(pairs, 12))
+        refusal, leak, foreign = (chance.choice(texts) for texts in (REFUSALS, LEAKS, FOREIGN))
+        return chance.choice((refusal, leak + positive, foreign, " ".join([positive] * 12), anchor, f"{positive} {others}"))
+
+    rows = [pair | {"positive": faulty(pair["anchor"], pair["positive"])} if chance.random() < FAULTY else pair for pair in pairs]
+    kept = [verdict.pair for verdict in Gate(ALL_CHECKS).sort(rows) if not verdict.reason]
+    write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in (kept if gated else rows[: len(kept)])))
 
 
 def v_measure(vectors: np.ndarray, labels: list[str]) -> float:
@@ -156,6 +186,8 @@ class Corpus:
             engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, "--model", *models]
             column = [] if recipe == "columns" else ["--column", "text"]
             make_pairs(texts, [*engine, *column], pairs)
+            if recipe.startswith("faulty"):
+                write_faulty(pairs, gated=recipe == "faulty")
         return pairs
 
     def mixed_pairs(self) -> Path:
@@ -174,7 +206,7 @@ class Corpus:
         return ["none"] if recipe == "words" else ["tiny", *([self.run("general")] if recipe == "with general" else [])]
 
     def train(self, out: Path, pairs: Path, *flags) -> Path:
-        """The run OUT-SEED on these pairs. Those that are no folder of `auto` take --steps and the contract that `auto` takes."""
+        """The run OUT-SEED on these pairs. Those that are no folder of `auto` take --steps, and are pooled as `untuned`."""
         out = out.with_name(f"{out.name}-{self.args.seed}")
         if not (out / "summary.json").is_file():
             fixed = ["--hold-out", 0, "--steps", self.args.steps, "--pooling", "position-mean", "--scope", "all"]
