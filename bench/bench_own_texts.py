@@ -25,7 +25,7 @@ five seeds of it):
                    nearest under the teacher, the text twice (with dropout), two of its spans, it and a damaged copy
     faulty, no gate    `crop`, but three in ten positives are what chat models get wrong, such as refusals, copies and loops
     faulty         those of these pairs that the quality gate keeps; both are as many
-    columns        the same of title and abstract, for texts with a title before their first ". " (arXiv abstracts)
+    columns        the same of a title and 400 characters after it, for texts with a title before their first ". " (arXiv abstracts)
     LSA            TF-IDF and truncated SVD of 100, of words (--baselines tfidf of evaluate.py clusters the like)
     side by side   vectors of `general` and LSA, both centred and of norm 1, nothing trained on the corpus
     MiniLM         with --sentence-transformer: a folder of an encoder trained on a billion labelled pairs
@@ -56,6 +56,7 @@ from pair_engines import teacher
 from pair_engines.gate import ALL_CHECKS, Gate
 from pair_engines.teacher import copy_key
 from tasks import unlabelled
+from training.own_texts import beginning
 
 ROOT, STEPS = Path(__file__).resolve().parent.parent, 208
 ENGINES = {  # recipe -> engine and flags of make_pairs.py, flags of train.py
@@ -100,7 +101,8 @@ def call(script: str, *flags, log: Path) -> None:
 def make_pairs(texts: list[str], flags: list, out: Path) -> None:
     """Call make_pairs.py on a file of the texts, which stays beside OUT; its columns `title` and `abstract` are for `columns`."""
     source = out.with_name(f"{out.stem}.texts.jsonl")
-    rows = ({"text": text, **dict(zip(("title", "abstract"), text.split(". ", 1), strict=False))} for text in texts)
+    parts = [text.partition(". ")[::2] for text in texts]
+    rows = ({"text": t, "title": title, "abstract": beginning(rest, 400)} for t, (title, rest) in zip(texts, parts, strict=True))
     write_text(source, "".join(json.dumps(row) + "\n" for row in rows))
     call("make_pairs.py", *flags, "--input", source, "--out", out, log=out.parent / "log.txt")
 
