@@ -521,22 +521,25 @@ def finish(run: "Run", interrupted_by: int | None) -> None:
 
     out, state, encoder = run.args.out, run.state, run.encoder
     joules = all_reduce_number(math.nan if state.joules is None else state.joules, "sum")  # NaN if one process does not know
-    if distributed().rank:
-        return
-    draw_curve(run.rows, out / "loss.png", run.data.validation.name)
+    is_first_process = distributed().rank == 0
+    if is_first_process:
+        draw_curve(run.rows, out / "loss.png", run.data.validation.name)
     if interrupted_by is not None:
-        say(f"stopped after step {state.step} of {run.data.steps}: {out} holds a usable adapter; go on with --resume", error=True)
-        sys.exit(128 + interrupted_by)
+        if is_first_process:
+            say(f"stopped after step {state.step} of {run.data.steps}: {out} holds a usable adapter; go on with --resume", error=True)
+            sys.exit(128 + interrupted_by)
+        return
     if run.best:
         for name, parameter in run.trained.items():
             parameter.data.copy_(run.best[name])
-        encoder.save(out)
+        if is_first_process:
+            encoder.save(out)
+    comparison = compare_with_start(encoder, run.before, run.data.pairs.some_texts(MAX_UNLABELLED))  # the processes encode together
+    if not is_first_process:
+        return
     for line in EncodingReport(state.n_empty, state.n_truncated, encoder.contract.max_tokens).warnings():
         warn(line)
     problem = collapse(run.rows, n_warmup_steps(run.data.steps, run.args.warmup_ratio), least=1)
-    comparison = None  # under torchrun the other processes, which would have to encode as well, have ended their work
-    if distributed().world_size == 1:
-        comparison = compare_with_start(encoder, run.before, run.data.pairs.some_texts(MAX_UNLABELLED))
     start = run.started_from["run"] if run.started_from else "its base"
     unlabelled = comparison and {"against": start} | comparison._asdict() | {"verdict": comparison.verdict}
     write_json(out / SUMMARY_FILE, summarize(run, joules) | {"collapse": problem, "without_labels": unlabelled})

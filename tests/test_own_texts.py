@@ -409,11 +409,21 @@ def test_a_run_that_was_trained_on_is_compared_with_what_it_was(small, folder, t
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(small, folder, tmp_path):
+@pytest.mark.parametrize("more", [(), ("--fsdp",)])
+def test_two_processes_train_as_one(small, folder, tmp_path, more, monkeypatch):
+    few = {"MIN_TEXTS": 10, "MAX_SHARE": 0.5}  # so that these texts can be compared without labels
+    script = tmp_path / "few.py"
+    script.write_text(
+        f"import train\nfrom tasks import unlabelled\nvars(unlabelled).update({few})\ntrain.run_script(lambda: train.main(train.parse()))\n"
+    )
+    for name, value in few.items():
+        monkeypatch.setattr(unlabelled, name, value)
     flags = ("--steps", 4, "--batch-size", 8, "--chunk-size", 2)
     run(*small("one", *flags))
-    done = torchrun(*small("two", *flags))
+    done = torchrun(*small("two", *flags, *more), script=script)
     assert done.returncode == 0, done.stderr
+    seen = [summary(tmp_path / name)["without_labels"]["ratio"] for name in ("one", "two")]
+    assert seen[0] == pytest.approx(seen[1], rel=0.02) and (done.stdout + done.stderr).count("as seen without labels") == 1
     one, two = (load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
     for name, matrix in one.items():
         np.testing.assert_allclose(two[name], matrix, rtol=1e-4, atol=1e-4)

@@ -185,7 +185,7 @@ def set_up(args: argparse.Namespace, data: TrainingData, record: dict, resuming:
         trained[TEMPERATURE] = nn.Parameter(torch.tensor(math.log(args.temperature), device=encoder.device))
     state = TrainingState(chunk_size=args.chunk_size or args.batch_size, gradient_checkpointing=args.gradient_checkpointing)
     run = Run(args, data, encoder, trained, make_optimizer(trained, args), state, started_from=record.get("started_from"))
-    if run.started_from and distributed().world_size == 1:
+    if run.started_from:
         run.before = {name: parameter.detach().to("cpu", copy=True) for name, parameter in encoder.trainable().items()}
     torch.manual_seed(args.seed + rank)  # dropout differs between processes
     if rank == 0:
