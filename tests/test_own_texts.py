@@ -444,10 +444,14 @@ def test_folders_and_files_are_mixed_by_weight(folder, tmp_path):
     assert pairs.copies(np.array([192, 217])).tolist() == [192, 217]
 
 
-@pytest.mark.parametrize("what", ["recipe", "missing", "teacher", "texts", "line"])
+@pytest.mark.parametrize("what", ["recipe", "argument", "type", "missing", "teacher", "texts", "line"])
 def test_a_damaged_folder_is_one_clear_line(small, folder, what):
     if what == "recipe":
         (folder / RECIPE_FILE).write_text("{")
+    elif what in ("argument", "type"):  # one that train.py does not know, and one that it does
+        recipe = json.loads((folder / RECIPE_FILE).read_text())
+        recipe["train"] |= {"passes": 5} if what == "argument" else {"steps": "many"}
+        (folder / RECIPE_FILE).write_text(json.dumps(recipe))
     elif what == "missing":
         (folder / TEXTS_FILE).unlink()
     elif what == "teacher":

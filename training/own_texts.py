@@ -3,7 +3,7 @@
     texts.jsonl            {"text": str, "source": FILE:ROW}, a text a line, no two equal
     teacher.safetensors    "vectors" (N, E) float16 of norm 1, and "neighbours" (N, K) int32: the numbers of each text's K nearest
     general.jsonl          pairs that keep the model's general knowledge; missing where none were wanted
-    recipe.json            what was chosen and why; "train": arguments of train.py where its command line does not give others
+    recipe.json            what was chosen and why; "train": arguments of train.py (TRAIN_TYPES) where its command line gives no others
 
 Importing this module loads neither torch nor a model.
 """
@@ -21,6 +21,7 @@ from files.reading import read_rows
 TEXTS_FILE, TEACHER_FILE, GENERAL_FILE, RECIPE_FILE = "texts.jsonl", "teacher.safetensors", "general.jsonl", "recipe.json"
 # Of a batch, what is own texts where there are general pairs as well; without these, clusters are slightly better (bench/README.md).
 OWN_SHARE = 0.75
+TRAIN_TYPES = {"steps": int, "pooling": str, "scope": str, "keep_bos": bool, "characters": int}  # what "train" may hold
 
 
 def is_own_texts(path: Path) -> bool:
@@ -29,13 +30,15 @@ def is_own_texts(path: Path) -> bool:
 
 
 def read_recipe(folder: Path) -> dict:
-    """Raises InputError where recipe.json is damaged, or a file of the folder is missing."""
+    """Raises InputError where recipe.json is damaged or of another version, or a file of the folder is missing."""
     try:
         recipe = json.loads((folder / RECIPE_FILE).read_text(encoding="utf-8"))
         missing = [name for name in recipe["files"] if not (folder / name).is_file()]
-        dict(recipe["train"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise InputError(f"{folder / RECIPE_FILE} is damaged: make the folder again with make_pairs.py auto") from None
+        if any(type(value) is not TRAIN_TYPES.get(name) for name, value in recipe["train"].items()):
+            raise ValueError("train")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        message = f"{folder / RECIPE_FILE} is damaged or of another version: make the folder again with make_pairs.py auto"
+        raise InputError(message) from None
     if missing:
         raise InputError(f"{folder} lacks {', '.join(missing)}: make it again with make_pairs.py auto")
     return recipe
