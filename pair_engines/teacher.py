@@ -92,8 +92,10 @@ def auto(args: argparse.Namespace) -> None:
     names = [part.name for part in parts]
     say(f"teacher: {', '.join(names)}{', side by side' * (len(names) > 1)}")
     teacher, neighbours = side_by_side(parts)
-    steps = int(min(MAX_STEPS, max(MIN_STEPS, PASSES * len(corpus.texts) / TEXTS_PER_STEP)))
-    say(f"training: {steps} steps ({PASSES} passes over the texts, but {MIN_STEPS} to {MAX_STEPS:,} steps)")
+    wanted = max(MIN_STEPS, int(PASSES * len(corpus.texts) / TEXTS_PER_STEP))
+    steps = min(MAX_STEPS, wanted)
+    more = f" (train.py --steps {wanted} makes {PASSES})" if wanted > steps else ""
+    say(f"training: {steps:,} steps, {steps * TEXTS_PER_STEP / len(corpus.texts):.3g} passes over the texts{more}")
     say("pooling: the mean of all tokens, BOS too, which every runtime can serve (train.py --pooling takes others)")
     training = {"steps": steps, **POOLING}
     if n_long := sum(len(beginning(text, BEGINNING)) < len(text) for text in corpus.texts):

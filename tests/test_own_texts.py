@@ -25,7 +25,7 @@ from tasks import unlabelled
 from training import validation
 from training.gradients import chunked_backward
 from training.losses import COSINE_WEIGHT, LossSettings, batch_loss, distillation
-from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts, beginning
+from training.own_texts import RECIPE_FILE, TEACHER_FILE, TEXTS_FILE, OwnTexts, beginning, read_recipe
 from training.pair_data import Pair, PairDataset, tokenize_pairs
 from training.run_record import CHECKPOINT, PREVIOUS_CHECKPOINT
 
@@ -214,12 +214,20 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
     for line in (
         "49 texts, in English, of 10 words at the median: its stop words do not count",
         "1 of them count with their first 2,000 characters",
-        "training: 80 steps (5 passes over the texts, but 80 to 2,000 steps)",
+        "training: 80 steps, 118 passes over the texts",
         "pooling: the mean of all tokens, BOS too, which every runtime can serve (train.py --pooling takes others)",
         "1 longer texts are trained on with their first 400 characters (train.py --characters)",
         "general pairs: 3, 25% of each batch, so that the model keeps what it knows",
     ):
         assert line in said
+
+
+def test_more_texts_than_the_steps_have_time_for(tmp_path, texts, monkeypatch, capsys):
+    monkeypatch.setattr(teacher, "MIN_STEPS", 1)
+    monkeypatch.setattr(teacher, "MAX_STEPS", 2)
+    auto("--input", texts, "--model", "none", "--general", "none", "--out", tmp_path / "out")
+    assert "training: 2 steps, 3 passes over the texts (train.py --steps 3 makes 5)" in capsys.readouterr().out.splitlines()
+    assert read_recipe(tmp_path / "out")["train"]["steps"] == 2
 
 
 @pytest.mark.parametrize(
