@@ -107,12 +107,17 @@ def build_parser() -> argparse.ArgumentParser:
 def add_data_arguments(add) -> None:
     add("--model", default="tiny", help=f"{', '.join(PRESETS)}, a folder, a hub id, or a run to train on (default tiny)")
     add("--pairs", type=Path, nargs="+", help="files of make_pairs.py, or of your own (default pairs/docstrings.jsonl, made if missing)")
-    add("--weights", type=float, nargs="+", help="share of each file of --pairs in training (default: in proportion to their pairs)")
+    add(
+        "--weights",
+        type=float,
+        nargs="+",
+        help="share of each file of --pairs in training (default: in proportion to their pairs, or equal with a folder of auto)",
+    )
     add(
         "--characters",
         type=int,
         help="of a longer text of make_pairs.py auto, train on the first so many and up to a tenth more "
-        "(default: as auto advises with pooling mean or position-mean, else all)",
+        "(default: as auto advises with pooling mean or position-mean, else whole texts; 0: whole texts)",
     )
     add("--same-source-batches", action="store_true", help="draw every batch from a single file of --pairs: harder in-batch negatives")
     add(
@@ -133,8 +138,16 @@ def add_contract_arguments(add) -> None:
         choices=(*POOLINGS, *POOLING_PRESETS),
         help="default: what a folder of make_pairs.py auto names, else last if the prompt goes on after the text, else mean",
     )
-    add("--scope", choices=SCOPES, help="which tokens are pooled: all, or those of the text alone (default: all for last, else text)")
-    add("--keep-bos", action="store_true", default=None, help="pool the BOS token too, with --scope all (default: leave it out)")
+    add(
+        "--scope",
+        choices=SCOPES,
+        help="which tokens are pooled: all, or those of the text alone (default: all for last and with a folder of auto, else text)",
+    )
+    add(
+        "--keep-bos",
+        action=argparse.BooleanOptionalAction,
+        help="pool the BOS token too, with --scope all (default: leave it out, except from the mean that a folder of auto names)",
+    )
     add("--layers", nargs="+", type=layer, metavar="LAYER", help="layers to average: -1 (after the final norm), 9, 80%% (default -1)")
     add("--embed-filter", type=share, metavar="SHARE", help="drop this share of the unembedding matrix's directions (default: none)")
     add("--attention-layer", type=layer, metavar="LAYER", help="of --pooling attention: whose attention weighs the tokens (default -1)")
@@ -265,19 +278,39 @@ def complete_arguments(args: argparse.Namespace) -> None:
                 flag = f"--{name.replace('_', '-')}"
                 raise InputError(f"{flag} {given}: the adapter of {args.model} was made with {saved}. Leave the flag out")
     args.pairs = [Path(path) for path in args.pairs or [DEFAULT_PAIRS]]
-    pooled = ("pooling", "scope", "keep_bos")  # belong together; a run that is trained on keeps them
-    given = is_run(args.model) or any(getattr(args, name) is not None for name in pooled)
-    for path in filter(is_own_texts, args.pairs):
-        defaults |= {name: value for name, value in read_recipe(path)["train"].items() if not (given and name in pooled)}
-    pooling = args.pooling or (Contract.read(args.model).pooling if is_run(args.model) else defaults.get("pooling"))
-    if pooling not in READ_FROM_BEGINNINGS:
-        defaults.pop("characters", None)
+    defaults |= named_by_folders(args)
     if args.epochs:
         defaults.pop("steps", None)
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     args.lora_alpha = args.lora_rank if args.lora_alpha is None else args.lora_alpha
+
+
+def named_by_folders(args: argparse.Namespace) -> dict:
+    """Arguments that folders of make_pairs.py auto name, where no flag does.
+
+    The steps of several folders add up. A run that is trained on keeps its pooling, and with --pooling of another kind than a mean
+    no scope is named. Texts are cut if every folder says so, and only where the pooling is a mean.
+    """
+    recipes = [read_recipe(path)["train"] for path in args.pairs if is_own_texts(path)]
+    if not recipes:
+        return {}
+    named = {"steps": sum(recipe.get("steps", 0) for recipe in recipes) or None}
+    if is_run(args.model):
+        pooling = Contract.read(args.model).pooling
+    else:
+        pooled = {name: recipes[-1][name] for name in ("pooling", "scope", "keep_bos") if name in recipes[-1]}
+        pooling = args.pooling or pooled.get("pooling")
+        if pooling != pooled.get("pooling"):
+            pooled = {"scope": pooled["scope"]} if pooling in READ_FROM_BEGINNINGS and "scope" in pooled else {}
+        if args.scope == "text":
+            pooled.pop("keep_bos", None)
+        named |= pooled
+        pooling = POOLING_PRESETS.get(pooling, {}).get("pooling", pooling)
+    if pooling in READ_FROM_BEGINNINGS and all("characters" in recipe for recipe in recipes):
+        named["characters"] = max(recipe["characters"] for recipe in recipes)
+    return named
 
 
 def check_ranges(args: argparse.Namespace) -> None:
@@ -287,9 +320,9 @@ def check_ranges(args: argparse.Namespace) -> None:
         (("weight_decay",), lambda x: 0 <= x < math.inf, "0 or more"),
         (("margin", "warmup_ratio", "lora_dropout"), lambda x: 0 <= x < 1, "0 or more and below 1"),
         (("mask_above",), lambda x: -1 < x < 1, "a cosine between -1 and 1"),
-        (("hold_out", "gradient_checkpointing"), lambda n: n >= 0, "0 or more"),
+        (("characters", "hold_out", "gradient_checkpointing"), lambda n: n >= 0, "0 or more"),
         (
-            ("characters", "lora_rank", "lora_alpha", "chunk_size", "checkpoint_every", "validate_every", "patience", "max_tokens"),
+            ("lora_rank", "lora_alpha", "chunk_size", "checkpoint_every", "validate_every", "patience", "max_tokens"),
             lambda n: n >= 1,
             "1 or more",
         ),
@@ -374,7 +407,8 @@ def announce(run: "Run", base_fingerprint: str) -> None:
     of_pairs = [prompt_label(get_prompt(prompt).roles()) for prompt in run.data.pairs.prompts]
     if of_pairs:
         say(f"{len(of_pairs)} prompts of the pairs themselves: {', '.join(of_pairs[:6])}{', ...' * (len(of_pairs) > 6)}")
-    say(f"{what} from {files}, {run.data.steps} steps of {args.batch_size}{epochs}{resumed}")
+    cut = f", longer texts cut to {args.characters:,} characters" if args.characters else ""
+    say(f"{what} from {files}{cut}, {run.data.steps} steps of {args.batch_size}{epochs}{resumed}")
     for note in encoder.notes:
         warn(note)
 

@@ -107,9 +107,9 @@ def make_pairs(texts: list[str], flags: list, out: Path) -> None:
     call("make_pairs.py", *flags, "--input", source, "--out", out, log=out.parent / "log.txt")
 
 
-def write_faulty(path: Path, gated: bool) -> None:
-    """Put what chat models get wrong into a file of pairs, and leave as many as the gate keeps: those, or the first of all."""
-    chance, pairs = random.Random(0), [row for _, row in read_rows(path)]
+def write_faulty(source: Path, out: Path, gated: bool) -> None:
+    """Put what chat models get wrong into the pairs of a file, and write as many as the gate keeps: those, or the first of all."""
+    chance, pairs = random.Random(0), [row for _, row in read_rows(source)]
     chance.shuffle(pairs)
 
     def faulty(anchor: str, positive: str) -> str:
@@ -119,7 +119,7 @@ def write_faulty(path: Path, gated: bool) -> None:
 
     rows = [pair | {"positive": faulty(pair["anchor"], pair["positive"])} if chance.random() < FAULTY else pair for pair in pairs]
     kept = [verdict.pair for verdict in Gate(ALL_CHECKS).sort(rows) if not verdict.reason]
-    write_text(path, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in (kept if gated else rows[: len(kept)])))
+    write_text(out, "".join(json.dumps(pair, ensure_ascii=False) + "\n" for pair in (kept if gated else rows[: len(kept)])))
 
 
 def v_measure(vectors: np.ndarray, labels: list[str]) -> float:
@@ -187,9 +187,12 @@ class Corpus:
             models = self.teacher_models(recipe)
             engine = ENGINES[recipe][0] if recipe in ENGINES else ["auto", *general, "--model", *models]
             column = [] if recipe == "columns" else ["--column", "text"]
-            make_pairs(texts, [*engine, *column], pairs)
-            if recipe.startswith("faulty"):
-                write_faulty(pairs, gated=recipe == "faulty")
+            faulty = recipe.startswith("faulty")
+            made = pairs.with_name(f"{pairs.stem}-crops.jsonl") if faulty else pairs
+            if not made.exists():
+                make_pairs(texts, [*engine, *column], made)
+            if faulty:
+                write_faulty(made, pairs, gated=recipe == "faulty")
         return pairs
 
     def mixed_pairs(self) -> Path:

@@ -91,7 +91,7 @@ def _default_contract(name: str, revision: str, overrides: dict, config, tokeniz
     for special, token_id in (("bos", bos_id), ("eos", eos_id)):
         if settings[special] and token_id is None:
             raise InputError(f"{special} was asked for, but the tokenizer of {name} has no such token")
-    if settings.get("keep_bos") and not settings["bos"]:
+    if settings.get("keep_bos") and not settings["bos"] and settings["scope"] == "all":
         del settings["keep_bos"]  # all tokens are pooled anyway
     if "max_tokens" not in settings:
         positions = getattr(config, "max_position_embeddings", None) or 10**9

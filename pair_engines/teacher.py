@@ -92,18 +92,24 @@ def auto(args: argparse.Namespace) -> None:
     names = [part.name for part in parts]
     say(f"teacher: {', '.join(names)}{', side by side' * (len(names) > 1)}")
     teacher, neighbours = side_by_side(parts)
+    student = next((model for model in models if is_run(model)), models[0] if models else "tiny")  # a run is trained on
     wanted = max(MIN_STEPS, int(PASSES * len(corpus.texts) / TEXTS_PER_STEP))
     steps = min(MAX_STEPS, wanted)
-    more = f" (train.py --steps {wanted} makes {PASSES})" if wanted > steps else ""
-    say(f"training: {steps:,} steps, {steps * TEXTS_PER_STEP / len(corpus.texts):.3g} passes over the texts{more}")
-    say("pooling: the mean of all tokens, BOS too, which every runtime can serve (train.py --pooling takes others)")
+    per_step = TEXTS_PER_STEP if general else TEXTS_PER_STEP / OWN_SHARE
+    passes = f"{steps * per_step / len(corpus.texts):.3g} passes over the texts in batches of {TEXTS_PER_STEP / OWN_SHARE:.0f}"
+    more = f" (train.py --steps {wanted}: {wanted * per_step / len(corpus.texts):.3g})" if wanted > steps else ""
+    say(f"training: {steps:,} steps, {passes}{more}")
+    if is_run(student):
+        say(f"pooling: that of {student}, which is trained on; if it is no mean, whole texts are read")
+    else:
+        say("pooling: the mean of all tokens, BOS too, which every runtime can serve (train.py --pooling takes others)")
     training = {"steps": steps, **POOLING}
     if n_long := sum(len(beginning(text, BEGINNING)) < len(text) for text in corpus.texts):
         if beginnings_tell_apart(corpus):
             training["characters"] = BEGINNING
             say(f"{n_long:,} longer texts are trained on with their first {BEGINNING} characters (train.py --characters)")
         else:
-            say(f"{n_long:,} texts are longer, and much alike in their first {BEGINNING} characters: the whole of them is trained on")
+            say(f"{n_long:,} texts are longer, but few, or much alike in their first {BEGINNING} characters: they are trained on uncut")
     share = f"{len(general):,}, {1 - OWN_SHARE:.0%} of each batch, so that the model keeps what it knows" if general else "none"
     say(f"general pairs: {share}")
     recipe = {
@@ -121,7 +127,6 @@ def auto(args: argparse.Namespace) -> None:
     say(f"{args.out}: {len(corpus.texts):,} texts with their neighbours, for example")
     for number in (0, 1):
         say(f"  {corpus.texts[number][:90]!r}\n  {corpus.texts[neighbours[number, 0]][:90]!r}")
-    student = next((model for model in models if is_run(model)), models[0] if models else "tiny")  # a run is trained on
     say(f"next: python train.py --model {student} --pairs {args.out} --out runs/{args.out.name}")
 
 
@@ -211,7 +216,8 @@ def beginnings_tell_apart(corpus: Corpus) -> bool:
         text = text.casefold()
         return [*map("".join, itertools.pairwise(text))] if corpus.language == "unspaced" else text.split()
 
-    some = [text[:MAX_CHARACTERS] for text in corpus.texts[:: max(1, len(corpus.texts) // 2000)] if len(text) > BEGINNING]
+    some = [text[:MAX_CHARACTERS] for text in corpus.texts if len(beginning(text, BEGINNING)) < len(text)]
+    some = some[:: max(1, len(some) // 2000)]
     wholes, beginnings = ([words(text) for text in texts] for texts in (some, [beginning(text, BEGINNING) for text in some]))
     texts_with = Counter(word for text in wholes for word in set(text))
     telling = {word for word, n in texts_with.items() if 2 <= n <= MAX_SHARE * len(some)}
@@ -219,7 +225,7 @@ def beginnings_tell_apart(corpus: Corpus) -> bool:
     def share(texts: list[list[str]]) -> float:
         return sum(word in telling for text in texts for word in text) / max(1, sum(map(len, texts)))
 
-    return 2 * share(beginnings) >= share(wholes)
+    return bool(telling) and 2 * share(beginnings) >= share(wholes)
 
 
 def read_general(args: argparse.Namespace) -> list[dict] | None:

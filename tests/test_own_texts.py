@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -214,9 +215,9 @@ def test_what_was_chosen_is_said_with_the_reason(tmp_path, texts, capsys):
     for line in (
         "49 texts, in English, of 10 words at the median: its stop words do not count",
         "1 of them count with their first 2,000 characters",
-        "training: 80 steps, 118 passes over the texts",
+        "training: 80 steps, 118 passes over the texts in batches of 96",
         "pooling: the mean of all tokens, BOS too, which every runtime can serve (train.py --pooling takes others)",
-        "1 longer texts are trained on with their first 400 characters (train.py --characters)",
+        "1 texts are longer, but few, or much alike in their first 400 characters: they are trained on uncut",
         "general pairs: 3, 25% of each batch, so that the model keeps what it knows",
     ):
         assert line in said
@@ -226,7 +227,7 @@ def test_more_texts_than_the_steps_have_time_for(tmp_path, texts, monkeypatch, c
     monkeypatch.setattr(teacher, "MIN_STEPS", 1)
     monkeypatch.setattr(teacher, "MAX_STEPS", 2)
     auto("--input", texts, "--model", "none", "--general", "none", "--out", tmp_path / "out")
-    assert "training: 2 steps, 3 passes over the texts (train.py --steps 3 makes 5)" in capsys.readouterr().out.splitlines()
+    assert "training: 2 steps, 4 passes over the texts in batches of 96 (train.py --steps 3: 6)" in capsys.readouterr().out.splitlines()
     assert read_recipe(tmp_path / "out")["train"]["steps"] == 2
 
 
@@ -505,7 +506,9 @@ def test_long_texts_are_cut_and_the_teacher_is_of_the_whole(tmp_path, texts):
         (("--characters", 9), 9),
         (("--pooling", "position-mean"), 400),
         (("--pooling", "last"), None),
-        (("--scope", "text"), None),
+        (("--scope", "text"), 400),
+        (("--characters", 0), 0),
+        (("--pooling", "first-last"), 400),
         (("--model", "mean"), 400),
         (("--model", "last"), None),
     ],
@@ -519,6 +522,34 @@ def test_only_means_are_trained_on_beginnings(llama, folder, tmp_path, flags, ex
     train.complete_arguments(args)
     train.check_arguments(args)
     assert args.characters == expected
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ((), ("mean", "all", True)),
+        (("--pooling", "mean"), ("mean", "all", True)),
+        (("--no-keep-bos",), ("mean", "all", False)),
+        (("--scope", "all"), ("mean", "all", True)),
+        (("--scope", "text"), ("mean", "text", None)),
+        (("--pooling", "position-mean"), ("position-mean", "all", None)),
+        (("--pooling", "last"), ("last", None, None)),
+    ],
+)
+def test_a_flag_of_the_pooling_leaves_what_goes_with_it(folder, flags, expected):
+    args = train.build_parser().parse_args(["--pairs", str(folder), *flags])
+    train.complete_arguments(args)
+    assert (args.pooling, args.scope, args.keep_bos) == expected
+
+
+def test_several_folders_add_their_steps_and_cut_only_what_each_would_cut(folder, tmp_path):
+    recipe = json.loads((folder / RECIPE_FILE).read_text())
+    shutil.copytree(folder, tmp_path / "long")
+    (tmp_path / "long" / RECIPE_FILE).write_text(json.dumps(recipe | {"train": recipe["train"] | {"characters": 400, "steps": 300}}))
+    for folders, expected in (([tmp_path / "long", folder], (380, None)), ([tmp_path / "long"] * 2, (600, 400))):
+        args = train.build_parser().parse_args(["--pairs", *map(str, folders)])
+        train.complete_arguments(args)
+        assert (args.steps, args.characters) == expected
 
 
 def test_pairs_have_no_beginnings(tmp_path):
@@ -543,7 +574,7 @@ def test_a_base_without_bos_is_pooled_as_it_is(models_dir, folder, tmp_path):
         ("{topic} {rest}", "English", True),
         ("{form} {topic} {rest}", "English", False),
         ("{topic} {form} {rest}", "English", False),
-        ("{topic}", "English", True),
+        ("{topic}", "English", False),  # none is long
         ("{unspaced}", "unspaced", True),
         ("{form}{unspaced}", "unspaced", False),
     ],
@@ -557,10 +588,15 @@ def test_beginnings_are_trained_on_unless_they_are_alike(text, language, expecte
     assert beginnings_tell_apart(Corpus(rows, [], language, 100)) == expected
 
 
+def test_few_long_texts_among_many_short_ones_are_not_cut():
+    letters = ["Dear Sir or Madam, thank you for your letter. " * 12 + topic for topic in TOPICS]
+    assert not beginnings_tell_apart(Corpus([*(f"text {i}" for i in range(5000)), *letters], [], "English", 2))
+
+
 def test_alike_beginnings_are_left_whole(tmp_path, texts, capsys):
     texts.write_text("\n".join("Thank you for your message, which we shall answer. " * 9 + text for text in topic_texts()))
     auto("--input", texts, "--model", "none", "--general", "none", "--out", tmp_path / "letters")
-    assert "48 texts are longer, and much alike in their first 400 characters" in capsys.readouterr().out
+    assert "48 texts are longer, but few, or much alike in their first 400 characters" in capsys.readouterr().out
     assert "characters" not in json.loads((tmp_path / "letters" / RECIPE_FILE).read_text())["train"]
 
 

@@ -47,7 +47,7 @@ def read_recipe(folder: Path) -> dict:
 class OwnTexts:
     """Groups of three texts each: a text, and two of its neighbours. A text makes K // 2 groups, with other neighbours in each.
 
-    characters    longer texts are cut to so many (see `beginning`), though the teacher's vectors are of the whole texts; None: never
+    characters    longer texts are cut to so many (see `beginning`), though the teacher's vectors are of the uncut texts; None: never
     sha256        of the whole texts and the vectors
     Raises InputError where the folder is damaged.
     """
