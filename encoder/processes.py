@@ -39,7 +39,21 @@ def distributed() -> Distributed:
         else:
             process_groups.init_process_group("gloo", timeout=timeout)
     group = process_groups.new_group(backend="gloo", timeout=timeout)
+    atexit.register(close_group)
     return Distributed(process_groups.get_rank(), process_groups.get_world_size(), group)
+
+
+def close_group() -> None:
+    """End the threads of the gloo group, which end with its last reference.
+
+    One that lets go of its last tensor while Python finalizes would abort a process whose work has gone well.
+    """
+    import torch
+
+    group = distributed().group
+    distributed.cache_clear()
+    if torch.distributed.is_initialized():  # a script may have destroyed all groups at its end
+        torch.distributed.destroy_process_group(group)
 
 
 def wait_for_all() -> None:
@@ -53,15 +67,15 @@ def wait_for_all() -> None:
 def end_distributed() -> None:
     """Where torchrun started several processes, end this one with status 0, when all have come here; else do nothing.
 
-    Python's own finalization is left out: a thread of gloo that lets go of its last tensor meanwhile would abort the process.
+    Python's own finalization is left out: the default group has threads too, which may be at work still (see `close_group`).
     """
     if distributed().world_size == 1:
         return
     import torch
 
     wait_for_all()
+    atexit._run_exitfuncs()  # such as `close_group`, and those of a tracker
     torch.distributed.destroy_process_group()
-    atexit._run_exitfuncs()  # such as those of a tracker
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

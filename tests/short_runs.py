@@ -1,10 +1,7 @@
 """Short runs of train.py on a small random model, and what they leave behind: shared by the tests of training."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -65,9 +62,3 @@ def summary(out: Path) -> dict:
 
 def assert_same_adapter(one: Path, other: Path) -> None:
     torch.testing.assert_close(load_file(one / ADAPTER), load_file(other / ADAPTER), rtol=0, atol=0)
-
-
-def torchrun(*flags, n: int = 2, script: Path = ROOT / "train.py") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(n), "--standalone", str(script)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([*command, *map(str, flags)], env=environment, capture_output=True, text=True, check=False)

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import make_run
-from embed_jobs import ROOT, numbered_texts, rows_of, run_with_kills
-from short_runs import torchrun, write_rows
+from embed_jobs import numbered_texts, rows_of, run_with_kills
+from launch import torchrun
+from short_runs import write_rows
 
 import embed
 from encoder import Encoder
@@ -195,11 +196,11 @@ def test_kills_at_random_moments_lose_and_double_no_row(llama, tmp_path):
 @pytest.mark.slow
 def test_two_processes_embed_as_one(llama, texts, tmp_path):
     run(llama, texts, "--rows-per-part", 4, "--out", tmp_path / "one")
-    done = torchrun(llama, texts, "--rows-per-part", 4, "--out", tmp_path / "two", script=ROOT / "embed.py")
+    done = torchrun("embed.py", llama, texts, "--rows-per-part", 4, "--out", tmp_path / "two")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("10 rows in 3 parts") == 1  # the first process alone prints
     one, two = rows_of(tmp_path / "one"), rows_of(tmp_path / "two")
     assert list(one) == list(two) and len(one) == 8
     np.testing.assert_allclose(np.stack(list(two.values())), np.stack(list(one.values())), atol=1e-5)
-    again = torchrun(llama, texts, "--rows-per-part", 4, "--out", tmp_path / "two", script=ROOT / "embed.py")
+    again = torchrun("embed.py", llama, texts, "--rows-per-part", 4, "--out", tmp_path / "two")
     assert "10 rows in 3 parts, 10 of them before" in again.stdout

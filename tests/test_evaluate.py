@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import make_run
+from launch import torchrun
 from short_evaluations import (
     choose,
     labelled,
@@ -143,20 +144,13 @@ def test_a_second_process_prints_and_writes_nothing(llama, tmp_path, capsys, mon
     assert (sys.stdout, sys.stderr) == streams  # an error after this can still be seen
 
 
-def torchrun(script: Path, *flags) -> subprocess.CompletedProcess:
-    """`script` in two processes, with the project on the path."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", script, *flags]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([str(word) for word in command], env=environment, capture_output=True, text=True, check=False)
-
-
 @pytest.mark.slow
 def test_two_processes_print_one_table_with_the_scores_of_one(llama, tmp_path):
     words = ["cat", "dog", "car", "road", "bank", "rate", "fee"]
     pairs = [(f"the {words[i % 7]} and the {words[i % 5]} {i}", f"a {words[i % 3]} {i * i}", i % 6) for i in range(240)]  # two batches
     flags = ("--data", write_csv(tmp_path / "sts.csv", "text1,text2,score", pairs), "--model", llama, "--prompt", "none", "cluster")
     run(*flags, "--out", tmp_path / "one.json")
-    process = torchrun(ROOT / "evaluate.py", *flags, "--out", tmp_path / "two.json")
+    process = torchrun("evaluate.py", *flags, "--out", tmp_path / "two.json")
     assert process.returncode == 0, process.stderr
     one, two = (json.loads((tmp_path / f"{name}.json").read_text())["results"] for name in ("one", "two"))
     assert [cell["fingerprint"] for cell in two] == [cell["fingerprint"] for cell in one]

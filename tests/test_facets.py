@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_run, randomize_adapter
+from launch import torchrun
 from short_evaluations import (
     offline,  # noqa: F401, a fixture that every test uses
     parse,
     run,
     write_csv,
 )
-from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, torchrun, word_rows, write_rows
+from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, word_rows, write_rows
 from short_runs import run as train
 from sklearn.metrics import v_measure_score
 
@@ -386,7 +387,7 @@ def test_two_processes_train_mixed_prompts_as_one(llama, tmp_path):
     small, pairs = ShortRuns(llama, tmp_path), write_rows(tmp_path / "mixed.jsonl", mixed_rows())
     flags = ("--pairs", pairs, "--chunk-size", 2, "--batch-size", 8)
     train(*small("one", *flags))
-    done = torchrun(*small("two", *flags))
+    done = torchrun("train.py", *small("two", *flags))
     assert done.returncode == 0, done.stderr
     one, two = (load_file(tmp_path / name / ADAPTER) for name in ("one", "two"))
     torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)

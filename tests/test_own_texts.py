@@ -11,8 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import make_run
+from launch import torchrun
 from safetensors.numpy import load_file, save_file
-from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, summary, torchrun, word_rows, write_rows
+from short_runs import ADAPTER, ShortRuns, assert_same_adapter, metrics, run, summary, word_rows, write_rows
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 import make_pairs
@@ -429,7 +430,7 @@ def test_two_processes_train_as_one(small, folder, tmp_path, more, monkeypatch):
         monkeypatch.setattr(unlabelled, name, value)
     flags = ("--steps", 4, "--batch-size", 8, "--chunk-size", 2)
     run(*small("one", *flags))
-    done = torchrun(*small("two", *flags, *more), script=script)
+    done = torchrun(script, *small("two", *flags, *more))
     assert done.returncode == 0, done.stderr
     seen = [summary(tmp_path / name)["without_labels"]["ratio"] for name in ("one", "two")]
     assert seen[0] == pytest.approx(seen[1], rel=0.02) and (done.stdout + done.stderr).count("as seen without labels") == 1

@@ -2,15 +2,12 @@
 
 import itertools
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import GQA, SMALL, TEXTS, make_tokenizer, randomize_adapter
+from launch import torchrun
 from transformers import AutoModelForCausalLM, StableLmConfig
 
 from encoder import Encoder, EncodingReport, PoolingConfig, packing, streaming
@@ -19,7 +16,6 @@ from encoder.encoder import BACKWARD_COST
 from encoder.processes import Distributed
 from files.console import InputError
 
-HERE = Path(__file__).resolve().parents[1]
 MANY = [*TEXTS, "the mat", "rates", "Interest " * 30, "be not to", "a cat", "The bank sat.", "b"]
 LONG = "The cat sat on the mat and the bank raised its fees again this month: {text}, that is the question"  # past the windows of 12
 ALL_POOLINGS = [PoolingConfig(p, s, layers) for p in POOLINGS for s in SCOPES for layers in ((-1,), (2,))]
@@ -312,18 +308,17 @@ texts = json.loads(sys.argv[2])
 forward, mine = Encoder.forward, []
 Encoder.forward = lambda self, batch, *args: mine.append(len(batch.spans)) or forward(self, batch, *args)
 vectors = Encoder.load(sys.argv[1], prompt="cluster").encode(texts, batch_tokens=60)
-np.savez(f"{sys.argv[3]}{os.environ.get('RANK', 'alone')}.npz", vectors=vectors, mine=np.array(sum(mine)))
+np.savez("{}/{RANK}-of-{WORLD_SIZE}.npz".format(sys.argv[3], **os.environ), vectors=vectors, mine=np.array(sum(mine)))
 """
 
 
 @pytest.mark.slow
 def test_two_processes_share_the_work_and_get_the_vectors_of_one(llama, tmp_path):
     (tmp_path / "shard.py").write_text(SHARD)
-    arguments = [str(tmp_path / "shard.py"), llama, json.dumps(MANY * 4), f"{tmp_path}/"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE)}
-    for command in ([], ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29591"]):
-        subprocess.run([sys.executable, *command, *arguments], check=True, env=environment, capture_output=True)
-    alone, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("alone", "0", "1"))
+    for n in (1, 2):
+        done = torchrun(tmp_path / "shard.py", llama, json.dumps(MANY * 4), tmp_path, n=n)
+        assert done.returncode == 0, done.stderr
+    alone, first, second = (np.load(tmp_path / f"{name}.npz") for name in ("0-of-1", "0-of-2", "1-of-2"))
     assert (alone["vectors"] == first["vectors"]).all() and (alone["vectors"] == second["vectors"]).all()
     assert first["mine"] + second["mine"] == alone["mine"] == len(MANY) * 4 and min(first["mine"], second["mine"]) > 10
 

@@ -15,6 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from launch import torchrun
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from short_runs import ROOT
@@ -291,12 +292,6 @@ def test_killed_and_resumed_the_run_is_the_same_to_the_bit(flags, tmp_path):
 
 def lines(path) -> list[str]:
     return path.read_text().splitlines() if path.is_file() else []
-
-
-def torchrun(*command) -> subprocess.CompletedProcess:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", *map(str, command)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.mark.slow

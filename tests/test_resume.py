@@ -16,6 +16,7 @@ import types
 
 import pytest
 import torch
+from launch import torchrun
 from safetensors.torch import load_file
 from short_runs import (
     ADAPTER,
@@ -26,7 +27,6 @@ from short_runs import (
     numbered_rows,
     run,
     summary,
-    torchrun,
     word_rows,
     write_labelled,
     write_rows,
@@ -325,7 +325,7 @@ def test_two_processes_train_as_one(small, tmp_path, pooling, more):
     flags = ("--steps", 5, "--learn-temperature", "--chunk-size", 2, "--pooling", pooling, "--hold-out", 0, "--batch-size", 8)
     flags += ("--validation", write_labelled(tmp_path / "labelled.jsonl"), "--validate-every", 5)
     run(*small("one", *flags))
-    done = torchrun(*small("two", *flags, *more))
+    done = torchrun("train.py", *small("two", *flags, *more))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("trained parameters") == 1  # the first process alone prints
     for name in (ADAPTER, "pooling.safetensors")[: 1 + (pooling == "query")]:
@@ -340,12 +340,12 @@ def test_two_processes_train_as_one(small, tmp_path, pooling, more):
 def test_two_processes_resume_to_the_bit(small, tmp_path):
     """Dropout draws other masks in each process: both random generators come back."""
     out = tmp_path / "run"
-    done = torchrun(*small("run", "--lora-dropout", 0.3, "--checkpoint-every", 2))
+    done = torchrun("train.py", *small("run", "--lora-dropout", 0.3, "--checkpoint-every", 2))
     assert done.returncode == 0, done.stderr
     shutil.copytree(out, tmp_path / "whole")
     os.replace(out / PREVIOUS_CHECKPOINT, out / CHECKPOINT)
     (out / "summary.json").unlink()
-    done = torchrun("--out", out, "--resume")
+    done = torchrun("train.py", "--out", out, "--resume")
     assert done.returncode == 0, done.stderr
     assert_same_adapter(tmp_path / "whole", out)
 
@@ -360,7 +360,7 @@ def test_processes_end_before_python_finalizes(small, tmp_path):
         "train.run_script(lambda: train.main(train.parse()))\n"
         "sys.exit(3)\n"
     )
-    done = torchrun(*small("run"), script=script)
+    done = torchrun(script, *small("run"))
     assert done.returncode == 0 and done.stdout.count("exit functions ran") == 2, done.stderr
 
 
@@ -373,7 +373,7 @@ def test_the_traceback_of_any_process_is_shown(small, tmp_path):
         "if os.environ['RANK'] == '1': training.plan.set_up = broken\n"
         "train.run_script(lambda: train.main(train.parse()))\n"
     )
-    done = torchrun(*small("run"), script=script)
+    done = torchrun(script, *small("run"))
     assert done.returncode and "RuntimeError: broken in process 1" in done.stderr and "broken.py" in done.stderr
 
 

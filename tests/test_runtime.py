@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TEXTS, make_run, randomize_adapter
+from launch import torchrun
 
 from encoder import Encoder, processes, runtime
 from encoder.checks import NonFiniteError
@@ -109,6 +110,7 @@ def test_the_device_is_set_before_the_processes_meet(two_gpus, monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.append(device))
     monkeypatch.setattr(torch, "distributed", group)
+    monkeypatch.setattr(processes.atexit, "register", lambda function: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     for local_rank, expected in (
         ("1", [torch.device("cuda:1"), ("cpu:gloo,cuda:nccl", torch.device("cuda:1"))]),
@@ -250,3 +252,27 @@ def test_the_fused_layer_gives_way_when_the_adapter_is_off(llama):
     randomize_adapter(encoder)
     assert np.abs(encoder.encode(TEXTS) - base).max() > 1e-3
     np.testing.assert_allclose(encoder.untuned().encode(TEXTS), base, atol=1e-6)
+
+
+GATHERS_LAST = """
+import atexit, os, pathlib, sys, torch
+from encoder.processes import distributed
+
+def threads():
+    return sum(path.read_text() == "pt_gloo_runloop\\n" for path in pathlib.Path("/proc/self/task").glob("*/comm"))
+
+results = pathlib.Path(sys.argv[1], os.environ["RANK"])
+atexit.register(lambda: results.write_text(f"{before} {threads()}"))  # runs after what is registered later
+torch.distributed.all_gather_object([None, None], "a", group=distributed().group)
+before = threads()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="reads the names of threads as Linux shows them")
+def test_a_users_script_ends_without_threads_that_hold_tensors(tmp_path):
+    """One in two that ended right after a gather was aborted: a thread let go of a tensor while Python finalized."""
+    (tmp_path / "gathers.py").write_text(GATHERS_LAST)
+    done = torchrun(tmp_path / "gathers.py", tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert [(tmp_path / rank).read_text() for rank in "01"] == ["4 2"] * 2  # those of the default group have had no work
